@@ -1,0 +1,44 @@
+"""What a view is: data only; the plan draws its numbers and the executors apply them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewSpec:
+    """Distribution of one augmented view of an image.
+
+    `scale` and `ratio` are torchvision's RandomResizedCrop ranges (share of the area, width / height).
+    `jitter` is (brightness, contrast, saturation, hue) in torchvision's ColorJitter meaning.
+    `*_probability` and `grey`, `blur`, `solarize`, `flip` are probabilities per image.
+    With `centre` set, the view is the deterministic central square whose side is that share of the short
+    side (0.875 is the usual 224 out of 256), resized to `size`, and nothing else is applied.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_probability: float = 0.8
+    grey: float = 0.2
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+    centre: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a view of {self.size} pixels was asked for; size must be at least 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale} was given; it must be 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio} was given; it must be 0 < low <= high")
+        for name in ("flip", "jitter_probability", "grey", "blur", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} was given; a probability lies in [0, 1]")
+        if not (all(0 <= value <= 1 for value in self.jitter[:3]) and 0 <= self.jitter[3] <= 0.5):
+            raise ValueError(f"jitter {self.jitter} was given; allowed are three values in [0, 1] and hue in [0, 0.5]")
+        if self.centre is not None and not 0 < self.centre <= 1:
+            raise ValueError(f"centre {self.centre} was given; it must lie in (0, 1]")
