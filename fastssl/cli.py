@@ -1,0 +1,206 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastssl import __version__
+from fastssl.config import Config, from_json, to_json
+from fastssl.errors import ConfigError, TrainingError, unknown_name
+from fastssl.methods import METHODS
+from fastssl.presets import PRESETS, load
+from fastssl_pipelines.errors import DataError
+
+EXIT_BAD_INPUT, EXIT_FAILED = 2, 1
+
+USAGE = """\
+usage: fastssl COMMAND [...]
+
+  pretrain [PRESET] [--section.field VALUE ...]   train an encoder; alone: 12 classes of embedded pictures, minutes on a CPU
+  pretrain --config FILE [...]                    the same from the config.json of an earlier run
+  resume RUN                                      go on with a stopped run
+  methods                                         the methods and their papers
+  presets                                         the recipes and their published results
+  doctor                                          versions, devices, what works here and why not
+
+`fastssl pretrain --help` lists the options of the quickstart, `fastssl pretrain PRESET --help` those of a preset.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; bad input is told in one sentence on stderr with exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _dispatch(arguments)
+    except (ConfigError, DataError) as error:
+        print(f"fastssl: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except TrainingError as error:
+        print(f"fastssl: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "pretrain": pretrain,
+        "resume": resume,
+        "methods": methods,
+        "presets": presets,
+        "doctor": doctor,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else EXIT_BAD_INPUT
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    command, *rest = arguments
+    if command not in commands:
+        raise unknown_name("command", command, commands)
+    return commands[command](rest)
+
+
+def pretrain(arguments: list[str]) -> int:
+    """`fastssl pretrain [PRESET | --config FILE] [--section.field VALUE ...]`."""
+    config = parse(arguments)
+    folder = config.run.dir or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    if (folder / "config.json").exists():
+        raise ConfigError(
+            f"{folder} already holds a run; continue it with `fastssl resume {folder}` or change --run.dir"
+        )
+    return _train(config, folder)
+
+
+def parse(arguments: list[str]) -> Config:
+    """The configuration that the arguments of `pretrain` ask for."""
+    if arguments[:1] == ["--config"]:
+        if len(arguments) < 2:
+            raise ConfigError("--config was given without a file; name the config.json of a run")
+        default, rest, prog = (
+            from_json(_text(Path(arguments[1]))),
+            arguments[2:],
+            "fastssl pretrain --config FILE",
+        )
+    else:
+        named = bool(arguments) and not arguments[0].startswith("-")
+        name = arguments[0] if named else "quickstart"
+        default, rest, prog = load(name), arguments[named:], f"fastssl pretrain {name}"
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(Config, default=default, args=rest, prog=prog)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_sentence(errors.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """tyro's framed message as one sentence: the error and, if there is one, the first suggestion."""
+    paragraphs: list[list[str]] = [[]]
+    for line in box.splitlines():
+        text = line.strip("│╭╮╰╯ ")
+        if line.startswith(("╭", "╰")):
+            continue
+        if text and set(text) == {"─"}:
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(text)
+    error = " ".join(paragraphs[0])
+    hint = next(
+        (p[1].split()[0] for p in paragraphs if p and p[0].startswith("Perhaps you meant") and p[1:]), None
+    )
+    return f"{error}; did you mean {hint}?" if hint else error
+
+
+def resume(arguments: list[str]) -> int:
+    """`fastssl resume RUN`."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError(
+            f"resume takes one run folder, and {len(arguments)} arguments were given: fastssl resume RUN"
+        )
+    folder = Path(arguments[0])
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"{folder} holds no config.json, so it is no run folder; give the folder that pretrain named"
+        )
+    return _train(from_json(_text(folder / "config.json")), folder)
+
+
+def _train(config: Config, folder: Path) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "torchrun started several processes, and training on more than one device is not built yet; start one"
+        )
+    # imported here so that the other commands do not wait for it
+    from fastssl.doctor import environment
+    from fastssl.train.trainer import Trainer
+
+    trainer = Trainer(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        (folder / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+        (folder / "config.json").write_text(to_json(config), encoding="utf-8")
+    return trainer.train()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error})") from None
+
+
+def methods(arguments: list[str]) -> int:
+    """`fastssl methods`."""
+    rows = [(name, cls.Config.paper, (cls.__doc__ or "").splitlines()[0]) for name, cls in METHODS.items()]
+    return _print_table(("method", "paper", "what it does"), rows, arguments)
+
+
+def presets(arguments: list[str]) -> int:
+    """`fastssl presets`."""
+    rows = []
+    for name, preset in PRESETS.items():
+        config = preset.build()
+        epochs = str(config.train.epochs)
+        rows.append((name, config.method.name, preset.data, epochs, preset.published, preset.differs or "-"))
+    return _print_table(
+        ("preset", "method", "data", "epochs", "published", "what differs here"), rows, arguments
+    )
+
+
+def doctor(arguments: list[str]) -> int:
+    """`fastssl doctor`."""
+    from fastssl.doctor import report
+
+    _no_arguments(arguments)
+    for title, rows in report():
+        print(title)
+        for name, value in rows:
+            print(f"  {name:<22} {value}")
+    return 0
+
+
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], arguments: list[str]) -> int:
+    _no_arguments(arguments)
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return 0
+
+
+def _no_arguments(arguments: list[str]) -> None:
+    if arguments:
+        raise ConfigError(f"this command takes no arguments, and {' '.join(arguments)} was given")

@@ -1,0 +1,210 @@
+"""The configuration of a run: frozen, checked when it is made, written to the run folder and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastssl.errors import ConfigError, unknown_name
+from fastssl.methods import METHODS, MethodConfig
+from fastssl_pipelines.views import ViewSpec
+
+
+def _require(holds: bool, option: str, given: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{option} {given} was given; it must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: Path | None = None
+    """Run folder; by default runs/<preset>-<date>."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    root: Path | None = None
+    """Folder of class folders of JPEG or PNG, or a folder that holds such folders as train/ and val/ or test/."""
+    pictures: int = 0
+    """Procedural pictures to train on where no root is given; 0 means that a root is needed."""
+    pipeline: Literal["auto", "dali", "torchvision", "resident"] = "auto"
+    """What decodes, crops and resizes; auto keeps small data sets decoded in memory."""
+    label_fraction: float = 1.0
+    """Share of each class whose labels the method may see, 0 to 1."""
+    workers: int = 2
+    """Processes that decode for the torchvision pipeline, or threads for the others."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means for normalisation, in units of the [0, 1] range."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations for normalisation."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.label_fraction <= 1, "--data.label-fraction", self.label_fraction, "in [0, 1]")
+        _require(self.pictures >= 0, "--data.pictures", self.pictures, "at least 0")
+        _require(self.workers >= 0, "--data.workers", self.workers, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    encoder: str = "resnet50"
+    """torchvision ResNet by name, or timm/<model>."""
+    width: float = 1.0
+    """Multiplies the channels of every stage of a ResNet."""
+    stem: Literal["imagenet", "small", "small-pool"] = "imagenet"
+    """First layer: 7x7 stride 2 and max-pool, or 3x3 stride 1 without or with max-pool."""
+    norm: Literal["local", "split"] = "split"
+    """Batch norm over the whole batch, or over `splits` groups of it."""
+    splits: int = 8
+    """Groups of split batch norm: 8 on one device stands for 8 devices."""
+
+    def __post_init__(self) -> None:
+        _require(self.width > 0, "--model.width", self.width, "above 0")
+        _require(self.splits >= 1, "--model.splits", self.splits, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 0.03
+    """Learning rate at the start, for the batch size as given (it is not rescaled)."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 1e-4
+    """Weight decay, on all parameters as in the official MoCo code."""
+    schedule: Literal["cosine", "cosine-epoch", "step"] = "cosine"
+    """Cosine every step, cosine every epoch (official MoCo), or times 0.1 at each milestone."""
+    milestones: tuple[int, ...] = (120, 160)
+    """Epochs of the step schedule."""
+    warmup_epochs: int = 0
+    """Epochs of linear warm-up from 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "--optim.lr", self.lr, "above 0")
+        _require(0 <= self.momentum < 1, "--optim.momentum", self.momentum, "in [0, 1)")
+        _require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
+        _require(self.warmup_epochs >= 0, "--optim.warmup-epochs", self.warmup_epochs, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    epochs: int = 200
+    """Passes over the training images."""
+    steps: int | None = None
+    """Steps in all; overrides epochs."""
+    batch_size: int = 256
+    """Images a step."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 autocast or fp32; auto is bf16 where the device computes in it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the method; auto is on for CUDA and off on a CPU, where it was seen to be slower."""
+    log_every: int = 20
+    """Steps between two progress lines."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints; one is written at the end and when stopped, too."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            option = "--train." + name.replace("_", "-")
+            _require(value is None or value >= 1, option, value, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every_epochs: int = 10
+    """Epochs between two kNN evaluations; there is one before and one after training as well."""
+    k: int = 200
+    """Neighbours that vote."""
+    temperature: float = 0.1
+    """Temperature of the votes."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 1, "--eval.every-epochs", self.every_epochs, "at least 1")
+        _require(self.k >= 1, "--eval.k", self.k, "at least 1")
+        _require(self.temperature > 0, "--eval.temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Pretrain an image encoder; every option below has the preset's value as its default."""
+
+    seed: int = 0
+    """All randomness of the run follows from it."""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    preset: Annotated[str, tyro.conf.Suppress] = "custom"
+    views: Annotated[tuple[ViewSpec, ...], tyro.conf.Suppress]
+    eval_view: Annotated[ViewSpec, tyro.conf.Suppress]
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2**63)")
+        batch, splits = self.train.batch_size, self.model.splits
+        if self.model.norm == "split" and batch % splits:
+            raise ConfigError(
+                f"--train.batch-size {batch} was given with --model.splits {splits}; split batch norm needs a batch "
+                "that is a multiple of the splits: change one of them or take --model.norm local"
+            )
+        queue = getattr(self.method, "queue_size", batch)
+        if queue < batch:
+            raise ConfigError(
+                f"--method.queue-size {queue} was given with --train.batch-size {batch}; "
+                "the queue must hold at least one batch"
+            )
+
+
+def to_json(config: Config) -> str:
+    """The resolved configuration as JSON text, read back by `from_json`."""
+    values = dataclasses.asdict(config)
+    values["method"] = {"name": config.method.name, **values["method"]}
+    return json.dumps(values, indent=2, default=str)
+
+
+def from_json(text: str) -> Config:
+    """The configuration that `to_json` wrote; raises ConfigError for text that is not one."""
+    try:
+        values = json.loads(text)
+        method = dict(values["method"])
+        name = method.pop("name")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"the configuration is not one that fastssl wrote ({error!r})") from None
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return _build(Config, {**values, "method": _build(METHODS[name].Config, method)})
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise unknown_name(f"option in the configuration's {cls.__name__}", name, known)
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _coerce(hints[name], value) for name, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any) -> Any:
+    """JSON's lists, strings and objects back to the tuples, paths and dataclasses that `hint` asks for."""
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        item = typing.get_args(hint)[0]
+        return tuple(_coerce(item, each) for each in value)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
+        return _coerce(next(arg for arg in typing.get_args(hint) if arg is not type(None)), value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(typing.cast(type, hint), value)
+    return value

@@ -1,0 +1,24 @@
+"""What the user can mend: shown as one sentence, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """An option, preset or run folder that cannot be used as given."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint stays as it is."""
+
+
+def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
+    """The error for a name that is not one of `allowed`, with the nearest one suggested."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(given, allowed, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    # a library can have a thousand names; then the suggestion has to do
+    known = f": known are {', '.join(allowed)}" if len(allowed) <= 40 else ""
+    return ConfigError(f"unknown {kind} {given!r}{known}{hint}")

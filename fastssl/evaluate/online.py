@@ -1,0 +1,58 @@
+"""kNN of an encoder on the splits of a run, before, during and after training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.config import Config
+from fastssl.evaluate.knn import extract_features, knn_accuracy
+from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.plan import EvaluationSteps, SamplePlan
+from fastssl_pipelines.views import ViewSpec
+
+BATCH_SIZE = 256
+RAW_PIXELS_SIDE = 32  # raw pixels are compared at this size: 3072 numbers an image
+
+
+class OnlineKNN:
+    """Classifies the test images by their nearest training images; every training label is used for that."""
+
+    def __init__(self, config: Config, train: Executor, test: Executor, *, dtype: torch.dtype):
+        self.config, self.train, self.test, self.dtype = config, train, test, dtype
+
+    @property
+    def possible(self) -> bool:
+        """Whether both splits have labels to judge by."""
+        return all((executor.source.labels >= 0).any() for executor in (self.train, self.test))
+
+    def top1(self, encoder: nn.Module) -> float:
+        """Top-1 in percent of the encoder's features."""
+        return self._top1(encoder, self.config.eval_view, self.dtype)
+
+    def raw_pixels_top1(self) -> float:
+        """Top-1 in percent of the normalised pixels themselves."""
+        side = min(RAW_PIXELS_SIDE, self.config.eval_view.size)
+        return self._top1(nn.Flatten(), replace(self.config.eval_view, size=side), torch.float32)
+
+    def _top1(self, encoder: nn.Module, view: ViewSpec, dtype: torch.dtype) -> float:
+        bank = self._features(encoder, self.train, view, dtype)
+        queries = self._features(encoder, self.test, view, dtype)
+        return knn_accuracy(*bank, *queries, k=self.config.eval.k, temperature=self.config.eval.temperature)
+
+    def _features(
+        self, encoder: nn.Module, executor: Executor, view: ViewSpec, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        source = executor.source
+        plan = SamplePlan(
+            widths=source.widths,
+            heights=source.heights,
+            labels=source.labels,
+            views=(view,),
+            seed=self.config.seed,
+            shuffle=False,
+        )
+        steps = EvaluationSteps(plan, batch_size=BATCH_SIZE)
+        return extract_features(encoder, executor.stream(steps, 0, len(steps)), dtype=dtype)

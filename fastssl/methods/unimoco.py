@@ -1,0 +1,40 @@
+"""UniMoCo (Dai et al., arXiv 2103.10773): one loss for unlabelled, partly labelled and labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fastssl.methods.moco import MoCoConfig, MoCoV2
+from fastssl_kernels import unicon
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniMoCoConfig(MoCoConfig):
+    """Options of UniMoCo."""
+
+    name: ClassVar[str] = "unimoco"
+    paper: ClassVar[str] = "arXiv 2103.10773"
+
+
+class UniMoCo(MoCoV2):
+    """MoCo v2 with the UniCon loss over a queue that remembers labels.
+
+    Positives of a query are its own key and every queue entry with its label; label -1 means unknown and matches
+    nothing, so an unlabelled row is exactly InfoNCE. Entries with unknown label are negatives, as in the official code.
+    """
+
+    Config = UniMoCoConfig
+
+    def loss(self, query: Tensor, key: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return unicon(
+            query,
+            key,
+            self.queue.keys,
+            query_labels=labels,
+            queue_labels=self.queue.labels,
+            temperature=self.config.temperature,
+            return_accuracy=True,
+        )

@@ -1,0 +1,131 @@
+"""Encoders by name: torchvision's ResNets with a chosen width, stem and batch norm, and any model of timm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+from fastssl.errors import ConfigError, unknown_name
+from fastssl.models.norm import NormLayer
+
+
+class Encoder(nn.Module):
+    """A module that maps images [B, 3, H, W] to features [B, feature_dim]."""
+
+    feature_dim: int
+
+
+class _Architecture(NamedTuple):
+    block: type[BasicBlock] | type[Bottleneck]
+    blocks: tuple[int, int, int, int]
+    base_width: int = 64
+
+
+_RESNETS = {
+    "resnet18": _Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": _Architecture(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": _Architecture(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": _Architecture(Bottleneck, (3, 4, 23, 3)),
+    "wide_resnet50_2": _Architecture(Bottleneck, (3, 4, 6, 3), base_width=128),
+}
+_STEMS = ("imagenet", "small", "small-pool")
+
+
+def encoder_names() -> tuple[str, ...]:
+    """Names that `build_encoder` takes besides "timm/<model>"."""
+    return tuple(_RESNETS)
+
+
+def build_encoder(
+    name: str,
+    *,
+    width: float = 1.0,
+    stem: str = "imagenet",
+    norm_layer: NormLayer = nn.BatchNorm2d,
+) -> Encoder:
+    """The encoder called `name`, freshly initialised.
+
+    `width` multiplies the channels of every stage. `stem`: "imagenet" (7x7 convolution of stride 2,
+    max-pool), "small" (3x3, stride 1, no max-pool; CIFAR) or "small-pool" (3x3, stride 1, max-pool).
+    `norm_layer` makes a norm layer from a channel count, see `fastssl.models.norm.norm_layer`. At width 1
+    with the imagenet stem the state dict is torchvision's without fc. "timm/<model>" gives that model of
+    timm with its own stem, width and norm. ConfigError for any other name.
+    """
+    if name.startswith("timm/"):
+        if width != 1 or stem != "imagenet" or norm_layer is not nn.BatchNorm2d:
+            raise ConfigError(
+                f"encoder {name!r} was given with a width, stem or split batch norm; a timm model has its own: "
+                "take --model.width 1 --model.stem imagenet --model.norm local"
+            )
+        return _build_timm(name.removeprefix("timm/"))
+    if name not in _RESNETS:
+        raise unknown_name("encoder", name, (*encoder_names(), "timm/<model>"))
+    if stem not in _STEMS:
+        raise unknown_name("stem", stem, _STEMS)
+    if round(64 * width) < 1:
+        raise ConfigError(f"width {width} was given; it must leave at least one of 64 channels")
+    return ResNet(_RESNETS[name], width, stem, norm_layer)
+
+
+class ResNet(Encoder):
+    """torchvision's ResNet without fc: the same blocks, names and initialisation (residuals not at zero)."""
+
+    def __init__(self, architecture: _Architecture, width: float, stem: str, norm_layer: NormLayer) -> None:
+        super().__init__()
+        channels = round(64 * width)
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.bn1 = norm_layer(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if stem == "small" else nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = _stage(architecture, 0, channels, channels, norm_layer)
+        expansion = architecture.block.expansion
+        self.layer2 = _stage(architecture, 1, channels * expansion, 2 * channels, norm_layer)
+        self.layer3 = _stage(architecture, 2, 2 * channels * expansion, 4 * channels, norm_layer)
+        self.layer4 = _stage(architecture, 3, 4 * channels * expansion, 8 * channels, norm_layer)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.feature_dim = 8 * channels * expansion
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+
+def _stage(
+    architecture: _Architecture, index: int, inputs: int, planes: int, norm_layer: NormLayer
+) -> nn.Sequential:
+    block, base_width = architecture.block, architecture.base_width
+    outputs = planes * block.expansion
+    stride = 1 if index == 0 else 2
+    downsample = None
+    if stride != 1 or inputs != outputs:
+        downsample = nn.Sequential(conv1x1(inputs, outputs, stride), norm_layer(outputs))
+    first = block(inputs, planes, stride, downsample, base_width=base_width, norm_layer=norm_layer)
+    others = (
+        block(outputs, planes, base_width=base_width, norm_layer=norm_layer)
+        for _ in range(architecture.blocks[index] - 1)
+    )
+    return nn.Sequential(first, *others)
+
+
+def _build_timm(name: str) -> Encoder:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(
+            f"encoder 'timm/{name}' was given, but timm is missing; install fastssl[timm]"
+        ) from error
+    if not timm.is_model(name):
+        raise unknown_name("timm model", name, timm.list_models())
+    model = timm.create_model(name, num_classes=0)
+    model.feature_dim = model.head_hidden_size
+    # Not wrapped, so that the state dict is timm's own.
+    return cast(Encoder, model)

@@ -1,0 +1,28 @@
+"""Projection heads: what maps an encoder's features to the space of the contrastive loss."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class LinearHead(nn.Linear):
+    """One linear layer: [B, in_dim] to [B, out_dim]. MoCo v1 and MoCo's CIFAR-10 recipe."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(in_dim, out_dim)
+
+
+class MLPHead(nn.Sequential):
+    """Linear, ReLU, linear, without batch norm: [B, in_dim] to [B, out_dim]. MoCo v2."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
+
+
+def build_head(kind: str, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Module:
+    """The head called "linear" (which has no hidden layer) or "mlp"."""
+    if kind == "linear":
+        return LinearHead(in_dim, out_dim)
+    if kind == "mlp":
+        return MLPHead(in_dim, hidden_dim, out_dim)
+    raise ValueError(f"head {kind!r} was given; allowed are linear, mlp")

@@ -1,0 +1,74 @@
+"""What a person sees of a run: a progress line on a terminal, plain lines elsewhere, all of it in console.log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import rich.console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Console:
+    """Context manager around the output of a run; `path` gets every line that is not overwritten in place."""
+
+    def __init__(self, path: Path, *, total_steps: int):
+        self.file = path.open("a", encoding="utf-8")
+        self.screen = rich.console.Console(highlight=False)
+        self.total_steps = total_steps
+        self.bar = Progress(
+            BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.screen, transient=True
+        )
+        self.task = self.bar.add_task("", total=total_steps)
+
+    def __enter__(self) -> Console:
+        if self.screen.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+        self.file.close()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.screen.print(text, markup=False, soft_wrap=True)
+        self._record(text)
+
+    def progress(
+        self, *, step: int, loss: float, contrast_accuracy: float, images_per_s: float, left_s: float
+    ) -> None:
+        """The line that a terminal overwrites."""
+        text = (
+            f"step {step}/{self.total_steps}  loss {loss:.4f}  contrast accuracy {contrast_accuracy:.1%}  "
+            f"{images_per_s:.0f} images/s  {duration(left_s)} left"
+        )
+        if self.screen.is_terminal:
+            self.bar.update(self.task, completed=step, description=text)
+        else:
+            self.screen.print(text, markup=False, soft_wrap=True)
+        self._record(text)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """A small table of names and values."""
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column()
+        table.add_column(justify="right")
+        for row in rows:
+            table.add_row(*row)
+        self.screen.print(table)
+        self._record("\n".join([title, *(f"{name:<32} {value}" for name, value in rows)]))
+
+    def _record(self, text: str) -> None:
+        self.file.write(text + "\n")
+        self.file.flush()

@@ -1,0 +1,62 @@
+"""The training and test images that a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+from fastssl_pipelines.pictures import picture_source
+from fastssl_pipelines.sources import ImageFolder, Source, Subset
+
+HELD_OUT = 10  # without a test split, every tenth image of a class is kept from training and used as one
+
+
+class Splits(NamedTuple):
+    """Images to train on and images to test on, with the same classes."""
+
+    train: Source
+    test: Source
+
+
+def open_splits(config: Config) -> Splits:
+    """The images of --data.root, or the embedded pictures where the preset has some and no root is given."""
+    root = config.data.root
+    if root is None:
+        if not config.data.pictures:
+            raise ConfigError(
+                f"preset {config.preset} trains on your images and no folder was given; "
+                "add --data.root DIR, or run `fastssl pretrain` alone for the embedded pictures"
+            )
+        count = config.data.pictures
+        return Splits(
+            train=picture_source(count, seed=config.seed),
+            test=picture_source(max(1, count // 5), seed=config.seed, stream=1),
+        )
+    if not (root / "train").is_dir():
+        return _hold_out(ImageFolder(root))
+    train, test_root = ImageFolder(root / "train"), _test_root(root)
+    if test_root is None:
+        return _hold_out(train)
+    test = ImageFolder(test_root)
+    if test.classes != train.classes:
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise ConfigError(
+            f"{root / 'train'} and {test_root} under --data.root must hold the same class folders; "
+            f"only one of them has {', '.join(differing[:5])}"
+        )
+    return Splits(train, test)
+
+
+def _test_root(root: Path) -> Path | None:
+    return next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+
+
+def _hold_out(source: Source) -> Splits:
+    order = np.argsort(source.labels, kind="stable")
+    held = np.zeros(len(source), bool)
+    held[order[HELD_OUT - 1 :: HELD_OUT]] = True
+    return Splits(Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held)))

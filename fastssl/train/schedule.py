@@ -1,0 +1,24 @@
+"""Learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from fastssl.config import OptimConfig
+
+
+def learning_rate(optim: OptimConfig, step: int, *, total_steps: int, steps_per_epoch: int) -> float:
+    """The rate of step `step`, 0 <= step < total_steps.
+
+    "cosine-epoch" changes once an epoch, lr * (1 + cos(pi * epoch / epochs)) / 2, as the official MoCo code does.
+    """
+    warmup = optim.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return optim.lr * step / warmup
+    if optim.schedule == "step":
+        passed = sum(step >= epoch * steps_per_epoch for epoch in optim.milestones)
+        return optim.lr * 0.1**passed
+    if optim.schedule == "cosine-epoch":
+        step = step // steps_per_epoch * steps_per_epoch
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))

@@ -1,0 +1,209 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from fastssl.config import Config
+from fastssl.errors import TrainingError
+from fastssl.evaluate.online import OnlineKNN
+from fastssl.methods import METHODS, Method, MethodOutput
+from fastssl.models.encoders import build_encoder
+from fastssl.models.norm import norm_layer
+from fastssl.observe.console import Console
+from fastssl.observe.log import MetricsLog
+from fastssl.observe.window import Window
+from fastssl.train import checkpoint
+from fastssl.train.data import open_splits
+from fastssl.train.interrupt import EXIT_STOPPED, StopRequest
+from fastssl.train.optim import build_optimizer
+from fastssl.train.schedule import learning_rate
+from fastssl.train.step import TrainStep, choose_device, choose_dtype
+from fastssl_pipelines.executor import Executor, build_executor
+from fastssl_pipelines.plan import SamplePlan, TrainingSteps, partial_labels
+from fastssl_pipelines.sources import Source
+
+RAW_PIXELS_AT_MOST = 100_000  # images; beyond that the baseline costs more than it tells
+
+
+def build_method(config: Config, device: torch.device) -> Method:
+    """The method of a configuration with freshly drawn weights, a pure function of the seed."""
+    torch.manual_seed(config.seed)
+    model = config.model
+    encoder = build_encoder(
+        model.encoder, width=model.width, stem=model.stem, norm_layer=norm_layer(model.norm, model.splits)
+    )
+    method = METHODS[config.method.name](encoder, config.method, config.views)
+    return method.to(device).to(memory_format=torch.channels_last)
+
+
+def training_steps(config: Config, source: Source) -> TrainingSteps:
+    """The sample plan of a run; the method sees the labels of --data.label-fraction of the images."""
+    plan = SamplePlan(
+        widths=source.widths,
+        heights=source.heights,
+        labels=partial_labels(source.labels, config.data.label_fraction, config.seed),
+        views=config.views,
+        seed=config.seed,
+    )
+    return TrainingSteps(plan, batch_size=config.train.batch_size)
+
+
+class Trainer:
+    """One run: everything that a configuration builds, and the loop over it.
+
+    The run folder is the only memory: with a checkpoint in it, training goes on from there.
+    """
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.folder = config, folder
+        self.device = choose_device(config.train)
+        self.dtype = choose_dtype(config.train, self.device)
+        splits = open_splits(config)
+        self.steps = training_steps(config, splits.train)
+        self.total_steps = config.train.steps or config.train.epochs * self.steps.steps_per_epoch
+        self.executor = self._executor(splits.train)
+        self.knn = OnlineKNN(config, self.executor, self._executor(splits.test), dtype=self.dtype)
+        self.method = build_method(config, self.device)
+        self.optimizer = build_optimizer(self.method, config.optim)
+        on_gpu = self.device.type == "cuda"
+        self.train_step = TrainStep(
+            self.method,
+            self.optimizer,
+            seed=config.seed,
+            device=self.device,
+            dtype=self.dtype,
+            compile=config.train.compile == "on" or (config.train.compile == "auto" and on_gpu),
+        )
+        self.log = MetricsLog(folder / "metrics.jsonl")
+        self.first_step = self._restore()
+
+    def _executor(self, source: Source) -> Executor:
+        data = self.config.data
+        return build_executor(
+            data.pipeline,
+            source,
+            mean=data.mean,
+            std=data.std,
+            device=self.device,
+            dtype=self.dtype,
+            workers=data.workers,
+        )
+
+    def train(self) -> int:
+        """Train to the end or to a stop signal; returns the exit code."""
+        config, first, total = self.config.train, self.first_step, self.total_steps
+        eval_every = self.config.eval.every_epochs * self.steps.steps_per_epoch
+        with StopRequest() as stop, Console(self.folder / "console.log", total_steps=total) as self.console:
+            self._begin()
+            window = Window()
+            for batch in window.timed(self.executor.stream(self.steps, first, total)):
+                output = self.train_step(batch, self._learning_rate(batch.step))
+                window.add(output)
+                done = batch.step + 1
+                last = done == total
+                if last or done % config.log_every == 0:
+                    self._report(done, window)
+                if last or done % eval_every == 0:
+                    self._evaluate(done)
+                if last or done % config.checkpoint_every == 0 or stop.received:
+                    self._save(done, output)
+                if stop.received and not last:
+                    self.log.write("end", step=done, reason="stopped")
+                    self.console.say(f"stopped after step {done}; go on with: fastssl resume {self.folder}")
+                    return EXIT_STOPPED
+            self._finish()
+        return 0
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(
+            self.config.optim,
+            step,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps.steps_per_epoch,
+        )
+
+    def _begin(self) -> None:
+        source, first = self.steps.plan, self.first_step
+        known = int((source.labels >= 0).sum())
+        self.console.say(
+            f"{self.config.method.name} on {self.steps.plan.num_samples} images ({known} labels known), "
+            f"{self.total_steps} steps of {self.steps.batch_size}, {self.device} {self.dtype}, "
+            f"{self.config.data.pipeline} pipeline; run folder {self.folder}"
+        )
+        self.log.rewind(first)
+        self.log.write(
+            "start", step=first, total_steps=self.total_steps, images=source.num_samples, labels=known
+        )
+        if first == 0:
+            self._evaluate(0)
+        else:
+            self.console.say(f"resumed after step {first}")
+
+    def _report(self, done: int, window: Window) -> None:
+        values = window.read()
+        self._require_finite(values["loss"], done)
+        left_s = (self.total_steps - done) * self.steps.batch_size / values["images_per_s"]
+        self.log.write("train", step=done, lr=self._learning_rate(done - 1), **values)
+        self.console.progress(
+            step=done,
+            loss=values["loss"],
+            contrast_accuracy=values["contrast_accuracy"],
+            images_per_s=values["images_per_s"],
+            left_s=left_s,
+        )
+
+    def _require_finite(self, loss: float, done: int) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {done}; the last checkpoint in {self.folder} is from before: "
+                "lower --optim.lr or try --train.precision fp32"
+            )
+
+    def _evaluate(self, done: int) -> None:
+        if not self.knn.possible:
+            return
+        started = time.perf_counter()
+        top1 = self.knn.top1(self.method.encoder())
+        self.log.write("eval", step=done, knn_top1=top1, seconds=time.perf_counter() - started)
+        self.console.say(f"step {done}: kNN top-1 {top1:.2f} %")
+
+    def _save(self, done: int, output: MethodOutput) -> None:
+        # a checkpoint of broken weights would push the good ones out
+        self._require_finite(float(output.loss.detach()), done)
+        state = {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoint.save(
+            self.folder / "checkpoints", state, step=done, keep=self.config.train.keep_checkpoints
+        )
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint, if any, and return the number of steps that it has behind it."""
+        paths = checkpoint.checkpoints(self.folder / "checkpoints")
+        if not paths:
+            return 0
+        state = checkpoint.load(paths[-1])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def _finish(self) -> None:
+        evaluations = [record for record in self.log.read() if record["event"] == "eval"]
+        result: dict[str, float] = {}
+        if evaluations:
+            if self.steps.plan.num_samples <= RAW_PIXELS_AT_MOST:
+                result["raw_pixels_top1"] = self.knn.raw_pixels_top1()
+            result["untrained_top1"] = evaluations[0]["knn_top1"]
+            result["knn_top1"] = evaluations[-1]["knn_top1"]
+            names = {
+                "raw_pixels_top1": "raw pixels",
+                "untrained_top1": "encoder before training",
+                "knn_top1": "encoder after training",
+            }
+            rows = [(names[name], f"{value:.2f} %") for name, value in result.items()]
+            self.console.table(f"kNN top-1 (k = {self.config.eval.k})", rows)
+        self.log.write("end", step=self.total_steps, reason="finished", **result)
+        self.console.say(f"the run is in {self.folder}")
