@@ -27,7 +27,7 @@ EXIT_BAD_INPUT, EXIT_FAILED = 2, 1
 USAGE = """\
 usage: fastssl COMMAND [...]
 
-  pretrain [PRESET] [--section.field VALUE ...]   train an encoder; alone: 12 classes of embedded pictures, minutes on a CPU
+  pretrain [PRESET] [--section.field VALUE ...]   train an encoder; alone: on embedded pictures, in minutes
   pretrain --config FILE [...]                    the same from the config.json of an earlier run
   resume RUN                                      go on with a stopped run
   methods                                         the methods and their papers
@@ -118,23 +118,17 @@ def _sentence(box: str) -> str:
         else:
             paragraphs[-1].append(text)
     error = " ".join(paragraphs[0])
-    hint = next(
-        (p[1].split()[0] for p in paragraphs if p and p[0].startswith("Perhaps you meant") and p[1:]), None
-    )
+    hint = next((p[1].split()[0] for p in paragraphs if p and p[0].startswith("Perhaps you meant") and p[1:]), None)
     return f"{error}; did you mean {hint}?" if hint else error
 
 
 def resume(arguments: list[str]) -> int:
     """`fastssl resume RUN`."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise ConfigError(
-            f"resume takes one run folder, and {len(arguments)} arguments were given: fastssl resume RUN"
-        )
+        raise ConfigError(f"resume takes one run folder, and {len(arguments)} arguments were given: fastssl resume RUN")
     folder = Path(arguments[0])
     if not (folder / "config.json").exists():
-        raise ConfigError(
-            f"{folder} holds no config.json, so it is no run folder; give the folder that pretrain named"
-        )
+        raise ConfigError(f"{folder} holds no config.json, so it is no run folder; give the folder that pretrain named")
     return _train(from_json(_text(folder / "config.json")), folder)
 
 
@@ -175,9 +169,7 @@ def presets(arguments: list[str]) -> int:
         config = preset.build()
         epochs = str(config.train.epochs)
         rows.append((name, config.method.name, preset.data, epochs, preset.published, preset.differs or "-"))
-    return _print_table(
-        ("preset", "method", "data", "epochs", "published", "what differs here"), rows, arguments
-    )
+    return _print_table(("preset", "method", "data", "epochs", "published", "what differs here"), rows, arguments)
 
 
 def doctor(arguments: list[str]) -> int:

@@ -59,9 +59,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     """Titled lists of name and value: environment, loss backends by device, input pipelines."""
     sections = [("environment", list(environment().items()))]
     for device in dict.fromkeys(device.type for device in devices()):
-        rows = [
-            (name, reason or "works") for name, reason in available_backends(torch.device(device)).items()
-        ]
+        rows = [(name, reason or "works") for name, reason in available_backends(torch.device(device)).items()]
         sections.append((f"loss backends on {device}", rows))
     rows = [(name, reason or "works") for name, reason in available_executors().items()]
     sections.append(("input pipelines", rows))

@@ -12,9 +12,7 @@ from fastssl_pipelines.batch import Batch
 
 
 @torch.no_grad()
-def extract_features(
-    encoder: nn.Module, batches: Iterable[Batch], *, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def extract_features(encoder: nn.Module, batches: Iterable[Batch], *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Unit features [n, F] fp32 and labels [n] of the first view of every batch, with batch norm in eval mode."""
     was_training = encoder.training
     encoder.eval()
@@ -46,17 +44,13 @@ def knn_accuracy(
     bank, bank_labels = bank[bank_labels >= 0], bank_labels[bank_labels >= 0]
     queries, query_labels = queries[query_labels >= 0], query_labels[query_labels >= 0]
     if not len(bank) or not len(queries):
-        raise ValueError(
-            f"kNN got {len(bank)} labelled bank rows and {len(queries)} labelled queries; both need some"
-        )
+        raise ValueError(f"kNN got {len(bank)} labelled bank rows and {len(queries)} labelled queries; both need some")
     classes = int(bank_labels.max()) + 1
     right = 0
     for rows, truth in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
         similarity, index = (rows @ bank.T).topk(min(k, len(bank)), dim=1)
         # the largest weight is 1, so that no temperature overflows
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(rows), classes, device=rows.device).scatter_add_(
-            1, bank_labels[index], weight
-        )
+        votes = torch.zeros(len(rows), classes, device=rows.device).scatter_add_(1, bank_labels[index], weight)
         right += int((votes.argmax(1) == truth).sum())
     return 100 * right / len(queries)

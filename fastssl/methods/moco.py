@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ class MoCoConfig(MethodConfig):
     """Keys that the queue holds (K)."""
     momentum: float = 0.999
     """Share of the momentum encoder that survives a step."""
-    head: Literal["linear", "mlp"] = "mlp"
-    """Projection head: one linear layer (v1), or linear, ReLU, linear (v2)."""
+    head: Literal["linear", "mlp", "mlp-bn"] = "mlp"
+    """Projection head: one linear layer (v1), linear, ReLU, linear (v2), or the same with batch norm."""
     shuffle: bool = True
     """Shuffle the key batch, so that batch norm groups do not tell a query its key."""
 
@@ -58,7 +58,7 @@ class MoCoV1Config(MoCoConfig):
     paper: ClassVar[str] = "arXiv 1911.05722"
 
     temperature: float = 0.07
-    head: Literal["linear", "mlp"] = "linear"
+    head: Literal["linear", "mlp", "mlp-bn"] = "linear"
 
 
 class MoCoV2(Method):
@@ -89,9 +89,8 @@ class MoCoV2(Method):
 
     def loss(self, query: Tensor, key: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and contrast accuracy of unit rows against the queue."""
-        return info_nce(
-            query, key, self.queue.keys, temperature=self.config.temperature, return_accuracy=True
-        )
+        result = info_nce(query, key, self.queue.keys, temperature=self.config.temperature, return_accuracy=True)
+        return cast(tuple[Tensor, Tensor], result)
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:

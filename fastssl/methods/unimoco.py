@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class UniMoCo(MoCoV2):
     Config = UniMoCoConfig
 
     def loss(self, query: Tensor, key: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return unicon(
+        result = unicon(
             query,
             key,
             self.queue.keys,
@@ -38,3 +38,4 @@ class UniMoCo(MoCoV2):
             temperature=self.config.temperature,
             return_accuracy=True,
         )
+        return cast(tuple[Tensor, Tensor], result)

@@ -99,9 +99,7 @@ class ResNet(Encoder):
         return self.avgpool(x).flatten(1)
 
 
-def _stage(
-    architecture: _Architecture, index: int, inputs: int, planes: int, norm_layer: NormLayer
-) -> nn.Sequential:
+def _stage(architecture: _Architecture, index: int, inputs: int, planes: int, norm_layer: NormLayer) -> nn.Sequential:
     block, base_width = architecture.block, architecture.base_width
     outputs = planes * block.expansion
     stride = 1 if index == 0 else 2
@@ -120,9 +118,7 @@ def _build_timm(name: str) -> Encoder:
     try:
         import timm
     except ImportError as error:
-        raise ConfigError(
-            f"encoder 'timm/{name}' was given, but timm is missing; install fastssl[timm]"
-        ) from error
+        raise ConfigError(f"encoder 'timm/{name}' was given, but timm is missing; install fastssl[timm]") from error
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
     model = timm.create_model(name, num_classes=0)

@@ -19,10 +19,24 @@ class MLPHead(nn.Sequential):
         super().__init__(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
 
 
+class MLPBatchNormHead(nn.Sequential):
+    """Linear, batch norm, ReLU, linear: [B, in_dim] to [B, out_dim]. As in SimCLR and MoCo v3."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        hidden = (
+            nn.Linear(in_dim, hidden_dim, bias=False),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+        )
+        super().__init__(*hidden, nn.Linear(hidden_dim, out_dim))
+
+
 def build_head(kind: str, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Module:
-    """The head called "linear" (which has no hidden layer) or "mlp"."""
+    """The head called "linear" (which has no hidden layer), "mlp" or "mlp-bn"."""
     if kind == "linear":
         return LinearHead(in_dim, out_dim)
     if kind == "mlp":
         return MLPHead(in_dim, hidden_dim, out_dim)
-    raise ValueError(f"head {kind!r} was given; allowed are linear, mlp")
+    if kind == "mlp-bn":
+        return MLPBatchNormHead(in_dim, hidden_dim, out_dim)
+    raise ValueError(f"head {kind!r} was given; allowed are linear, mlp, mlp-bn")

@@ -21,9 +21,7 @@ class KeyQueue(nn.Module):
     def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         if size < 1 or dim < 1:
-            raise ValueError(
-                f"a queue of {size} keys of {dim} features was asked for; both must be at least 1"
-            )
+            raise ValueError(f"a queue of {size} keys of {dim} features was asked for; both must be at least 1")
         self.register_buffer("keys", normalize(torch.randn(size, dim, generator=generator), dim=1))
         self.register_buffer("labels", torch.full((size,), -1))
 
@@ -40,13 +38,9 @@ class KeyQueue(nn.Module):
         if keys.ndim != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys of shape {list(keys.shape)} were given; the queue takes [B, {dim}]")
         if batch > size:
-            raise ValueError(
-                f"{batch} keys were given to a queue of {size}; use a longer queue or a smaller batch"
-            )
+            raise ValueError(f"{batch} keys were given to a queue of {size}; use a longer queue or a smaller batch")
         if labels is not None and labels.shape != (batch,):
-            raise ValueError(
-                f"labels of shape {list(labels.shape)} were given for {batch} keys; allowed is [{batch}]"
-            )
+            raise ValueError(f"labels of shape {list(labels.shape)} were given for {batch} keys; allowed is [{batch}]")
         start = step * batch % size
         first = min(batch, size - start)
         self.keys[start : start + first] = keys[:first]

@@ -45,9 +45,7 @@ class Console:
         self.screen.print(text, markup=False, soft_wrap=True)
         self._record(text)
 
-    def progress(
-        self, *, step: int, loss: float, contrast_accuracy: float, images_per_s: float, left_s: float
-    ) -> None:
+    def progress(self, *, step: int, loss: float, contrast_accuracy: float, images_per_s: float, left_s: float) -> None:
         """The line that a terminal overwrites."""
         text = (
             f"step {step}/{self.total_steps}  loss {loss:.4f}  contrast accuracy {contrast_accuracy:.1%}  "

@@ -20,9 +20,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device computes in bf16 by itself; without that, bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

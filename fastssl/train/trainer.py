@@ -136,9 +136,7 @@ class Trainer:
             f"{self.config.data.pipeline} pipeline; run folder {self.folder}"
         )
         self.log.rewind(first)
-        self.log.write(
-            "start", step=first, total_steps=self.total_steps, images=source.num_samples, labels=known
-        )
+        self.log.write("start", step=first, total_steps=self.total_steps, images=source.num_samples, labels=known)
         if first == 0:
             self._evaluate(0)
         else:
@@ -176,9 +174,7 @@ class Trainer:
         # a checkpoint of broken weights would push the good ones out
         self._require_finite(float(output.loss.detach()), done)
         state = {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
-        checkpoint.save(
-            self.folder / "checkpoints", state, step=done, keep=self.config.train.keep_checkpoints
-        )
+        checkpoint.save(self.folder / "checkpoints", state, step=done, keep=self.config.train.keep_checkpoints)
 
     def _restore(self) -> int:
         """Load the newest checkpoint, if any, and return the number of steps that it has behind it."""

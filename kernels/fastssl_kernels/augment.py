@@ -59,9 +59,7 @@ class AugmentParameters:
         if len(self.mean) != 3:
             raise ValueError(f"mean {self.mean} was given; it must hold three numbers, one per channel")
         if len(self.std) != 3 or not all(value > 0 for value in self.std):
-            raise ValueError(
-                f"std {self.std} was given; it must hold three positive numbers, one per channel"
-            )
+            raise ValueError(f"std {self.std} was given; it must hold three positive numbers, one per channel")
 
 
 def augment(images: Tensor, parameters: AugmentParameters, *, out_dtype: torch.dtype) -> Tensor:
@@ -126,9 +124,7 @@ def _shift_hue(levels: Tensor, turns: Tensor) -> Tensor:
     low = torch.minimum(torch.minimum(red, green), blue)
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
-    scale = chroma.clamp_min(
-        torch.finfo(torch.float32).tiny
-    ).reciprocal()  # grey pixels: 0 * finite, never NaN
+    scale = chroma.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()  # grey pixels: 0 * finite, never NaN
     hue = torch.where(
         high == red,
         (green - blue) * scale,
@@ -149,9 +145,7 @@ def _blur(levels: Tensor, sigma: Tensor) -> Tensor:
     height, width = levels.shape[-2:]
     radius = min(BLUR_RADIUS, height - 1, width - 1)
     distance = torch.arange(radius + 1, device=sigma.device)
-    weight = torch.exp(
-        -0.5 * (distance / sigma.clamp_min(1e-3)[:, None]) ** 2
-    )  # sigma 0: exactly (1, 0, 0, ...)
+    weight = torch.exp(-0.5 * (distance / sigma.clamp_min(1e-3)[:, None]) ** 2)  # sigma 0: exactly (1, 0, 0, ...)
     weight = weight / (2 * weight.sum(1, keepdim=True) - 1)
     levels = _convolve(pad(levels, (0, 0, radius, radius), mode="reflect"), weight, -2)
     return _convolve(pad(levels, (radius, radius, 0, 0), mode="reflect"), weight, -1)
@@ -182,9 +176,7 @@ def _check(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype
     if images.dtype != torch.uint8:
         raise TypeError(f"images of dtype {images.dtype} were given; augment takes torch.uint8")
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"images of shape {list(images.shape)} were given; augment takes [B, H, W, 3], not empty"
-        )
+        raise ValueError(f"images of shape {list(images.shape)} were given; augment takes [B, H, W, 3], not empty")
     if out_dtype not in _OUT_DTYPES:
         raise TypeError(f"out_dtype {out_dtype} was given; allowed are {', '.join(map(str, _OUT_DTYPES))}")
     for name, dtype in _PER_IMAGE.items():

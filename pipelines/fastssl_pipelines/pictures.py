@@ -1,7 +1,7 @@
 """Procedural pictures: the embedded data set, drawn from a seed without a download.
 
-A class is a shape and the texture on it. Colours, position, size, rotation and background are nuisance: they
-are drawn anew for every picture and tell nothing about the class.
+A class is a shape and the texture on it; a picture holds four objects of one class. Colours, position, size,
+rotation and background are nuisance: they are drawn anew for every object and tell nothing about the class.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ def _polygon(corners: int) -> Field:
 
 def _cross(u: Array, v: Array, r: Array, a: Array) -> Array:
     bar = 0.3
-    return np.maximum(
-        np.minimum(0.95 - np.abs(u), bar - np.abs(v)), np.minimum(bar - np.abs(u), 0.95 - np.abs(v))
-    )
+    return np.maximum(np.minimum(0.95 - np.abs(u), bar - np.abs(v)), np.minimum(bar - np.abs(u), 0.95 - np.abs(v)))
 
 
 def _crescent(u: Array, v: Array, r: Array, a: Array) -> Array:
@@ -51,9 +49,7 @@ def _waves(frequency: float, bend: float) -> Field:
 
 
 def _lattice(frequency: float, sharpness: float) -> Field:
-    return lambda u, v, r, a: (
-        0.5 + 0.5 * np.tanh(sharpness * (np.sin(frequency * u) * np.sin(frequency * v) - 0.1))
-    )
+    return lambda u, v, r, a: 0.5 + 0.5 * np.tanh(sharpness * (np.sin(frequency * u) * np.sin(frequency * v) - 0.1))
 
 
 def _rings(frequency: float) -> Field:
@@ -72,53 +68,57 @@ def _shade(u: Array, v: Array, r: Array, a: Array) -> Array:
     return np.clip(0.5 + 0.5 * u, 0, 1)
 
 
+PLACES = [(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)]  # of the four objects, before they are shifted
+SCALES = (0.36, 0.56)
+SHIFT = 0.2
+
 CLASSES: dict[str, tuple[Field, Field]] = {
-    "striped disc": (lambda u, v, r, a: 0.95 - r, _waves(9.0, 0.0)),
-    "ringed square": (_polygon(4), _rings(11.0)),
-    "checked triangle": (_polygon(3), _lattice(8.0, 4.0)),
+    "striped disc": (lambda u, v, r, a: 0.95 - r, _waves(6.5, 0.0)),
+    "ringed square": (_polygon(4), _rings(8.0)),
+    "checked triangle": (_polygon(3), _lattice(6.0, 4.0)),
     "plain star": (lambda u, v, r, a: 0.62 + 0.38 * np.cos(5 * a) - r, _plain),
-    "wavy cross": (_cross, _waves(10.0, 1.6)),
+    "wavy cross": (_cross, _waves(7.0, 1.6)),
     "shaded ring": (lambda u, v, r, a: 0.3 - np.abs(r - 0.7), _shade),
     "plain crescent": (_crescent, _plain),
-    "striped dumbbell": (_dumbbell, _waves(12.0, 0.0)),
-    "spoked hexagon": (_polygon(6), _spokes(6)),
-    "dotted flower": (lambda u, v, r, a: 0.7 + 0.28 * np.cos(4 * a) - r, _lattice(11.0, 2.0)),
+    "striped dumbbell": (_dumbbell, _waves(8.0, 0.0)),
+    "spoked hexagon": (_polygon(6), _spokes(4)),
+    "dotted flower": (lambda u, v, r, a: 0.7 + 0.28 * np.cos(4 * a) - r, _lattice(7.0, 2.0)),
     "shaded bar": (lambda u, v, r, a: np.minimum(1 - np.abs(u), 0.35 - np.abs(v)), _shade),
-    "checked corner": (_corner, _lattice(9.0, 4.0)),
+    "checked corner": (_corner, _lattice(6.0, 4.0)),
 }
 
 
-def _background(rng: np.random.Generator, count: int, x: Array, y: Array) -> Array:
-    """[count, S, S, 3]: two colours, mixed by a few slow waves in random directions."""
-    mix = np.zeros((count, *x.shape), np.float32)
-    for _ in range(3):
-        angle, phase = rng.uniform(0, 2 * np.pi, (2, count, 1, 1)).astype(np.float32)
-        frequency = rng.uniform(1, 7, (count, 1, 1)).astype(np.float32)
-        mix += np.sin(frequency * (x * np.cos(angle) + y * np.sin(angle)) + phase)
-    mix = (0.5 + mix / 6)[..., None]
-    colours = rng.uniform(0, 1, (2, count, 1, 1, 3)).astype(np.float32)
-    return colours[0] * mix + colours[1] * (1 - mix)
+def _uniform(rng: np.random.Generator, low: float, high: float, count: int) -> Array:
+    return rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
+
+
+def _colours(rng: np.random.Generator, brightness: Array) -> Array:
+    """[count, 1, 1, 3]: random tints of the given brightness [count], so that grey tells them apart too."""
+    tint = rng.uniform(-0.3, 0.3, (len(brightness), 1, 1, 3)).astype(np.float32)
+    return brightness[:, None, None, None] + tint - tint.mean(-1, keepdims=True)
 
 
 def _draw(rng: np.random.Generator, shape: Field, texture: Field, count: int, size: int) -> Array:
-    """[count, size, size, 3] float pictures in [0, 1] of one class."""
-    fine = 2 * size  # drawn at twice the size and averaged, which smooths the edges
-    axis = ((np.arange(fine, dtype=np.float32) + 0.5) / size - 1)[None]
-    y, x = np.broadcast_arrays(axis[:, :, None], axis[:, None, :])
-    column = (count, 1, 1)
-    angle = rng.uniform(0, 2 * np.pi, column).astype(np.float32)
-    scale = rng.uniform(0.45, 0.85, column).astype(np.float32)
-    dx, dy = (rng.uniform(-1, 1, (2, *column)) * (1 - 0.8 * scale)).astype(np.float32)
-    u = ((x - dx) * np.cos(angle) + (y - dy) * np.sin(angle)) / scale
-    v = ((y - dy) * np.cos(angle) - (x - dx) * np.sin(angle)) / scale
-    r, a = np.hypot(u, v), np.arctan2(v, u)
-    inside = (shape(u, v, r, a) > 0)[..., None]
-    weave = texture(u, v, r, a)[..., None]
-    first = rng.uniform(0, 1, (count, 1, 1, 3)).astype(np.float32)
-    # the second colour lies on the other side of grey, so that a texture can always be seen
-    second = np.clip(first + np.where(first > 0.5, -1, 1) * rng.uniform(0.35, 0.7, first.shape), 0, 1)
-    picture = np.where(inside, first * weave + second * (1 - weave), _background(rng, count, x[0], y[0]))
-    picture = picture.reshape(count, size, 2, size, 2, 3).mean((2, 4), dtype=np.float32)
+    """[count, size, size, 3] float pictures of one class, about in [0, 1]."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    x, y = axis[None, None, :], axis[None, :, None]
+    slope = _uniform(rng, 0, 2 * np.pi, count)
+    light = 0.15 * (x * np.cos(slope) + y * np.sin(slope))[..., None]
+    picture = _colours(rng, np.full(count, 0.5, np.float32)) + light
+    for cell_x, cell_y in PLACES:
+        angle, scale = _uniform(rng, 0, 2 * np.pi, count), _uniform(rng, *SCALES, count)
+        dx = x - cell_x - _uniform(rng, -SHIFT, SHIFT, count)
+        dy = y - cell_y - _uniform(rng, -SHIFT, SHIFT, count)
+        u = (dx * np.cos(angle) + dy * np.sin(angle)) / scale
+        v = (dy * np.cos(angle) - dx * np.sin(angle)) / scale
+        r, a = np.hypot(u, v), np.arctan2(v, u)
+        # the edge is one pixel wide: shapes measure about their distance from it, in units of scale
+        inside = np.clip(0.5 + shape(u, v, r, a) * scale * (size / 2), 0, 1)[..., None]
+        weave = texture(u, v, r, a)[..., None]
+        bright = rng.random(count) < 0.5
+        first = _colours(rng, np.where(bright, 0.9, 0.1).astype(np.float32))
+        second = _colours(rng, np.where(bright, 0.1, 0.9).astype(np.float32))
+        picture += inside * (first * weave + second * (1 - weave) - picture)
     return picture + rng.normal(0, 0.02, picture.shape).astype(np.float32)
 
 
@@ -141,6 +141,4 @@ def draw_pictures(count: int, *, seed: int, stream: int = 0, size: int = 32) -> 
 def picture_source(count: int, *, seed: int, stream: int = 0, size: int = 32) -> ArraySource:
     """The embedded data set as a source; see `draw_pictures`."""
     images, labels = draw_pictures(count, seed=seed, stream=stream, size=size)
-    return ArraySource(
-        name=f"pictures-{count}-{seed}-{stream}", images=images, labels=labels, classes=tuple(CLASSES)
-    )
+    return ArraySource(name=f"pictures-{count}-{seed}-{stream}", images=images, labels=labels, classes=tuple(CLASSES))

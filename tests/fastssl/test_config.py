@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -17,9 +18,7 @@ def test_every_preset_survives_json_and_a_changed_option(name):
     config = load(name)
     assert config.preset == name
     assert len(config.views) == METHODS[config.method.name].number_of_views
-    changed = replace(
-        config, train=replace(config.train, steps=7), data=replace(config.data, root="/some/where")
-    )
+    changed = replace(config, train=replace(config.train, steps=7), data=replace(config.data, root="/some/where"))
     assert from_json(to_json(config)) == config
     assert str(from_json(to_json(changed)).data.root) == "/some/where"
     assert from_json(to_json(changed)).train.steps == 7
@@ -33,9 +32,7 @@ def test_published_hyperparameters():
     assert (v1.method.head, v2.method.head, cifar.method.head) == ("linear", "mlp", "linear")
     assert (v2.method.temperature, v2.method.queue_size, v2.method.momentum) == (0.2, 65536, 0.999)
     assert (v1.optim.schedule, v1.optim.milestones, v2.optim.schedule) == ("step", (120, 160), "cosine-epoch")
-    assert {(c.optim.lr, c.optim.weight_decay, c.train.batch_size) for c in (v1, v2, unimoco)} == {
-        (0.03, 1e-4, 256)
-    }
+    assert {(c.optim.lr, c.optim.weight_decay, c.train.batch_size) for c in (v1, v2, unimoco)} == {(0.03, 1e-4, 256)}
     assert (v1.train.epochs, v2.train.epochs, unimoco.train.epochs) == (200, 200, 800)
     assert unimoco.method.name == "unimoco"
     assert unimoco.method.temperature == 0.2
@@ -115,7 +112,7 @@ def test_learning_rate_follows_the_published_schedules():
     assert by_epoch[20:30] == pytest.approx([1.0] * 10)
     by_step = rates(OptimConfig(lr=2.0, schedule="cosine"))
     assert by_step[20] == pytest.approx(1.0)
-    assert all(a > b > 0 for a, b in zip(by_step, by_step[1:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(by_step))
     stepped = rates(OptimConfig(lr=2.0, schedule="step", milestones=(1, 3)))
     assert [stepped[i] for i in (9, 10, 29, 30)] == pytest.approx([2.0, 0.2, 0.2, 0.02])
     warm = rates(OptimConfig(lr=2.0, warmup_epochs=1))
@@ -125,5 +122,5 @@ def test_learning_rate_follows_the_published_schedules():
 
 
 def test_train_options_are_checked():
-    with pytest.raises(ConfigError, match="--train.checkpoint-every 0"):
+    with pytest.raises(ConfigError, match=r"--train\.checkpoint-every 0"):
         TrainConfig(checkpoint_every=0)

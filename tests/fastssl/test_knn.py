@@ -50,8 +50,7 @@ def test_features_are_unit_rows_from_eval_mode_and_the_mode_comes_back():
     encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     before = encoder[1].running_mean.clone()
     batches = [
-        Batch(views=(torch.randn(4, 3, 8, 8),), labels=torch.arange(4), ids=torch.arange(4), step=i)
-        for i in range(2)
+        Batch(views=(torch.randn(4, 3, 8, 8),), labels=torch.arange(4), ids=torch.arange(4), step=i) for i in range(2)
     ]
     features, labels = extract_features(encoder, batches, dtype=torch.float32)
     assert features.shape == (8, 4)

@@ -21,9 +21,7 @@ BATCH, DIM, QUEUE, MOMENTUM, TEMPERATURE = 16, 24, 40, 0.9, 0.15
 def build(name: str, norm: str = "split", **options) -> nn.Module:
     torch.manual_seed(7)
     encoder = build_encoder("resnet18", width=0.0625, stem="small", norm_layer=norm_layer(norm, 4))
-    config = METHODS[name].Config(
-        dim=DIM, queue_size=QUEUE, momentum=MOMENTUM, temperature=TEMPERATURE, **options
-    )
+    config = METHODS[name].Config(dim=DIM, queue_size=QUEUE, momentum=MOMENTUM, temperature=TEMPERATURE, **options)
     method = METHODS[name](encoder, config, (ViewSpec(size=16),) * METHODS[name].number_of_views)
     # queue entries with labels, and key weights that differ from the query's, as in the middle of a run
     method.queue.labels.copy_(torch.arange(QUEUE) % 5 - 1)
@@ -126,10 +124,7 @@ def test_the_state_dict_is_the_whole_truth(name):
     twin.load_state_dict(copy.deepcopy(method.state_dict()))
     twin_optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.05)
     assert torch.equal(step(method, optimizer, 3), step(twin, twin_optimizer, 3))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(method.state_dict().values(), twin.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(method.state_dict().values(), twin.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -76,15 +76,11 @@ class TestEncoders:
         assert shapes(encoder) == shapes(build_encoder("resnet18", width=0.25))
 
     def test_channels_last_is_kept_to_the_last_stage(self) -> None:
-        encoder = build_encoder(
-            "resnet18", width=0.25, stem="small", norm_layer=norm_layer("split", splits=2)
-        )
+        encoder = build_encoder("resnet18", width=0.25, stem="small", norm_layer=norm_layer("split", splits=2))
         encoder = encoder.to(memory_format=torch.channels_last)
         kept = []
         encoder.layer4.register_forward_hook(
-            lambda module, inputs, output: kept.append(
-                output.is_contiguous(memory_format=torch.channels_last)
-            )
+            lambda module, inputs, output: kept.append(output.is_contiguous(memory_format=torch.channels_last))
         )
         encoder(torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
         assert kept == [True]
@@ -94,9 +90,7 @@ class TestEncoders:
             ConfigError, match=r"unknown encoder 'resnet19': known are resnet101.*did you mean 'resnet18'"
         ):
             build_encoder("resnet19")
-        with pytest.raises(
-            ConfigError, match=r"unknown stem 'smal': known are imagenet.*did you mean 'small'"
-        ):
+        with pytest.raises(ConfigError, match=r"unknown stem 'smal': known are imagenet.*did you mean 'small'"):
             build_encoder("resnet18", stem="smal")
         with pytest.raises(ValueError, match=r"width 0\.001 was given"):
             build_encoder("resnet18", width=0.001)
@@ -228,7 +222,13 @@ def test_heads() -> None:
     assert shapes(mlp) == {"0.weight": (7, 6), "0.bias": (7,), "2.weight": (3, 7), "2.bias": (3,)}
     expected = (x @ mlp[0].weight.T + mlp[0].bias).clamp_min(0) @ mlp[2].weight.T + mlp[2].bias
     torch.testing.assert_close(mlp(x), expected, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="head 'conv' was given; allowed are linear, mlp"):
+    assert [type(layer) for layer in build_head("mlp-bn", 6, 7, 3)] == [
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.ReLU,
+        nn.Linear,
+    ]
+    with pytest.raises(ValueError, match="head 'conv' was given; allowed are linear, mlp, mlp-bn"):
         build_head("conv", 6, 7, 3)
 
 
@@ -236,9 +236,7 @@ class TestMomentum:
     def test_copy_is_equal_frozen_and_independent(self) -> None:
         source = build_encoder("resnet18", width=0.25)
         target = momentum_copy(source)
-        for (name, ours), theirs in zip(
-            target.state_dict().items(), source.state_dict().values(), strict=True
-        ):
+        for (name, ours), theirs in zip(target.state_dict().items(), source.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), name
             assert ours.data_ptr() != theirs.data_ptr(), name
         assert not any(parameter.requires_grad for parameter in target.parameters())

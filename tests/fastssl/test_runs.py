@@ -15,7 +15,24 @@ from PIL import Image
 
 from fastssl.cli import main
 
-TINY = ["--data.pictures", "240", "--train.batch-size", "16", "--model.width", "0.0625", "--model.splits", "2", "--method.queue-size", "64", "--train.log-every", "1", "--train.checkpoint-every", "5", "--eval.every-epochs", "2"]
+TINY = [
+    "--data.pictures",
+    "240",
+    "--train.batch-size",
+    "16",
+    "--model.width",
+    "0.0625",
+    "--model.splits",
+    "2",
+    "--method.queue-size",
+    "64",
+    "--train.log-every",
+    "1",
+    "--train.checkpoint-every",
+    "5",
+    "--eval.every-epochs",
+    "2",
+]
 
 
 def records(folder):
@@ -134,7 +151,22 @@ def image_folder(tmp_path):
     return tmp_path / "data"
 
 
-SMALL = ["--train.batch-size", "16", "--model.width", "0.0625", "--model.splits", "2", "--method.queue-size", "64", "--train.steps", "3", "--train.log-every", "1", "--data.workers", "0"]
+SMALL = [
+    "--train.batch-size",
+    "16",
+    "--model.width",
+    "0.0625",
+    "--model.splits",
+    "2",
+    "--method.queue-size",
+    "64",
+    "--train.steps",
+    "3",
+    "--train.log-every",
+    "1",
+    "--data.workers",
+    "0",
+]
 
 
 @pytest.mark.parametrize("pipeline", ["dali", "torchvision", "resident"])

@@ -206,9 +206,7 @@ def test_blur_of_a_tiny_image_uses_the_taps_that_fit(size: tuple[int, int]) -> N
         torch.testing.assert_close(out[i], expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "level", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (0, 255, 255), (1, 0, 0)]
-)
+@pytest.mark.parametrize("level", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (0, 255, 255), (1, 0, 0)])
 def test_hue_of_extreme_colours(level: tuple[int, int, int]) -> None:
     images = torch.tensor(level, dtype=torch.uint8).expand(11, 4, 4, 3)
     parameters = replace(neutral(11), hue=torch.linspace(-0.5, 0.5, 11))
@@ -233,9 +231,7 @@ def test_normalisation() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 32, 32), (5, 17, 31), (2, 1, 9)])
-def test_result_is_channels_last_in_the_dtype_asked_for(
-    dtype: torch.dtype, shape: tuple[int, int, int]
-) -> None:
+def test_result_is_channels_last_in_the_dtype_asked_for(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     images, parameters = pictures(*shape), drawn(shape[0])
     out = augment(images, parameters, out_dtype=dtype)
     assert out.dtype == dtype
@@ -304,9 +300,7 @@ def test_errors_name_what_was_given_and_what_is_allowed() -> None:
         call(hue=torch.zeros(3))
     with pytest.raises(ValueError, match=r"parameters\.order of shape \[4, 3\]"):
         call(order=torch.zeros(4, 3, dtype=torch.int64))
-    with pytest.raises(
-        TypeError, match=r"parameters\.flip of dtype torch\.uint8 was given; it must be torch\.bool"
-    ):
+    with pytest.raises(TypeError, match=r"parameters\.flip of dtype torch\.uint8 was given; it must be torch\.bool"):
         call(flip=torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"parameters\.contrast on meta was given; the images lie on cpu"):
         call(contrast=torch.ones(4, device="meta"))

@@ -1,0 +1,1 @@
+"""The Triton kernels; import only where Triton is installed."""

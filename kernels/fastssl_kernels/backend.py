@@ -1,0 +1,99 @@
+"""Which implementation runs a loss: the user's choice, what the machine can do, and no silent fallback."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "blockwise", "reference")
+TRITON_MAX_FEATURES = 512  # one row of the accumulator has to stay in registers
+
+_chosen: ContextVar[str | None] = ContextVar("fastssl_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the losses called inside the `with` block on backend `name`.
+
+    "auto" (the default): triton for CUDA tensors where it can, else blockwise. "triton": CUDA tensors, and
+    CPU tensors under TRITON_INTERPRET=1. "blockwise": any device. "reference": the definition, with N x K
+    logits in memory. Outside of any block the environment variable FASTSSL_BACKEND decides. A backend named
+    here or there that cannot run raises; nothing falls back silently. Compiled code recompiles when the
+    choice made here changes, and reads the environment variable once, while it is traced.
+    """
+    token = _chosen.set(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def available_backends(device: torch.device | str) -> dict[str, str | None]:
+    """Each backend's name with None where it runs on `device`, else with the reason why it does not."""
+    return {"triton": _why_not_triton(torch.device(device)), "blockwise": None, "reference": None}
+
+
+def requested() -> str:
+    """The name given to `use_backend`, else FASTSSL_BACKEND, else "auto"."""
+    return _chosen.get() or _known(os.environ.get("FASTSSL_BACKEND", "auto"), "FASTSSL_BACKEND")
+
+
+def resolve(name: str, query: Tensor, queue: Tensor) -> str:
+    """The implementation, "triton" or "blockwise", that `name` means for these tensors.
+
+    Raises RuntimeError where triton was named and cannot run.
+    """
+    if name == "blockwise":
+        return name
+    reason = _why_not_triton(query.device) or _why_not_these(queue)
+    if name == "triton" and reason:
+        raise RuntimeError(f'backend "triton" was chosen, but {reason}; choose "auto" or "blockwise" with use_backend')
+    return "triton" if query.device.type == "cuda" and not reason else name.replace("auto", "blockwise")
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f'{source} was given "{name}"; the backends are {", ".join(BACKENDS)}')
+    return name
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if not _triton_is_installed():
+        return "the package triton is not installed (it comes with torch on Linux)"
+    if device.type == "cuda":
+        return _why_not_cuda(device)
+    if device.type != "cpu":
+        return f"Triton kernels run on CUDA devices and the tensors are on {device.type}"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels run on CPU tensors only under TRITON_INTERPRET=1"
+    return None
+
+
+def _why_not_these(queue: Tensor) -> str | None:
+    if queue.dtype == torch.float64:
+        return "Triton kernels do not take float64"
+    if queue.shape[1] > TRITON_MAX_FEATURES:
+        return f"Triton kernels take at most {TRITON_MAX_FEATURES} features and the rows have {queue.shape[1]}"
+    return None
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _why_not_cuda(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"Triton kernels need compute capability 8.0 and this device has {capability[0]}.{capability[1]}"
+    return None

@@ -1,0 +1,81 @@
+"""Labelled queue read: negatives and negated positives of one share of the queue, in two accumulators."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import LOWEST, absorb, dot, load_scaled_query, load_tile, store_partial
+
+
+@triton.jit
+def labelled_read_kernel(
+    query,  # [rows, features] contiguous
+    queue,  # [entries, features], last stride 1
+    query_labels,  # [rows] int64, -1 unknown
+    queue_labels,  # [entries] int64, -1 unknown
+    negative_lse,  # [splits, rows], base 2
+    negative_mean,  # [splits, rows, features]
+    positive_lse,  # of the negated logits
+    positive_mean,
+    largest,  # [splits, rows]: the largest logit, base 2
+    scale,
+    rows,
+    entries,
+    features,
+    queue_stride,
+    share,  # entries per split, a multiple of ENTRIES
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FULL: tl.constexpr,
+    ONLINE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    ACCURACY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first_row = tl.program_id(0) * ROWS
+    split = tl.program_id(1)
+    row = first_row + tl.arange(0, ROWS)
+    x = load_scaled_query(query, first_row, rows, features, scale, queue.dtype.element_ty, ROWS, FEATURES)
+    row_label = tl.load(query_labels + row, mask=row < rows, other=-1)
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    negative_shift = tl.full([ROWS], LOWEST if ONLINE else 0.0, tl.float32)
+    negative_total = tl.zeros([ROWS], tl.float32)
+    negative_rounded = tl.zeros([ROWS], tl.float32)
+    negative = tl.zeros([ROWS, FEATURES], tl.float32)
+    positive_shift = tl.full([ROWS], LOWEST if ONLINE else 0.0, tl.float32)
+    positive_total = tl.zeros([ROWS], tl.float32)
+    positive_rounded = tl.zeros([ROWS], tl.float32)
+    positive = tl.zeros([ROWS, FEATURES], tl.float32)
+    for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        tile = load_tile(queue, first, entries, queue_stride, features, ENTRIES, FEATURES, FULL)
+        entry_label = tl.load(queue_labels + entry, mask=entry < entries, other=-1)
+        logits = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
+        if not FULL:
+            logits = tl.where(entry < entries, logits, float("-inf"))
+        if ACCURACY:
+            top = tl.maximum(top, tl.max(logits, 1))
+        # Beyond the tail the label is -1, which matches nothing.
+        same = (row_label[:, None] == entry_label[None, :]) & (row_label != -1)[:, None]
+        negative_shift, negative_total, negative_rounded, negative = absorb(
+            tl.where(same, float("-inf"), logits),
+            tile, negative_shift, negative_total, negative_rounded, negative, ONLINE, ROUNDED, PRECISION,
+        )  # fmt: skip
+        # Few labels or many classes leave most tiles without a positive.
+        if tl.max(tl.max(same.to(tl.int32), 1), 0) > 0:
+            positive_shift, positive_total, positive_rounded, positive = absorb(
+                tl.where(same, -logits, float("-inf")),
+                tile, positive_shift, positive_total, positive_rounded, positive, ONLINE, ROUNDED, PRECISION,
+            )  # fmt: skip
+    store_partial(
+        negative_lse, negative_mean, split, first_row, rows, features,
+        negative_shift, negative_total, negative_rounded, negative, ROWS, FEATURES,
+    )  # fmt: skip
+    store_partial(
+        positive_lse, positive_mean, split, first_row, rows, features,
+        positive_shift, positive_total, positive_rounded, positive, ROWS, FEATURES,
+    )  # fmt: skip
+    if ACCURACY:
+        tl.store(largest + tl.cast(split, tl.int64) * rows + row, top, mask=row < rows)

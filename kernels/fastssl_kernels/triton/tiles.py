@@ -1,0 +1,104 @@
+"""What every queue-read kernel is made of: masked loads, products, a softmax accumulator, its result."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOWEST = tl.constexpr(-1e30)  # log of an empty sum: finite, so that the difference of two is 0 and not NaN
+
+
+@triton.jit
+def load_tile(base, first, count, stride, features, ROWS: tl.constexpr, FEATURES: tl.constexpr, FULL: tl.constexpr):
+    """[ROWS, FEATURES] of a row-major matrix from row `first` on; zero beyond its edges."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, FEATURES)[None, :]
+    pointers = base + tl.cast(first, tl.int64) * stride + row * stride + column
+    if FULL:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(row < count - first) & (column < features), other=0.0)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 to `dtype`, to the nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates, a bias of 0.3 %
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_scaled_query(
+    query, first, rows, features, scale, dtype: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr
+):
+    """Queries with log2(e) / temperature folded in, in float32 before the one rounding to `dtype`."""
+    tile = load_tile(query, first, rows, features, features, ROWS, FEATURES, False)
+    return round_to(tile.to(tl.float32) * scale, dtype)
+
+
+@triton.jit
+def dot(a, b, sum, PRECISION: tl.constexpr):
+    """a @ b + sum in float32."""
+    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit
+def absorb(
+    logits,
+    tile,
+    shift,
+    total,
+    rounded,
+    weighted,
+    ONLINE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add a tile's 2**logit to `total` and its 2**logit * entry to `weighted`, both relative to 2**shift.
+
+    `rounded` sums the weights as the product sees them, so that weighted / rounded is a true mean; the LSE
+    needs the exact `total`.
+    """
+    if ONLINE:
+        higher = tl.maximum(shift, tl.max(logits, 1))
+        keep = tl.exp2(shift - higher)
+        total *= keep
+        rounded *= keep
+        weighted *= keep[:, None]
+        shift = higher
+        logits -= higher[:, None]
+    weights = tl.exp2(logits)
+    total += tl.sum(weights, 1)
+    weights = round_to(weights, tile.dtype)
+    rounded = rounded + tl.sum(weights.to(tl.float32), 1) if ROUNDED else total
+    return shift, total, rounded, dot(weights, tile, weighted, PRECISION)
+
+
+@triton.jit
+def store_partial(
+    lse,
+    mean,
+    split,
+    first,
+    rows,
+    features,
+    shift,
+    total,
+    rounded,
+    weighted,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Write one accumulator to lse [splits, rows] and mean [splits, rows, features]."""
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, FEATURES)[None, :]
+    at = tl.cast(split, tl.int64) * rows + row
+    filled = total > 0
+    tl.store(lse + at, tl.where(filled, shift + tl.log2(tl.where(filled, total, 1.0)), LOWEST), mask=row < rows)
+    value = weighted / tl.where(filled, rounded, 1.0)[:, None]
+    tl.store(mean + at[:, None] * features + column, value, mask=(row < rows)[:, None] & (column < features))

@@ -1,0 +1,297 @@
+"""The sample plan: everything random about the input, as a pure function of (seed, epoch, position, view)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.views import ViewSpec
+
+# The second key word separates the uses of a seed; its values are part of every run's identity.
+_ORDER_STREAM, _VIEW_STREAM, _LABEL_STREAM = range(3)
+
+_ATTEMPTS = 10
+
+
+class _Column:
+    """Which uniform draws of a position decide what; a new augmentation takes spare columns."""
+
+    AREA = slice(0, 10)
+    LOG_RATIO = slice(10, 20)
+    TOP = 20
+    LEFT = 21
+    FLIP = 22
+    JITTER_APPLIED = 23
+    JITTER_FACTORS = slice(24, 28)
+    JITTER_ORDER = slice(28, 32)
+    GREY = 32
+    BLUR_APPLIED = 33
+    BLUR_SIGMA = 34
+    SOLARIZE = 35
+    COUNT = 48
+
+
+_BLOCKS_PER_POSITION = _Column.COUNT // 4  # one step of the Philox counter yields four draws
+
+
+@dataclass(frozen=True, slots=True)
+class ViewPlan:
+    """The numbers of one view for B images; the fields after `boxes` are those of AugmentParameters.
+
+    `size`: side of the view in pixels. `boxes`: int32 [B, 4], (top, left, height, width) in source pixels.
+    `flip`, `grey`, `solarize`: bool [B]. `order`: int64 [B, 4].
+    `brightness`, `contrast`, `saturation`, `hue`, `blur_sigma`: float32 [B].
+    """
+
+    size: int
+    boxes: NDArray[np.int32]
+    flip: NDArray[np.bool_]
+    brightness: NDArray[np.float32]
+    contrast: NDArray[np.float32]
+    saturation: NDArray[np.float32]
+    hue: NDArray[np.float32]
+    order: NDArray[np.int64]
+    grey: NDArray[np.bool_]
+    blur_sigma: NDArray[np.float32]
+    solarize: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What to load for one batch: `ids` and `labels` int64 [B] (-1 = unknown) and one ViewPlan a view."""
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    views: tuple[ViewPlan, ...]
+
+
+class SamplePlan:
+    """Gives the samples of any stretch of any epoch, and all their random numbers, with no state.
+
+    `widths`, `heights`: int [n], source pixels. `labels`: int [n], -1 = unknown, what the method may see.
+    Equal arguments give equal plans on every machine and on any number of ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: ArrayLike,
+        heights: ArrayLike,
+        labels: ArrayLike,
+        views: Sequence[ViewSpec],
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        self.widths = np.asarray(widths, dtype=np.int64)
+        self.heights = np.asarray(heights, dtype=np.int64)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.views = tuple(views)
+        self.seed = _checked_seed(seed)
+        self.shuffle = shuffle
+        if not self.widths.shape == self.heights.shape == self.labels.shape == (len(self.widths),):
+            shapes = self.widths.shape, self.heights.shape, self.labels.shape
+            raise ValueError(f"widths, heights and labels have shapes {shapes}; they must be [n], with one n")
+        self._latest_order: tuple[int, NDArray[np.int64]] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+    def batch(self, epoch: int, start: int, stop: int) -> BatchPlan:
+        """The plan of positions [start, stop) of an epoch; any sub-range gives the same numbers."""
+        if not (epoch >= 0 and 0 <= start <= stop <= self.num_samples):
+            raise ValueError(
+                f"positions {start} to {stop} of epoch {epoch} were asked for;"
+                f" epochs count from 0 and hold {self.num_samples} samples"
+            )
+        ids = self._order(epoch)[start:stop].copy()
+        widths, heights = self.widths[ids], self.heights[ids]
+        return BatchPlan(
+            ids=ids,
+            labels=self.labels[ids],
+            views=tuple(
+                _centre_view(spec, widths, heights)
+                if spec.centre is not None
+                else _random_view(spec, widths, heights, self._draws(epoch, view, start, stop - start))
+                for view, spec in enumerate(self.views)
+            ),
+        )
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if not self.shuffle:
+            epoch = 0
+        latest = self._latest_order
+        if latest is None or latest[0] != epoch:
+            order = np.arange(self.num_samples)
+            if self.shuffle:
+                # Generator.permutation may change between NumPy versions; the raw Philox stream may not.
+                chance = _philox(self.seed, _ORDER_STREAM, [0, 0, 0, epoch]).random_raw(self.num_samples)
+                order = np.argsort(chance, kind="stable")
+            latest = self._latest_order = (epoch, order)
+        return latest[1]
+
+    def _draws(self, epoch: int, view: int, start: int, count: int) -> NDArray[np.float64]:
+        """Uniforms in [0, 1), [count, _Column.COUNT]."""
+        counter = [start * _BLOCKS_PER_POSITION, 0, view, epoch]
+        raw = _philox(self.seed, _VIEW_STREAM, counter).random_raw(count * _Column.COUNT)
+        return (raw >> np.uint64(11)).reshape(count, _Column.COUNT) * np.float64(2.0**-53)
+
+
+class TrainingSteps:
+    """`steps[step]` is this rank's BatchPlan of any training step; the incomplete last batch is dropped.
+
+    The ranks of a step take consecutive stretches of the global batch, so the samples of a step do not depend
+    on the number of ranks.
+    """
+
+    def __init__(self, plan: SamplePlan, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch size {batch_size} on rank {rank} of {world_size} was given; --train.batch-size must"
+                " be at least 1 and the rank below the number of ranks"
+            )
+        self.plan = plan
+        self.batch_size = batch_size
+        self.rank = rank
+        self.global_batch_size = batch_size * world_size
+        self.steps_per_epoch = plan.num_samples // self.global_batch_size
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"--train.batch-size {batch_size} on {world_size} ranks needs {self.global_batch_size} images"
+                f" and the data set has {plan.num_samples}; give a smaller one"
+            )
+
+    def __getitem__(self, step: int) -> BatchPlan:
+        if step < 0:
+            raise IndexError(f"step {step} was asked for; steps count from 0")
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self.global_batch_size + self.rank * self.batch_size
+        return self.plan.batch(epoch, start, start + self.batch_size)
+
+
+class EvaluationSteps:
+    """`steps[step]` walks the plan once, in order; the last batch holds what is left."""
+
+    def __init__(self, plan: SamplePlan, *, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size} was given; it must be at least 1")
+        self.plan = plan
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self.plan.num_samples // self.batch_size)
+
+    def __getitem__(self, step: int) -> BatchPlan:
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} was asked for; there are {len(self)}")
+        start = step * self.batch_size
+        return self.plan.batch(0, start, min(start + self.batch_size, self.plan.num_samples))
+
+
+def partial_labels(labels: ArrayLike, fraction: float, seed: int) -> NDArray[np.int64]:
+    """Labels with all but round(fraction * n_c) of every class c set to -1 (unknown).
+
+    With one seed, the labels kept at a fraction are among those kept at any higher fraction.
+    """
+    if not 0 <= fraction <= 1:
+        raise DataError(f"a label fraction of {fraction} was given; --data.label-fraction must lie in [0, 1]")
+    labels = np.asarray(labels, dtype=np.int64)
+    chance = _philox(_checked_seed(seed), _LABEL_STREAM, [0, 0, 0, 0]).random_raw(len(labels))
+    by_class = np.lexsort((chance, labels))
+    _, first, class_index, count = np.unique(
+        labels[by_class], return_index=True, return_inverse=True, return_counts=True
+    )
+    rank_in_class = np.arange(len(labels)) - first[class_index]
+    kept = by_class[rank_in_class < np.rint(fraction * count)[class_index]]
+    result = np.full_like(labels, -1)
+    result[kept] = labels[kept]
+    return result
+
+
+def _random_view(
+    spec: ViewSpec, widths: NDArray[np.int64], heights: NDArray[np.int64], draws: NDArray[np.float64]
+) -> ViewPlan:
+    jittered = draws[:, _Column.JITTER_APPLIED] < spec.jitter_probability
+    factors = draws[:, _Column.JITTER_FACTORS]
+
+    def factor(index: int) -> NDArray[np.float32]:
+        low, high = max(0.0, 1 - spec.jitter[index]), 1 + spec.jitter[index]
+        return np.where(jittered, low + (high - low) * factors[:, index], 1).astype(np.float32)
+
+    sigma_low, sigma_high = spec.blur_sigma
+    sigma = sigma_low + (sigma_high - sigma_low) * draws[:, _Column.BLUR_SIGMA]
+    blurred = draws[:, _Column.BLUR_APPLIED] < spec.blur
+    return ViewPlan(
+        size=spec.size,
+        boxes=_random_resized_boxes(spec, widths, heights, draws),
+        flip=draws[:, _Column.FLIP] < spec.flip,
+        brightness=factor(0),
+        contrast=factor(1),
+        saturation=factor(2),
+        hue=np.where(jittered, spec.jitter[3] * (2 * factors[:, 3] - 1), 0).astype(np.float32),
+        order=np.argsort(draws[:, _Column.JITTER_ORDER], axis=1),
+        grey=draws[:, _Column.GREY] < spec.grey,
+        blur_sigma=np.where(blurred, sigma, 0).astype(np.float32),
+        solarize=draws[:, _Column.SOLARIZE] < spec.solarize,
+    )
+
+
+def _random_resized_boxes(
+    spec: ViewSpec, widths: NDArray[np.int64], heights: NDArray[np.int64], draws: NDArray[np.float64]
+) -> NDArray[np.int32]:
+    """Boxes as torchvision's RandomResizedCrop.get_params draws them: the first of ten attempts that fits."""
+    scale_low, scale_high = spec.scale
+    ratio_low, ratio_high = spec.ratio
+    area = (widths * heights)[:, None] * (scale_low + (scale_high - scale_low) * draws[:, _Column.AREA])
+    log_low, log_high = np.log(ratio_low), np.log(ratio_high)
+    ratio = np.exp(log_low + (log_high - log_low) * draws[:, _Column.LOG_RATIO])
+    tried_width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    tried_height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (tried_width > 0) & (tried_width <= widths[:, None])
+    fits &= (tried_height > 0) & (tried_height <= heights[:, None])
+
+    rows, attempt = np.arange(len(widths)), fits.argmax(axis=1)
+    found = fits[rows, attempt]
+    # Without a fit: the largest central box whose ratio is allowed.
+    width = np.where(found, tried_width[rows, attempt], np.minimum(widths, np.rint(heights * ratio_high)))
+    height = np.where(found, tried_height[rows, attempt], np.minimum(heights, np.rint(widths / ratio_low)))
+    width, height = np.maximum(width, 1), np.maximum(height, 1)
+    room_top, room_left = heights - height, widths - width
+    top = np.where(found, np.floor(draws[:, _Column.TOP] * (room_top + 1)), room_top // 2)
+    left = np.where(found, np.floor(draws[:, _Column.LEFT] * (room_left + 1)), room_left // 2)
+    return np.stack([top, left, height, width], axis=1).astype(np.int32)
+
+
+def _centre_view(spec: ViewSpec, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> ViewPlan:
+    assert spec.centre is not None
+    count = len(widths)
+    side = np.maximum(1, np.rint(spec.centre * np.minimum(widths, heights))).astype(np.int64)
+    boxes = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
+    ones, zeros, never = np.ones(count, np.float32), np.zeros(count, np.float32), np.zeros(count, np.bool_)
+    return ViewPlan(
+        size=spec.size,
+        boxes=boxes.astype(np.int32),
+        flip=never,
+        brightness=ones,
+        contrast=ones,
+        saturation=ones,
+        hue=zeros,
+        order=np.tile(np.arange(4), (count, 1)),
+        grey=never,
+        blur_sigma=zeros,
+        solarize=never,
+    )
+
+
+def _philox(seed: int, stream: int, counter: list[int]) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, stream], np.uint64), counter=np.array(counter, np.uint64))
+
+
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed {seed} was given; it must be in [0, 2**64)")
+    return seed

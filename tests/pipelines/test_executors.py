@@ -1,0 +1,335 @@
+"""Executors: the same plan gives the same batches, pixel by pixel within stated tolerances."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl_pipelines import (
+    ArraySource,
+    DataError,
+    EvaluationSteps,
+    Executor,
+    ImageFolder,
+    SamplePlan,
+    Source,
+    TrainingSteps,
+    ViewSpec,
+    available_executors,
+    build_executor,
+)
+from fastssl_pipelines.executor import _automatic
+
+NAMES = ("resident", "torchvision", "dali")
+NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+ENLARGED = ViewSpec(size=64, scale=(0.02, 0.1))
+REDUCED = ViewSpec(size=16, scale=(0.5, 1.0), blur=0.5)
+PLAIN = ViewSpec(size=24, jitter_probability=0, grey=0)
+
+
+def build(name: str, source: Source, workers: int = 0, **options) -> Executor:
+    if reason := available_executors()[name]:
+        pytest.skip(f"{name}: {reason}")
+    return build_executor(name, source, workers=workers, **NORMALISATION, **options)
+
+
+def photo(height: int, width: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    wave = [np.sin(x / rng.uniform(4, 30) + c) * np.cos(y / rng.uniform(4, 30)) for c in range(3)]
+    return (128 + 100 * np.stack(wave, -1) + rng.normal(0, 8, (height, width, 3))).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> ImageFolder:
+    """24 JPEG and PNG files of two classes, no two of one size."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(24):
+        path = root / f"class{number % 2}" / f"{number:02}.{'png' if number % 3 else 'jpg'}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(photo(60 + 7 * number, 150 - 4 * number, number)).save(path)
+    return ImageFolder(root)
+
+
+@pytest.fixture(scope="module")
+def small() -> ArraySource:
+    images = np.stack([photo(32, 32, seed) for seed in range(40)])
+    return ArraySource("small", images, np.arange(40) % 4, ("a", "b", "c", "d"))
+
+
+def plan_of(source: Source, *views: ViewSpec, shuffle: bool = True) -> SamplePlan:
+    return SamplePlan(
+        widths=source.widths,
+        heights=source.heights,
+        labels=source.labels,
+        views=views or (ENLARGED, REDUCED),
+        seed=0,
+        shuffle=shuffle,
+    )
+
+
+def inside(crops: torch.Tensor) -> torch.Tensor:
+    margin = crops.shape[1] // 8
+    return crops[:, margin:-margin, margin:-margin]
+
+
+def difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (first.int() - second.int()).abs()
+
+
+@pytest.mark.parametrize("name", ["resident", "dali"])
+@pytest.mark.parametrize("kind", ["folder", "small"])
+@pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, centre=0.875)])
+def test_pixels_are_those_of_torchvision_within_one_level(request, name, kind, view):
+    source = request.getfixturevalue(kind)
+    batch = plan_of(source, view).batch(0, 0, len(source))
+    (crops,), (expected,) = build(name, source).crops(batch), build("torchvision", source).crops(batch)
+    assert crops.dtype == torch.uint8
+    assert crops.shape == expected.shape == (len(source), view.size, view.size, 3)
+    levels = difference(crops, expected)
+    assert difference(inside(crops), inside(expected)).max() <= 1
+    # DALI repeats the border pixel of a box that it makes smaller where torchvision narrows the filter.
+    most, mean = (12, 0.4) if name == "dali" else (1, 0.25)
+    assert levels.max() <= most
+    assert levels.float().mean() < mean
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_whole_image_at_its_own_size_is_unchanged(name, small):
+    batch = plan_of(small, ViewSpec(size=32, centre=1.0), shuffle=False).batch(0, 0, 40)
+    (crops,) = build(name, small).crops(batch)
+    np.testing.assert_array_equal(crops, np.stack([small.pixels(index) for index in range(40)]))
+
+
+@pytest.mark.parametrize("name", ["resident", "dali"])
+def test_every_kind_of_file_is_decoded_alike(name, tmp_path):
+    image = Image.fromarray(photo(48, 48, 0))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for mode in ("L", "P", "1", "RGBA", "LA"):
+        image.convert(mode).save(tmp_path / f"{mode}.png")
+    for mode in ("L", "CMYK"):
+        image.convert(mode).save(tmp_path / f"{mode}.jpg")
+    Image.fromarray(np.asarray(image)[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "16 bit.png")
+    image.save(tmp_path / "progressive.jpg", progressive=True)
+    image.save(tmp_path / "full colour resolution.jpg", subsampling=0)
+    image.save(tmp_path / "turned.jpg", exif=turned)
+    source = ImageFolder(tmp_path)
+    batch = plan_of(source, ViewSpec(size=48, centre=1.0)).batch(0, 0, len(source))
+    (crops,), (expected,) = build(name, source).crops(batch), build("torchvision", source).crops(batch)
+    assert torch.equal(crops, expected)
+
+
+def test_the_resident_images_are_processed_in_parts(monkeypatch, folder):
+    batch = plan_of(folder).batch(0, 0, 24)
+    whole = build("resident", folder).crops(batch)
+    monkeypatch.setattr("fastssl_pipelines.resident._WORKING_SET_VALUES", 5 * 221 * 150 * 3)
+    for crops, expected in zip(build("resident", folder).crops(batch), whole, strict=True):
+        assert torch.equal(crops, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_the_plan_applied(name, folder):
+    steps = TrainingSteps(plan_of(folder), batch_size=8)
+    plan = steps[4]
+    batch = build(name, folder, dtype=torch.bfloat16).batch(plan, 4)
+    assert batch.step == 4
+    assert batch.ids.tolist() == plan.ids.tolist()
+    assert batch.labels.tolist() == folder.labels[plan.ids].tolist()
+    assert [tuple(view.shape) for view in batch.views] == [(8, 3, 64, 64), (8, 3, 16, 16)]
+    for view in batch.views:
+        assert view.dtype == torch.bfloat16
+        assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["resident", "dali"])
+def test_batches_agree_between_executors(name, small):
+    plan = plan_of(small, PLAIN).batch(0, 0, 40)
+    batch, expected = build(name, small).batch(plan, 0), build("torchvision", small).batch(plan, 0)
+    levels = (batch.views[0] - expected.views[0]).abs() * 0.225 * 255
+    assert levels.mean() < 0.3
+    assert plan.views[0].flip.any()
+    assert not plan.views[0].flip.all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flip_and_normalisation_are_applied(name, small):
+    plan = plan_of(small, ViewSpec(size=32, scale=(1, 1), ratio=(1, 1), jitter_probability=0, grey=0)).batch(0, 0, 40)
+    batch = build(name, small).batch(plan, 0)
+    mean, std = (torch.tensor(NORMALISATION[key])[:, None, None] for key in ("mean", "std"))
+    for row, index in enumerate(plan.ids):
+        image = torch.from_numpy(small.pixels(index)).permute(2, 0, 1)
+        image = image.flip(2) if plan.views[0].flip[row] else image
+        torch.testing.assert_close(batch.views[0][row], (image / 255 - mean) / std, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_from_the_middle_equals_the_whole_across_epochs(name, small):
+    steps = TrainingSteps(plan_of(small), batch_size=16)
+    assert steps.steps_per_epoch == 2
+    whole = list(build(name, small).stream(steps, 0, 5))
+    resumed = list(build(name, small).stream(steps, 3, 5))
+    assert [batch.step for batch in whole] == [0, 1, 2, 3, 4]
+    for one, other in zip(whole[3:], resumed, strict=True):
+        assert one.step == other.step
+        assert torch.equal(one.ids, other.ids)
+        assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+    assert sorted(torch.cat([whole[2].ids, whole[3].ids]).tolist()) != sorted(range(32))
+    assert not any(torch.equal(one.ids, other.ids) for one, other in pairwise(whole))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_give_the_batch_of_one(name, small):
+    executor = build(name, small)
+    one = executor.batch(TrainingSteps(plan_of(small), batch_size=32)[1], 1)
+    ranks = [TrainingSteps(plan_of(small), batch_size=16, rank=rank, world_size=2)[1] for rank in (0, 1)]
+    two = [executor.batch(plan, 1) for plan in ranks]
+    assert torch.equal(one.ids, torch.cat([batch.ids for batch in two]))
+    for number in range(2):
+        torch.testing.assert_close(one.views[number], torch.cat([batch.views[number] for batch in two]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_ends_with_a_smaller_batch(name, folder):
+    steps = EvaluationSteps(plan_of(folder, ViewSpec(size=32, centre=0.875), shuffle=False), batch_size=10)
+    executor = build(name, folder)
+    batches = list(executor.stream(steps, 0, len(steps)))
+    assert [len(batch.labels) for batch in batches] == [10, 10, 4]
+    assert torch.cat([batch.ids for batch in batches]).tolist() == list(range(24))
+    larger = EvaluationSteps(steps.plan, batch_size=24)
+    (whole,) = executor.stream(larger, 0, 1)
+    torch.testing.assert_close(whole.views[0], torch.cat([batch.views[0] for batch in batches]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_crops_stay_intact_while_later_ones_are_made(name, small):
+    steps = TrainingSteps(plan_of(small), batch_size=16)
+    executor = build(name, small)
+    kept = executor.crops(steps[0])
+    copies = [crops.clone() for crops in kept]
+    for step in range(1, 6):
+        executor.crops(steps[step])
+    assert all(torch.equal(crops, copy) for crops, copy in zip(kept, copies, strict=True))
+
+
+@pytest.fixture
+def broken(tmp_path) -> ImageFolder:
+    """16 images, of which number 11 has a good header and no end."""
+    for number in range(16):
+        Image.fromarray(photo(40, 50, number)).save(tmp_path / f"{number:02}.jpg")
+    content = (tmp_path / "11.jpg").read_bytes()
+    (tmp_path / "11.jpg").write_bytes(content[: len(content) * 2 // 3])
+    return ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "dali"])
+def test_a_truncated_file_is_named_and_earlier_batches_still_come(name, broken):
+    executor = build(name, broken)
+    steps = EvaluationSteps(plan_of(broken, shuffle=False), batch_size=4)
+    stream = executor.stream(steps, 0, len(steps))
+    assert [next(stream).step, next(stream).step] == [0, 1]
+    with pytest.raises(DataError, match=r"11\.jpg cannot be read .*--data\.root"):
+        next(stream)
+    assert executor.batch(steps[3], 3).ids.tolist() == [12, 13, 14, 15]
+
+
+def test_a_truncated_file_is_named_when_the_resident_executor_starts(broken):
+    with pytest.raises(DataError, match=r"11\.jpg cannot be read .*--data\.root"):
+        build("resident", broken)
+
+
+def test_a_worker_process_gives_the_same_batches_and_the_same_error(small, broken):
+    steps = TrainingSteps(plan_of(small), batch_size=16)
+    in_process = list(build("torchvision", small).stream(steps, 1, 4))
+    for one, other in zip(in_process, build("torchvision", small, workers=1).stream(steps, 1, 4), strict=True):
+        assert (one.step, one.ids.tolist()) == (other.step, other.ids.tolist())
+        assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+
+    steps = EvaluationSteps(plan_of(broken, shuffle=False), batch_size=4)
+    with pytest.raises(DataError, match=r"11\.jpg cannot be read") as raised:
+        list(build("torchvision", broken, workers=1).stream(steps, 0, len(steps)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "workers"), [("resident", 0), ("torchvision", 0), ("torchvision", 1), ("dali", 1)])
+def test_a_stream_stops_with_its_consumer(name, workers, small):
+    executor = build(name, small, workers=workers)
+    stream = executor.stream(TrainingSteps(plan_of(small), batch_size=4), 0, 10**9)
+    assert next(stream).step == 0
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastssl-input")]
+
+
+def test_a_stream_prepares_no_more_than_it_was_told(small):
+    asked = []
+
+    class Watched(TrainingSteps):
+        def __getitem__(self, step):
+            asked.append(step)
+            return super().__getitem__(step)
+
+    stream = build("resident", small, prefetch=1).stream(Watched(plan_of(small), batch_size=4), 0, 100)
+    next(stream)
+    next(stream)
+    stream.close()
+    assert asked in ([0, 1], [0, 1, 2])
+
+
+EXIT_WITH_OPEN_STREAM = """
+import sys
+import numpy as np
+from fastssl_pipelines import ArraySource, SamplePlan, TrainingSteps, ViewSpec, build_executor
+
+if __name__ == "__main__":
+    assert not {"torchvision", "nvidia.dali", "fastssl"} & set(sys.modules), "imported without need"
+    source = ArraySource("s", np.zeros((8, 9, 9, 3), np.uint8), np.zeros(8, int), ("a",))
+    plan = SamplePlan(widths=source.widths, heights=source.heights, labels=source.labels,
+                      views=[ViewSpec(size=8)], seed=0)
+    executor = build_executor("torchvision", source, mean=(0, 0, 0), std=(1, 1, 1), workers=1)
+    stream = executor.stream(TrainingSteps(plan, batch_size=2), 0, 10**9)
+    print(next(stream).step)
+"""
+
+
+def test_the_interpreter_exits_with_an_open_stream(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(EXIT_WITH_OPEN_STREAM)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_a_misspelt_pipeline_is_refused(small):
+    with pytest.raises(DataError, match=r"jax .*--data\.pipeline is auto, dali, torchvision, resident"):
+        build_executor("jax", small, **NORMALISATION)
+
+
+def test_a_missing_package_is_named(monkeypatch, small):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert "install fastssl[dali]" in available_executors()["dali"]
+    with pytest.raises(DataError, match=r"dali does not work here: install fastssl\[dali\].*--data\.pipeline"):
+        build_executor("dali", small, **NORMALISATION)
+
+
+def test_auto_takes_resident_for_small_data_then_dali_on_a_gpu_then_torchvision(monkeypatch, small):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert _automatic(small, cpu) == _automatic(small, gpu) == "resident"
+    assert type(build_executor("auto", small, **NORMALISATION)).__name__ == "ResidentExecutor"
+    monkeypatch.setattr("fastssl_pipelines.executor._RESIDENT_LIMIT_BYTES", 40 * 32 * 32 * 3 - 1)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", ModuleType("nvidia.dali"))
+    assert _automatic(small, gpu) == "dali"
+    assert _automatic(small, cpu) == "torchvision"
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert _automatic(small, gpu) == "torchvision"
+
+
+def test_a_negative_number_of_workers_is_refused(small):
+    with pytest.raises(ValueError, match=r"--data\.workers"):
+        build_executor("resident", small, workers=-1, **NORMALISATION)
