@@ -7,13 +7,11 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from fastssl import __version__
 from fastssl.config import Config, from_json, to_json
@@ -106,20 +104,18 @@ def parse(arguments: list[str]) -> Config:
         raise ConfigError(_sentence(errors.getvalue())) from None
 
 
-def _sentence(box: str) -> str:
-    """tyro's framed message as one sentence: the error and, if there is one, the first suggestion."""
+def _sentence(message: str) -> str:
+    """tyro's message, framed or in plain ASCII, as one sentence: the error and the first suggestion, if any."""
     paragraphs: list[list[str]] = [[]]
-    for line in box.splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        if line.startswith(("╭", "╰")):
-            continue
-        if text and set(text) == {"─"}:
-            paragraphs.append([])
-        else:
+    for line in message.splitlines():
+        text = line.strip("│╭╮╰╯─- ") if line.startswith("╭") else line.strip("│╭╮╰╯ ")
+        if text and not set(text) <= {"─", "-"}:
             paragraphs[-1].append(text)
-    error = " ".join(paragraphs[0])
-    hint = next((p[1].split()[0] for p in paragraphs if p and p[0].startswith("Perhaps you meant") and p[1:]), None)
-    return f"{error}; did you mean {hint}?" if hint else error
+        if line.startswith("╭") or (text and set(text) <= {"─", "-"}):
+            paragraphs.append([])
+    _title, error, *rest = paragraphs
+    hint = next((p[1].split()[0] for p in rest if p and p[0].startswith("Perhaps you meant")), None)
+    return " ".join(error) + (f"; did you mean {hint}?" if hint else "")
 
 
 def resume(arguments: list[str]) -> int:
@@ -142,7 +138,10 @@ def _train(config: Config, folder: Path) -> int:
     from fastssl.train.trainer import Trainer
 
     trainer = Trainer(config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be made ({error.strerror}); change --run.dir") from None
     if not (folder / "config.json").exists():
         (folder / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
         (folder / "config.json").write_text(to_json(config), encoding="utf-8")
@@ -158,18 +157,21 @@ def _text(path: Path) -> str:
 
 def methods(arguments: list[str]) -> int:
     """`fastssl methods`."""
-    rows = [(name, cls.Config.paper, (cls.__doc__ or "").splitlines()[0]) for name, cls in METHODS.items()]
-    return _print_table(("method", "paper", "what it does"), rows, arguments)
+    _no_arguments(arguments)
+    for name, cls in METHODS.items():
+        print(f"{name:<12} {cls.Config.paper:<18} {(cls.__doc__ or '').splitlines()[0]}")
+    return 0
 
 
 def presets(arguments: list[str]) -> int:
     """`fastssl presets`."""
-    rows = []
+    _no_arguments(arguments)
     for name, preset in PRESETS.items():
         config = preset.build()
-        epochs = str(config.train.epochs)
-        rows.append((name, config.method.name, preset.data, epochs, preset.published, preset.differs or "-"))
-    return _print_table(("preset", "method", "data", "epochs", "published", "what differs here"), rows, arguments)
+        print(f"{name:<18} {config.method.name} on {preset.data}, {config.train.epochs} epochs")
+        print(f"{'':<18} published: {preset.published}")
+        print(f"{'':<18} here: {preset.differs}")
+    return 0
 
 
 def doctor(arguments: list[str]) -> int:
@@ -181,15 +183,6 @@ def doctor(arguments: list[str]) -> int:
         print(title)
         for name, value in rows:
             print(f"  {name:<22} {value}")
-    return 0
-
-
-def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], arguments: list[str]) -> int:
-    _no_arguments(arguments)
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
     return 0
 
 

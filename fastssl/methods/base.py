@@ -50,6 +50,7 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]]
     number_of_views: ClassVar[int]
+    uses_labels: ClassVar[bool] = False
 
     def __init__(self, encoder: Encoder, config: MethodConfig, views: tuple[ViewSpec, ...]):
         super().__init__()

@@ -27,6 +27,7 @@ class UniMoCo(MoCoV2):
     """
 
     Config = UniMoCoConfig
+    uses_labels = True
 
     def loss(self, query: Tensor, key: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         result = unicon(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 
 from fastssl.config import TrainConfig
+from fastssl.errors import ConfigError
 from fastssl.methods import Method, MethodOutput
 from fastssl_pipelines.batch import Batch
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The device to train on; "auto" takes CUDA where there is a GPU."""
+    """The device to train on; "auto" takes CUDA where there is a GPU. ConfigError for a GPU that is not there."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--train.device cuda was given and torch finds no GPU here; `fastssl doctor` tells more")
     return torch.device(config.device)
 
 

@@ -128,15 +128,15 @@ class Trainer:
         )
 
     def _begin(self) -> None:
-        source, first = self.steps.plan, self.first_step
-        known = int((source.labels >= 0).sum())
+        plan, first = self.steps.plan, self.first_step
+        known = int((plan.labels >= 0).sum()) if self.method.uses_labels else 0
         self.console.say(
-            f"{self.config.method.name} on {self.steps.plan.num_samples} images ({known} labels known), "
+            f"{self.config.method.name} on {plan.num_samples} images ({known} labels used), "
             f"{self.total_steps} steps of {self.steps.batch_size}, {self.device} {self.dtype}, "
-            f"{self.config.data.pipeline} pipeline; run folder {self.folder}"
+            f"{self.executor.name} pipeline; run folder {self.folder}"
         )
         self.log.rewind(first)
-        self.log.write("start", step=first, total_steps=self.total_steps, images=source.num_samples, labels=known)
+        self.log.write("start", step=first, total_steps=self.total_steps, images=plan.num_samples, labels=known)
         if first == 0:
             self._evaluate(0)
         else:

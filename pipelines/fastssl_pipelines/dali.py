@@ -24,6 +24,8 @@ class DaliExecutor(Executor):
     there DALI repeats the last pixel and torchvision narrows the filter.
     """
 
+    name = "dali"
+
     def __init__(self, source: Source, **options: Any) -> None:
         super().__init__(source, **options)
         self._readers = ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="fastssl-read")

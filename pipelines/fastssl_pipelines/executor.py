@@ -8,7 +8,7 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from importlib import import_module
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Executor(ABC):
     `mean`, `std`: of the normalisation, in units of the [0, 1] range. `dtype`: of the views.
     `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead.
     """
+
+    name: ClassVar[str]
 
     def __init__(
         self,

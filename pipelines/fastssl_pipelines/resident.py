@@ -20,6 +20,8 @@ _WORKING_SET_VALUES = 2**26  # float32 pixels in flight, 256 MiB, so that large 
 class ResidentExecutor(Executor):
     """For data sets that fit on the device: n * max height * max width * 3 bytes."""
 
+    name = "resident"
+
     def __init__(self, source: Source, **options: Any) -> None:
         super().__init__(source, **options)
         # [n, H, 3, W] needs no transposition between the two matrix products of a resize.

@@ -21,6 +21,8 @@ from fastssl_pipelines.sources import Source
 class TorchvisionExecutor(Executor):
     """The reference of the pixels; `workers` processes decode, and 0 decodes in the thread of the stream."""
 
+    name = "torchvision"
+
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         return _crops(self.source, plan)
 

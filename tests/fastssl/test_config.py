@@ -71,7 +71,7 @@ def test_config_file_is_the_default_and_options_go_over_it(tmp_path):
         ("--train.bath-size 5", ["--train.bath-size", "did you mean --train.batch-size"]),
         ("--train.batch-size many", ["--train.batch-size", "many"]),
         ("--train.batch-size 0", ["--train.batch-size 0", "at least 1"]),
-        ("--train.batch-size 100", ["--train.batch-size 100", "--model.splits 8", "multiple"]),
+        ("mocov2-cifar10 --train.batch-size 100", ["--train.batch-size 100", "--model.splits 8", "multiple"]),
         ("--method.queue-size 64", ["--method.queue-size 64", "at least one batch"]),
         ("--method.temperature 0", ["--method.temperature 0", "above 0"]),
         ("--data.pipeline ffcv", ["ffcv", "--data.pipeline", "resident"]),

@@ -207,6 +207,7 @@ def test_a_folder_without_a_test_split_is_judged_on_images_kept_from_training(im
         ("pretrain --model.encoder resnet19", ["resnet19", "did you mean 'resnet18'"]),
         ("pretrain --train.device cuda", ["cuda"]),
         ("pretrain --run.dir {data}", ["{data}", "already"]),
+        ("pretrain --data.pictures 240 --run.dir {data}/config.json", ["{data}/config.json", "--run.dir"]),
         ("resume /no/such/run", ["/no/such/run"]),
         ("resume", ["RUN"]),
         ("pretrian", ["pretrian", "did you mean 'pretrain'"]),
