@@ -8,13 +8,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import tyro
 
 from fastssl import __version__
-from fastssl.config import Config, from_json, to_json
+from fastssl.config import Config, RunConfig, from_json, to_json
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl.methods import METHODS
 from fastssl.presets import PRESETS, load
@@ -72,6 +73,9 @@ def _dispatch(arguments: list[str]) -> int:
 def pretrain(arguments: list[str]) -> int:
     """`fastssl pretrain [PRESET | --config FILE] [--section.field VALUE ...]`."""
     config = parse(arguments)
+    if config.data.root is not None:
+        # resume may be called from another folder
+        config = replace(config, data=replace(config.data, root=config.data.root.absolute()))
     folder = config.run.dir or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     if (folder / "config.json").exists():
         raise ConfigError(
@@ -85,11 +89,9 @@ def parse(arguments: list[str]) -> Config:
     if arguments[:1] == ["--config"]:
         if len(arguments) < 2:
             raise ConfigError("--config was given without a file; name the config.json of a run")
-        default, rest, prog = (
-            from_json(_text(Path(arguments[1]))),
-            arguments[2:],
-            "fastssl pretrain --config FILE",
-        )
+        # not the folder that the file comes from: it holds a run
+        default = replace(from_json(_text(Path(arguments[1]))), run=RunConfig())
+        rest, prog = arguments[2:], "fastssl pretrain --config FILE"
     else:
         named = bool(arguments) and not arguments[0].startswith("-")
         name = arguments[0] if named else "quickstart"

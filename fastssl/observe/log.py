@@ -30,8 +30,8 @@ class MetricsLog:
         return records
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, so that a resumed run tells every step once."""
-        kept = [record for record in self.read() if record.get("step", 0) <= step and record["event"] != "end"]
+        """Drop what was logged after `step`, all of it for 0, so that a resumed run tells every step once."""
+        kept = [record for record in self.read() if record["step"] <= step and record["event"] != "end"] if step else []
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         temporary.replace(self.path)

@@ -59,9 +59,9 @@ def test_command_line_options_reach_the_configuration(tmp_path):
 
 def test_config_file_is_the_default_and_options_go_over_it(tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(to_json(parse(["mocov2-cifar10", "--optim.lr", "0.5"])))
+    file.write_text(to_json(parse(["mocov2-cifar10", "--optim.lr", "0.5", "--run.dir", "/a/run"])))
     config = parse(["--config", str(file), "--seed", "3"])
-    assert (config.optim.lr, config.seed, config.method.name) == (0.5, 3, "mocov2")
+    assert (config.optim.lr, config.seed, config.method.name, config.run.dir) == (0.5, 3, "mocov2", None)
 
 
 @pytest.mark.parametrize(

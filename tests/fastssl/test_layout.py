@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -86,6 +87,19 @@ def test_the_wheel_holds_every_module_and_the_command(tmp_path):
             assert str(Path(package) / path.relative_to(folder)) in names
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "fastssl = fastssl.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    script = "import fastssl; print(fastssl.__file__); from fastssl.cli import main; main(['doctor'])"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith(str(installed))
+    assert "blockwise" in done.stdout
 
 
 @pytest.mark.parametrize("tool", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join)

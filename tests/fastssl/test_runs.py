@@ -131,6 +131,16 @@ def test_a_stopped_run_ends_with_the_same_weights(undisturbed, tmp_path, number)
     assert comparable[0] == comparable[1]
 
 
+def test_a_run_stopped_before_its_first_checkpoint_starts_anew(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text((undisturbed / "config.json").read_text())
+    (run / "metrics.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "train", "step": 1, "loss": 9}\n{"eve')
+    assert main(["resume", str(run)]) == 0
+    assert_same(final_state(run), final_state(undisturbed))
+    assert [line["event"] for line in records(run)].count("start") == 1
+
+
 def test_resuming_a_finished_run_changes_nothing(undisturbed, capsys):
     before = final_state(undisturbed)
     assert main(["resume", str(undisturbed)]) == 0
