@@ -38,7 +38,8 @@ def build_method(config: Config, device: torch.device) -> Method:
         model.encoder, width=model.width, stem=model.stem, norm_layer=norm_layer(model.norm, model.splits)
     )
     method = METHODS[config.method.name](encoder, config.method, config.views)
-    return method.to(device).to(memory_format=torch.channels_last)
+    # torch 2.11 does not declare this overload
+    return method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def training_steps(config: Config, source: Source) -> TrainingSteps:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 TRITON_MAX_FEATURES = 512  # one row of the accumulator has to stay in registers
 
-_chosen: ContextVar[str | None] = ContextVar("fastssl_backend", default=None)
+_chosen: str | None = None  # not a ContextVar: torch 2.11 cannot trace one
 
 
 @contextmanager
@@ -28,11 +28,12 @@ def use_backend(name: str) -> Iterator[None]:
     here or there that cannot run raises; nothing falls back silently. Compiled code recompiles when the
     choice made here changes, and reads the environment variable once, while it is traced.
     """
-    token = _chosen.set(_known(name, "use_backend"))
+    global _chosen
+    previous, _chosen = _chosen, _known(name, "use_backend")
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = previous
 
 
 def available_backends(device: torch.device | str) -> dict[str, str | None]:
@@ -42,7 +43,7 @@ def available_backends(device: torch.device | str) -> dict[str, str | None]:
 
 def requested() -> str:
     """The name given to `use_backend`, else FASTSSL_BACKEND, else "auto"."""
-    return _chosen.get() or _known(os.environ.get("FASTSSL_BACKEND", "auto"), "FASTSSL_BACKEND")
+    return _chosen or _known(os.environ.get("FASTSSL_BACKEND", "auto"), "FASTSSL_BACKEND")
 
 
 def resolve(name: str, query: Tensor, queue: Tensor) -> str:
@@ -73,6 +74,8 @@ def _why_not_triton(device: torch.device) -> str | None:
         return f"Triton kernels run on CUDA devices and the tensors are on {device.type}"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels run on CPU tensors only under TRITON_INTERPRET=1"
+    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        return "the interpreter of Triton before 3.7 needs numpy before 2.4"  # triton-lang/triton#9171
     return None
 
 
@@ -87,6 +90,12 @@ def _why_not_these(queue: Tensor) -> str | None:
 @functools.cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _release(package: str) -> tuple[int, int]:
+    major, minor, *_ = version(package).split(".")
+    return int(major), int(minor)
 
 
 @functools.cache

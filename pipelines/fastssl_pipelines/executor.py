@@ -10,6 +10,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,7 +159,7 @@ def build_executor(
 
 
 def _automatic(source: Source, device: torch.device) -> str:
-    decoded_bytes = len(source) * int(source.heights.max()) * int(source.widths.max()) * 3
+    decoded_bytes = len(source) * int(np.max(source.heights)) * int(np.max(source.widths)) * 3
     if decoded_bytes <= _RESIDENT_LIMIT_BYTES:
         return "resident"
     return "dali" if device.type == "cuda" and not _missing("dali") else "torchvision"

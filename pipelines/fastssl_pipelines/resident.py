@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class ResidentExecutor(Executor):
     def __init__(self, source: Source, **options: Any) -> None:
         super().__init__(source, **options)
         # [n, H, 3, W] needs no transposition between the two matrix products of a resize.
-        images = torch.zeros(len(source), int(source.heights.max()), 3, int(source.widths.max()), dtype=torch.uint8)
+        images = torch.zeros(len(source), int(np.max(source.heights)), 3, int(np.max(source.widths)), dtype=torch.uint8)
 
         def decode(start: int) -> None:
             for index in range(start, min(start + _DECODE_CHUNK, len(source))):
