@@ -58,5 +58,5 @@ def _test_root(root: Path) -> Path | None:
 def _hold_out(source: Source) -> Splits:
     order = np.argsort(source.labels, kind="stable")
     held = np.zeros(len(source), bool)
-    held[order[HELD_OUT - 1 :: HELD_OUT]] = True
+    held[order[min(HELD_OUT, len(order)) - 1 :: HELD_OUT]] = True  # of a handful of images, one
     return Splits(Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held)))

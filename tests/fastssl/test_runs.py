@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.cli import main
+from fastssl.cli import main, parse
+from fastssl.train.data import open_splits
 
 TINY = [
     "--data.pictures",
@@ -194,6 +195,14 @@ def test_presets_train_on_a_folder_with_every_pipeline(image_folder, tmp_path, p
         "eval",
         "end",
     ]
+
+
+def test_a_handful_of_images_leaves_one_to_judge_by(image_folder):
+    small = image_folder / "test"
+    for path in list((small / "dog").iterdir())[:4]:
+        path.unlink()
+    train, test = open_splits(parse(["mocov2-cifar10", "--data.root", str(small)]))
+    assert (len(train), len(test)) == (7, 1)
 
 
 def test_a_folder_without_a_test_split_is_judged_on_images_kept_from_training(image_folder, tmp_path):
