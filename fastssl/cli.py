@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
@@ -23,6 +24,8 @@ from fastssl_pipelines.errors import DataError
 
 EXIT_BAD_INPUT, EXIT_FAILED = 2, 1
 
+_Options = TypeVar("_Options")
+
 USAGE = """\
 usage: fastssl COMMAND [...]
 
@@ -31,6 +34,7 @@ usage: fastssl COMMAND [...]
   resume RUN                                      go on with a stopped run
   methods                                         the methods and their papers
   presets                                         the recipes and their published results
+  verify [LOSS]                                   how far every loss is from its definition, on this machine
   doctor                                          versions, devices, what works here and why not
 
 `fastssl pretrain --help` lists the options of the quickstart, `fastssl pretrain PRESET --help` those of a preset.
@@ -56,6 +60,7 @@ def _dispatch(arguments: list[str]) -> int:
         "resume": resume,
         "methods": methods,
         "presets": presets,
+        "verify": verify,
         "doctor": doctor,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -96,10 +101,14 @@ def parse(arguments: list[str]) -> Config:
         named = bool(arguments) and not arguments[0].startswith("-")
         name = arguments[0] if named else "quickstart"
         default, rest, prog = load(name), arguments[named:], f"fastssl pretrain {name}"
+    return _options(default, rest, prog)
+
+
+def _options(default: _Options, arguments: list[str], prog: str) -> _Options:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(Config, default=default, args=rest, prog=prog)
+            return tyro.cli(type(default), default=default, args=arguments, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -174,6 +183,13 @@ def presets(arguments: list[str]) -> int:
         print(f"{'':<18} published: {preset.published}")
         print(f"{'':<18} here: {preset.differs}")
     return 0
+
+
+def verify(arguments: list[str]) -> int:
+    """`fastssl verify [LOSS] [--device D] [--dtype D]`."""
+    from fastssl.verify import Options, run
+
+    return run(_options(Options(), arguments, "fastssl verify"))
 
 
 def doctor(arguments: list[str]) -> int:

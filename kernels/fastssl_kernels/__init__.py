@@ -3,14 +3,29 @@
 from . import reference
 from .augment import AugmentParameters, augment
 from .backend import available_backends, use_backend
-from .losses import info_nce, unicon
+from .groups import group_cross_entropy, update_groups
+from .in_batch import nt_xent
+from .losses import consistency, info_nce, mean_shift, mixco, soft_cross_entropy, sup_con, unicon, unmix
+from .read import queue_read
+from .rows import QueueRead
 
 __all__ = [
     "AugmentParameters",
+    "QueueRead",
     "augment",
     "available_backends",
+    "consistency",
+    "group_cross_entropy",
     "info_nce",
+    "mean_shift",
+    "mixco",
+    "nt_xent",
+    "queue_read",
     "reference",
+    "soft_cross_entropy",
+    "sup_con",
     "unicon",
+    "unmix",
+    "update_groups",
     "use_backend",
 ]

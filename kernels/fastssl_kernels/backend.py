@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 TRITON_MAX_FEATURES = 512  # one row of the accumulator has to stay in registers
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 _chosen: str | None = None  # not a ContextVar: torch 2.11 cannot trace one
 
@@ -46,17 +50,33 @@ def requested() -> str:
     return _chosen or _known(os.environ.get("FASTSSL_BACKEND", "auto"), "FASTSSL_BACKEND")
 
 
-def resolve(name: str, query: Tensor, queue: Tensor) -> str:
-    """The implementation, "triton" or "blockwise", that `name` means for these tensors.
+def or_reference(
+    reference: Callable[_Arguments, _Result],
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Decorate a public function: where the backend is "reference", `reference` runs in its place."""
+
+    def decorate(fast: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        @functools.wraps(fast)
+        def public(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+            return (reference if requested() == "reference" else fast)(*args, **options)
+
+        return public
+
+    return decorate
+
+
+def resolve(name: str, *banks: Tensor) -> str:
+    """The implementation, "triton" or "blockwise", that `name` means for these banks.
 
     Raises RuntimeError where triton was named and cannot run.
     """
     if name == "blockwise":
         return name
-    reason = _why_not_triton(query.device) or _why_not_these(queue)
+    device = banks[0].device
+    reason = _why_not_triton(device) or next(filter(None, map(_why_not_these, banks)), None)
     if name == "triton" and reason:
         raise RuntimeError(f'backend "triton" was chosen, but {reason}; choose "auto" or "blockwise" with use_backend')
-    return "triton" if query.device.type == "cuda" and not reason else name.replace("auto", "blockwise")
+    return "triton" if device.type == "cuda" and not reason else name.replace("auto", "blockwise")
 
 
 def _known(name: str, source: str) -> str:

@@ -13,60 +13,154 @@ REDUCTIONS = ("mean", "none")
 _UNIT_TOLERANCE = 1e-2  # above the rounding of a unit row to bfloat16
 
 
-def check_rows(query: Tensor, key: Tensor, queue: Tensor) -> None:
-    """query and key [N, C], queue [K, C]; floating dtypes, one device, gradient to the query only."""
-    for name, rows in {"query": query, "key": key, "queue": queue}.items():
-        if rows.dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {rows.dtype}; allowed are float64, float32, bfloat16 and float16")
-        if (rows.dtype == torch.float64) != (query.dtype == torch.float64):
-            raise TypeError(f"{name} has dtype {rows.dtype} and query {query.dtype}; float64 does not mix, convert all")
-        if rows.ndim != 2 or 0 in rows.shape:
+def check_rows(gradient: tuple[str, ...] = (), /, **matrices: Tensor) -> None:
+    """Non-empty floating matrices on one device, with as many columns as the first.
+
+    Only the first and what `gradient` names may require grad.
+    """
+    lead, *others = matrices
+    rows = matrices[lead]
+    _check_matrix(lead, rows, lead, rows)
+    for name in others:
+        other = matrices[name]
+        _check_matrix(name, other, lead, rows)
+        if other.shape[1] != rows.shape[1]:
             raise ValueError(
-                f"{name} has shape {list(rows.shape)}; it must be a non-empty matrix with one vector a row"
+                f"{name} has shape {list(other.shape)}; it must be [K, {rows.shape[1]}], one vector a row, "
+                f"for a {lead} of shape {list(rows.shape)}"
             )
-        if rows.device != query.device:
-            raise ValueError(f"{name} is on {rows.device} and query on {query.device}; move them to one device")
-    if key.shape != query.shape:
-        raise ValueError(f"key has shape {list(key.shape)}; it must have the query's, {list(query.shape)}")
-    if queue.shape[1] != query.shape[1]:
+        if other.requires_grad and name not in gradient:
+            raise ValueError(f"{name} requires grad, but only {lead} gets a gradient; pass {name}.detach()")
+
+
+def check_pairs(query: Tensor, queue: Tensor, **keys: Tensor) -> None:
+    """One key a query in each of `keys`, and a queue."""
+    check_rows(query=query)
+    for name, rows in keys.items():
+        if rows.shape != query.shape:
+            raise ValueError(f"{name} has shape {list(rows.shape)}; it must have the query's, {list(query.shape)}")
+    check_rows(query=query, **keys, queue=queue)
+
+
+def check_teacher(query: Tensor, teacher: Tensor, queue: Tensor) -> None:
+    """One teacher row a query, [N, C], or T of them, [T, N, C]."""
+    if teacher.ndim != 3:
+        check_pairs(query, queue, teacher=teacher)
+        return
+    if len(teacher) == 0 or teacher.shape[1:] != query.shape:
         raise ValueError(
-            f"queue has shape {list(queue.shape)}; it must be [K, {query.shape[1]}], one key a row, "
-            f"for a query of shape {list(query.shape)}"
+            f"teacher has shape {list(teacher.shape)}; for a query of shape {list(query.shape)} "
+            "it must have the same or, with T teachers, one more dimension in front"
         )
-    for name, rows in {"key": key, "queue": queue}.items():
-        if rows.requires_grad:
-            raise ValueError(f"{name} requires grad, but only query gets a gradient; pass {name}.detach()")
+    check_rows(query=query, teacher=teacher.flatten(0, 1), queue=queue)
+
+
+def check_groups(prediction: Tensor, groups: Tensor, target: Tensor) -> None:
+    """Target [N] or, with T targets a row, [T, N]: int64 numbers of groups."""
+    check_rows(("groups",), prediction=prediction, groups=groups)
+    _check_integers("target", target, prediction)
+    if target.ndim not in (1, 2) or target.numel() == 0 or target.shape[-1] != len(prediction):
+        raise ValueError(
+            f"target has shape {list(target.shape)}; it must be [{len(prediction)}] or [T, {len(prediction)}], "
+            "one group a row and target"
+        )
+
+
+def check_views(first: Tensor, second: Tensor, labels: Tensor | None) -> None:
+    """Two matrices of one shape and dtype, and one int64 label a row or None."""
+    if second.shape != first.shape or second.dtype != first.dtype:
+        raise ValueError(
+            f"second has shape {list(second.shape)} and dtype {second.dtype}; "
+            f"it must have those of first, {list(first.shape)} and {first.dtype}"
+        )
+    check_rows(("second",), first=first, second=second)
+    if labels is not None:
+        _check_row_labels("labels", labels, first)
 
 
 def check_labels(query: Tensor, queue: Tensor, query_labels: Tensor, queue_labels: Tensor) -> None:
     """One int64 label a row, on the rows' device."""
-    pairs = {"query": (query, query_labels), "queue": (queue, queue_labels)}
-    for name, (rows, labels) in pairs.items():
-        if labels.dtype != torch.int64:
-            raise TypeError(f"{name}_labels has dtype {labels.dtype}; it must be int64, with -1 for unknown")
-        if labels.shape != rows.shape[:1]:
-            raise ValueError(f"{name}_labels has shape {list(labels.shape)}; it must be [{rows.shape[0]}], one a row")
-        if labels.device != query.device:
-            raise ValueError(
-                f"{name}_labels is on {labels.device} and query on {query.device}; move them to one device"
-            )
+    _check_row_labels("query_labels", query_labels, query)
+    _check_row_labels("queue_labels", queue_labels, queue)
 
 
-def check_options(temperature: float, reduction: str) -> None:
-    """A positive finite number as temperature and a known reduction."""
+def check_index(query: Tensor, **index: Tensor) -> None:
+    """One int64 row number a query."""
+    for name, numbers in index.items():
+        _check_integers(name, numbers, query)
+        if numbers.shape != query.shape[:1]:
+            raise ValueError(f"{name} has shape {list(numbers.shape)}; it must be [{len(query)}], one a query")
+
+
+def check_weight(query: Tensor, weight: float | Tensor) -> None:
+    """A number in [0, 1], or a tensor of one or of N of them that gets no gradient."""
+    if not isinstance(weight, Tensor):
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight is {weight}; it must lie in [0, 1]")
+        return
+    if weight.shape not in (torch.Size([]), query.shape[:1]):
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [] or [{len(query)}], one a query")
+    if weight.device != query.device:
+        raise ValueError(f"weight is on {weight.device} and query on {query.device}; move them to one device")
+    if weight.requires_grad:
+        raise ValueError("weight requires grad, but only query gets a gradient; pass weight.detach()")
+
+
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    """A positive finite number."""
     if isinstance(temperature, Tensor):
-        raise TypeError("temperature is a tensor; it must be a number, because it gets no gradient")
+        raise TypeError(f"{name} is a tensor; it must be a number, because it gets no gradient")
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+        raise ValueError(f"{name} is {temperature}; it must be positive and finite")
+
+
+def check_momentum(momentum: float) -> None:
+    """A number in [0, 1]."""
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}; it must lie in [0, 1]")
+
+
+def check_neighbours(queue: Tensor, k: int) -> None:
+    """Between 1 and all entries of the queue."""
+    if not 1 <= k <= len(queue):
+        raise ValueError(f"k is {k}; it must lie between 1 and the queue's {len(queue)} entries")
+
+
+def check_reduction(reduction: str) -> None:
+    """A known reduction."""
     if reduction not in REDUCTIONS:
         raise ValueError(f'reduction is "{reduction}"; it must be "mean" or "none"')
 
 
-def check_unit_rows(query: Tensor, key: Tensor, queue: Tensor) -> None:
+def check_unit_rows(**matrices: Tensor) -> None:
     """In debug mode (FASTSSL_DEBUG=1) refuse rows that are not L2-normalised; it waits for the device."""
     if os.environ.get("FASTSSL_DEBUG") != "1":
         return
-    for name, rows in {"query": query, "key": key, "queue": queue}.items():
-        error = (torch.linalg.vector_norm(rows.float(), dim=1) - 1).abs().max().item()
+    for name, rows in matrices.items():
+        error = (torch.linalg.vector_norm(rows.float(), dim=-1) - 1).abs().max().item()
         if not error < _UNIT_TOLERANCE:
             raise ValueError(f"{name} has a row whose norm is off 1 by {error:.3g}; use F.normalize(rows, dim=1)")
+
+
+def _check_matrix(name: str, rows: Tensor, lead: str, like: Tensor) -> None:
+    if rows.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {rows.dtype}; allowed are float64, float32, bfloat16 and float16")
+    if (rows.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise TypeError(f"{name} has dtype {rows.dtype} and {lead} {like.dtype}; float64 does not mix, convert all")
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ValueError(f"{name} has shape {list(rows.shape)}; it must be a non-empty matrix with one vector a row")
+    if rows.device != like.device:
+        raise ValueError(f"{name} is on {rows.device} and {lead} on {like.device}; move them to one device")
+
+
+def _check_integers(name: str, numbers: Tensor, rows: Tensor) -> None:
+    if numbers.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {numbers.dtype}; it must be int64")
+    if numbers.device != rows.device:
+        raise ValueError(f"{name} is on {numbers.device} and its rows on {rows.device}; move them to one device")
+
+
+def _check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
+    _check_integers(name, labels, rows)
+    if labels.shape != rows.shape[:1]:
+        raise ValueError(f"{name} has shape {list(labels.shape)}; it must be [{len(rows)}], one a row")

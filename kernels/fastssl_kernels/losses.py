@@ -1,21 +1,15 @@
-"""The public losses: checks, choice of backend, and one custom op per loss that returns its gradient too."""
+"""The public losses of a query against a constant queue; see `groups` and `in_batch` for the others."""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from . import reference
-from .backend import requested, resolve
-from .checks import check_labels, check_options, check_rows, check_unit_rows
-from .numerics import accumulation_dtype
-
-_RowTensors = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], accuracy [N] or empty
+from . import checks, ops, reference
+from .backend import or_reference, requested
+from .rows import reduce_rows, row_weights, stack_teachers
 
 
+@or_reference(reference.info_nce)
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -42,17 +36,13 @@ def info_nce(
     Raises TypeError or ValueError for inputs outside this contract; with FASTSSL_DEBUG=1 also for rows that
     are not unit vectors.
     """
-    backend = requested()
-    if backend == "reference":
-        return reference.info_nce(
-            query, key, queue, temperature=temperature, reduction=reduction, return_accuracy=return_accuracy
-        )
-    check_rows(query, key, queue)
-    check_options(temperature, reduction)
-    loss, _, accuracy = _info_nce(query, key, queue, float(temperature), return_accuracy, backend)
-    return reference.reduce_rows(loss, accuracy, reduction, return_accuracy)
+    checks.check_pairs(query, queue, key=key)
+    checks.check_temperature(temperature)
+    loss, _, accuracy = ops.info_nce(query, key, queue, float(temperature), return_accuracy, requested())
+    return reduce_rows(loss, reduction, accuracy if return_accuracy else None)
 
 
+@or_reference(reference.unicon)
 def unicon(
     query: Tensor,
     key: Tensor,
@@ -72,121 +62,154 @@ def unicon(
     label is known and equals the query's, else negative, so for an unlabelled query this is `info_nce`. A row
     without negatives has loss 0. All else as in `info_nce`; accuracy is that of the own key, as in MoCo.
     """
-    backend = requested()
-    if backend == "reference":
-        return reference.unicon(
-            query,
-            key,
-            queue,
-            query_labels=query_labels,
-            queue_labels=queue_labels,
-            temperature=temperature,
-            reduction=reduction,
-            return_accuracy=return_accuracy,
-        )
-    check_rows(query, key, queue)
-    check_labels(query, queue, query_labels, queue_labels)
-    check_options(temperature, reduction)
-    loss, _, accuracy = _unicon(
-        query, key, queue, query_labels, queue_labels, float(temperature), return_accuracy, backend
+    checks.check_pairs(query, queue, key=key)
+    checks.check_labels(query, queue, query_labels, queue_labels)
+    checks.check_temperature(temperature)
+    loss, _, accuracy = ops.unicon(
+        query, key, queue, query_labels, queue_labels, float(temperature), return_accuracy, requested()
     )
-    return reference.reduce_rows(loss, accuracy, reduction, return_accuracy)
+    return reduce_rows(loss, reduction, accuracy if return_accuracy else None)
 
 
-@torch.library.custom_op("fastssl::info_nce", mutates_args=())
-def _info_nce(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, return_accuracy: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_unit_rows(query, key, queue)
-    with torch.autocast(query.device.type, enabled=False):
-        return _implementation(backend, query, queue).info_nce_rows(query, key, queue, temperature, return_accuracy)
-
-
-@torch.library.custom_op("fastssl::unicon", mutates_args=())
-def _unicon(
+@or_reference(reference.sup_con)
+def sup_con(
     query: Tensor,
     key: Tensor,
     queue: Tensor,
+    *,
     query_labels: Tensor,
     queue_labels: Tensor,
     temperature: float,
-    return_accuracy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_unit_rows(query, key, queue)
-    with torch.autocast(query.device.type, enabled=False):
-        return _implementation(backend, query, queue).unicon_rows(
-            query, key, queue, query_labels, queue_labels, temperature, return_accuracy
-        )
+    reduction: str = "mean",
+    return_accuracy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Supervised contrastive loss of a query against its key and the queue (arXiv 2004.11362, eq. 2).
+
+    Row loss: log(sum over key and queue of exp(q.m / t)) - mean over positives of q.p / t. The own key is
+    always a positive. There is no factor t / base temperature. Arguments as in `unicon`; in a batch without
+    a queue see `nt_xent` with labels.
+    """
+    checks.check_pairs(query, queue, key=key)
+    checks.check_labels(query, queue, query_labels, queue_labels)
+    checks.check_temperature(temperature)
+    loss, _, accuracy = ops.sup_con(
+        query, key, queue, query_labels, queue_labels, float(temperature), return_accuracy, requested()
+    )
+    return reduce_rows(loss, reduction, accuracy if return_accuracy else None)
 
 
-@_info_nce.register_fake
-def _(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, return_accuracy: bool, backend: str
-) -> _RowTensors:
-    return _fake_rows(query, return_accuracy)
+@or_reference(reference.soft_cross_entropy)
+def soft_cross_entropy(
+    query: Tensor,
+    teacher: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float,
+    teacher_temperature: float,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of the query's softmax over the queue against the teacher's (ReSSL, MSVQ).
+
+    Row loss: -sum over the queue of softmax(teacher.m / teacher_temperature) * log softmax(q.m / t)
+    (arXiv 2107.09282). `teacher`: [N, C], or [T, N, C] for T teachers whose losses are averaged. There is no
+    own key. Dtypes, gradient, reduction and errors as in `info_nce`.
+    """
+    checks.check_teacher(query, teacher, queue)
+    checks.check_temperature(temperature)
+    checks.check_temperature(teacher_temperature, "teacher_temperature")
+    loss, _, _ = ops.soft_cross_entropy(
+        query, stack_teachers(teacher), queue, float(temperature), float(teacher_temperature), requested()
+    )
+    return reduce_rows(loss, reduction)
 
 
-@_unicon.register_fake
-def _(
+@or_reference(reference.consistency)
+def consistency(
     query: Tensor,
     key: Tensor,
     queue: Tensor,
-    query_labels: Tensor,
-    queue_labels: Tensor,
+    *,
     temperature: float,
-    return_accuracy: bool,
-    backend: str,
-) -> _RowTensors:
-    return _fake_rows(query, return_accuracy)
+    include_positive: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Symmetric KL divergence of the query's and the key's softmax over the queue (CO2, arXiv 2010.02217).
+
+    Row loss: (KL(P | Q) + KL(Q | P)) / 2 with P = softmax(k.m / t), Q = softmax(q.m / t). The paper's
+    distributions hold the queue alone; with `include_positive` the logit q.k / t stands in both, as in
+    lightly. Dtypes, gradient (to `query`), reduction and errors as in `info_nce`.
+    """
+    checks.check_pairs(query, queue, key=key)
+    checks.check_temperature(temperature)
+    loss, _, _ = ops.consistency(query, key, queue, float(temperature), include_positive, requested())
+    return reduce_rows(loss, reduction)
 
 
-def _implementation(backend: str, query: Tensor, queue: Tensor) -> ModuleType:
-    if resolve(backend, query, queue) == "triton":
-        from .triton import launch  # Triton exists on Linux only
+@or_reference(reference.mixco)
+def mixco(
+    query: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    *,
+    first: Tensor,
+    second: Tensor,
+    weight: float | Tensor,
+    temperature: float,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of mixed images against the keys of the batch and the queue (MixCo, arXiv 2010.06300).
 
-        return launch
-    from . import blockwise
+    Row loss: log(sum over keys and queue of exp(q.m / t)) - (w q.keys[first] + (1 - w) q.keys[second]) / t.
 
-    return blockwise
-
-
-def _fake_rows(query: Tensor, return_accuracy: bool) -> _RowTensors:
-    rows, features = query.shape
-    dtype = accumulation_dtype(query.dtype)
-    return (
-        query.new_empty(rows, dtype=dtype),
-        query.new_empty((rows, features), dtype=dtype),
-        query.new_empty(rows if return_accuracy else 0, dtype=torch.float32),
+    `query`: [M, C], one row a mixed image. `keys`: [B, C], of the batch's unmixed images. `first`, `second`:
+    int64 [M], rows of `keys`. `weight`: a number in [0, 1], or [M]. Dtypes, gradient, reduction and errors as
+    in `info_nce`. A row whose `first` or `second` is not a row of `keys` is an IndexError on a CPU and a NaN
+    on a GPU, where looking would wait for the device.
+    """
+    checks.check_rows(query=query, keys=keys, queue=queue)
+    checks.check_index(query, first=first, second=second)
+    checks.check_weight(query, weight)
+    checks.check_temperature(temperature)
+    loss, _, _ = ops.mixco(
+        query, keys, queue, first, second, row_weights(query, weight), float(temperature), requested()
     )
+    return reduce_rows(loss, reduction)
 
 
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: _RowTensors) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], output[1])
-    ctx.constants = len(inputs) - 1
+@or_reference(reference.unmix)
+def unmix(
+    query: Tensor,
+    first_key: Tensor,
+    second_key: Tensor,
+    queue: Tensor,
+    *,
+    weight: float | Tensor,
+    temperature: float,
+    reduction: str = "mean",
+) -> Tensor:
+    """InfoNCE of a mixed image with both its keys, over the same negatives (Un-Mix, arXiv 2003.05438).
+
+    Row loss: weight * InfoNCE(query, first_key) + (1 - weight) * InfoNCE(query, second_key). `weight`: a
+    number in [0, 1], or [N]. All else as in `info_nce`.
+    """
+    checks.check_pairs(query, queue, first_key=first_key, second_key=second_key)
+    checks.check_weight(query, weight)
+    checks.check_temperature(temperature)
+    loss, _, _ = ops.unmix(
+        query, first_key, second_key, queue, row_weights(query, weight), float(temperature), requested()
+    )
+    return reduce_rows(loss, reduction)
 
 
-def _scale_gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    constants = (None,) * ctx.constants
-    if upstream is None:
-        return None, *constants
-    query, gradient = ctx.saved_tensors
-    return _OnceDifferentiable.apply((upstream[:, None] * gradient).to(query.dtype), query), *constants
+@or_reference(reference.mean_shift)
+def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: str = "mean") -> Tensor:
+    """Mean squared distance of a query to the k queue entries nearest to its key (MSF, arXiv 2105.07269).
 
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Ties the gradient to the query: a second derivative raises, where it would silently lack a term."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, query: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> None:
-        raise RuntimeError('the fused losses have no second derivative; use_backend("reference") has')
-
-
-for _op in (_info_nce, _unicon):
-    _op.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+    Row loss: mean over the k entries with the largest key.m of 2 - 2 q.m. MSF enqueues the keys first, so
+    that the own key is among them. Entries that tie for the last place are chosen arbitrarily. Dtypes,
+    gradient (to `query`), reduction and errors as in `info_nce`.
+    """
+    checks.check_pairs(query, queue, key=key)
+    checks.check_neighbours(queue, k)
+    loss, _, _ = ops.mean_shift(query, key, queue, k, requested())
+    return reduce_rows(loss, reduction)

@@ -1,7 +1,7 @@
 """Every loss as its paper defines it: the numerical contract of the fast implementations.
 
 Logits are N x K tensors, gradients come from autograd, float64 is computed in float64 and all else in
-float32.
+float32. Arguments, shapes and sources stand at the function of the same name in `fastssl_kernels`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_labels, check_options, check_rows
+from . import checks
 from .numerics import accumulation_dtype
+from .rows import QueueRead, float_rows, reduce_rows, row_weights, stack_targets, stack_teachers
+
+
+def queue_read(query: Tensor, bank: Tensor, *, temperature: float) -> QueueRead:
+    """Logsumexp of the logits and softmax-weighted mean of the bank."""
+    checks.check_rows(query=query, bank=bank)
+    checks.check_temperature(temperature)
+    logits = _similarity(query, bank) / temperature
+    return QueueRead(logits.logsumexp(1), _product(logits.softmax(1), float_rows(bank, query)))
 
 
 def info_nce(
@@ -23,12 +32,11 @@ def info_nce(
     reduction: str = "mean",
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of the own key (class 0) against the queue; see `fastssl_kernels.info_nce`."""
-    check_rows(query, key, queue)
-    check_options(temperature, reduction)
-    logits = _logits(query, key, queue, temperature)
-    own = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    return reduce_rows(F.cross_entropy(logits, own, reduction="none"), _accuracy(logits), reduction, return_accuracy)
+    """Cross-entropy of the own key (class 0) against the queue."""
+    checks.check_pairs(query, queue, key=key)
+    checks.check_temperature(temperature)
+    logits = _own_and_queue(query, key, queue) / temperature
+    return reduce_rows(_info_nce_rows(logits), reduction, _accuracy(logits, return_accuracy))
 
 
 def unicon(
@@ -42,38 +50,212 @@ def unicon(
     reduction: str = "mean",
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log(1 + sum over negatives of exp(l) * sum over positives of exp(-l)); see `fastssl_kernels.unicon`."""
-    check_rows(query, key, queue)
-    check_labels(query, queue, query_labels, queue_labels)
-    check_options(temperature, reduction)
-    logits = _logits(query, key, queue, temperature)
-    same = (query_labels[:, None] == queue_labels) & (query_labels[:, None] != -1)
-    positive = torch.cat([torch.ones_like(same[:, :1]), same], dim=1)
+    """log(1 + sum over negatives of exp(l) * sum over positives of exp(-l))."""
+    checks.check_pairs(query, queue, key=key)
+    checks.check_labels(query, queue, query_labels, queue_labels)
+    checks.check_temperature(temperature)
+    logits = _own_and_queue(query, key, queue) / temperature
+    positive = _own_and_same(query_labels, queue_labels)
     negatives = logits.masked_fill(positive, -torch.inf).logsumexp(1)
     positives = (-logits).masked_fill(~positive, -torch.inf).logsumexp(1)
-    pairs = negatives + positives
-    # logaddexp(x, 0) is softplus(x); F.softplus is cut off at 20, an error of 1e-10 in float64.
-    return reduce_rows(torch.logaddexp(pairs, pairs.new_zeros(())), _accuracy(logits), reduction, return_accuracy)
+    return reduce_rows(_softplus(negatives + positives), reduction, _accuracy(logits, return_accuracy))
 
 
-def reduce_rows(
-    loss: Tensor, accuracy: Tensor, reduction: str, return_accuracy: bool
+def sup_con(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    query_labels: Tensor,
+    queue_labels: Tensor,
+    temperature: float,
+    reduction: str = "mean",
+    return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Rows of loss and accuracy as the caller asked for them."""
-    if reduction == "mean":
-        loss = loss.mean()
-        accuracy = accuracy.mean() if return_accuracy else accuracy
-    return (loss, accuracy.detach()) if return_accuracy else loss
+    """Mean over the positives of their cross-entropy against own key and queue."""
+    checks.check_pairs(query, queue, key=key)
+    checks.check_labels(query, queue, query_labels, queue_labels)
+    checks.check_temperature(temperature)
+    logits = _own_and_queue(query, key, queue) / temperature
+    loss = _mean_over_positives(logits, _own_and_same(query_labels, queue_labels))
+    return reduce_rows(loss, reduction, _accuracy(logits, return_accuracy))
 
 
-def _logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+def soft_cross_entropy(
+    query: Tensor,
+    teacher: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float,
+    teacher_temperature: float,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of the student's softmax over the queue against the teachers' mean softmax."""
+    checks.check_teacher(query, teacher, queue)
+    checks.check_temperature(temperature)
+    checks.check_temperature(teacher_temperature, "teacher_temperature")
+    teachers = stack_teachers(teacher)
+    target = torch.stack([(_similarity(rows, queue) / teacher_temperature).softmax(1) for rows in teachers]).mean(0)
+    return reduce_rows(-(target * (_similarity(query, queue) / temperature).log_softmax(1)).sum(1), reduction)
+
+
+def consistency(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float,
+    include_positive: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Half the sum of both KL divergences between the query's and the key's softmax over the queue."""
+    checks.check_pairs(query, queue, key=key)
+    checks.check_temperature(temperature)
+    of_query, of_key = _similarity(query, queue) / temperature, _similarity(key, queue) / temperature
+    if include_positive:
+        own = _dot(query, key)[:, None] / temperature
+        of_query, of_key = torch.cat([own, of_query], 1), torch.cat([own, of_key], 1)
+    of_query, of_key = of_query.log_softmax(1), of_key.log_softmax(1)
+    return reduce_rows(((of_key.exp() - of_query.exp()) * (of_key - of_query)).sum(1) / 2, reduction)
+
+
+def mixco(
+    query: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    *,
+    first: Tensor,
+    second: Tensor,
+    weight: float | Tensor,
+    temperature: float,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy over batch keys and queue with target `weight` at keys[first], the rest at keys[second]."""
+    checks.check_rows(query=query, keys=keys, queue=queue)
+    checks.check_index(query, first=first, second=second)
+    checks.check_temperature(temperature)
+    checks.check_weight(query, weight)
+    weight = row_weights(query, weight)
+    logits = torch.cat([_similarity(query, keys), _similarity(query, queue)], 1) / temperature
+    of_first, of_second = logits.gather(1, first[:, None])[:, 0], logits.gather(1, second[:, None])[:, 0]
+    return reduce_rows(logits.logsumexp(1) - weight * of_first - (1 - weight) * of_second, reduction)
+
+
+def unmix(
+    query: Tensor,
+    first_key: Tensor,
+    second_key: Tensor,
+    queue: Tensor,
+    *,
+    weight: float | Tensor,
+    temperature: float,
+    reduction: str = "mean",
+) -> Tensor:
+    """weight * InfoNCE with the first key + (1 - weight) * InfoNCE with the second."""
+    checks.check_pairs(query, queue, first_key=first_key, second_key=second_key)
+    checks.check_temperature(temperature)
+    checks.check_weight(query, weight)
+    weight = row_weights(query, weight)
+    first = _info_nce_rows(_own_and_queue(query, first_key, queue) / temperature)
+    second = _info_nce_rows(_own_and_queue(query, second_key, queue) / temperature)
+    return reduce_rows(weight * first + (1 - weight) * second, reduction)
+
+
+def group_cross_entropy(
+    prediction: Tensor, groups: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of the softmax over groups, mean over the targets of a row; gradient to groups too."""
+    checks.check_groups(prediction, groups, target)
+    checks.check_temperature(temperature)
+    logits = _similarity(prediction, groups) / temperature
+    targets = stack_targets(target)
+    rows = torch.stack([F.cross_entropy(logits, row_targets, reduction="none") for row_targets in targets])
+    return reduce_rows(rows.mean(0), reduction)
+
+
+def update_groups(features: Tensor, groups: Tensor, *, momentum: float) -> tuple[Tensor, Tensor]:
+    """Assign each row to its nearest group, move the groups towards the mean of their rows."""
+    checks.check_rows(features=features, groups=groups)
+    checks.check_momentum(momentum)
+    assignment = _similarity(features, groups).argmax(1)
+    members = F.one_hot(assignment, len(groups)).T.to(accumulation_dtype(features.dtype))
+    count = members.sum(1, keepdim=True)
+    old = float_rows(groups, features)
+    mean = _product(members, float_rows(features, features)) / count.clamp(min=1)
+    moved = torch.where(count > 0, momentum * old + (1 - momentum) * mean, old)
+    return F.normalize(moved, dim=1), assignment
+
+
+def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: str = "mean") -> Tensor:
+    """Mean squared distance of the query to the k queue entries nearest to the key."""
+    checks.check_pairs(query, queue, key=key)
+    checks.check_neighbours(queue, k)
+    nearest = _similarity(key, queue).topk(k, dim=1).indices
+    return reduce_rows(2 - 2 * _similarity(query, queue).gather(1, nearest).mean(1), reduction)
+
+
+def nt_xent(
+    first: Tensor, second: Tensor, *, temperature: float, labels: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of the other view, or of all rows of the label, against all rows but the own."""
+    checks.check_views(first, second, labels)
+    checks.check_temperature(temperature)
+    rows = torch.cat([first, second])
+    labels = torch.arange(len(first), device=first.device) if labels is None else labels
+    positive = _same(labels.repeat(2), labels.repeat(2))
+    # An unlabelled row's positive is its other view.
+    positive |= torch.eye(len(first), dtype=torch.bool, device=first.device).repeat(2, 2)
+    own = torch.eye(len(rows), dtype=torch.bool, device=first.device)
+    logits = (_similarity(rows, rows) / temperature).masked_fill(own, -torch.inf)
+    return reduce_rows(_mean_over_positives(logits, positive & ~own), reduction)
+
+
+def _similarity(rows: Tensor, bank: Tensor) -> Tensor:
+    """[N, K] dot products in the accumulation dtype."""
+    return _product(float_rows(rows, rows), float_rows(bank, rows).T)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product that autocast does not round."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
+def _dot(rows: Tensor, others: Tensor) -> Tensor:
+    return (float_rows(rows, rows) * float_rows(others, rows)).sum(1)
+
+
+def _own_and_queue(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     """[N, 1 + K]: the own key first, then the queue."""
-    dtype = accumulation_dtype(query.dtype)
-    query, key, queue = query.to(dtype), key.to(dtype), queue.to(dtype)
-    with torch.autocast(query.device.type, enabled=False):
-        return torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], dim=1) / temperature
+    return torch.cat([_dot(query, key)[:, None], _similarity(query, queue)], dim=1)
 
 
-def _accuracy(logits: Tensor) -> Tensor:
+def _info_nce_rows(logits: Tensor) -> Tensor:
+    own = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return F.cross_entropy(logits, own, reduction="none")
+
+
+def _same(row_labels: Tensor, entry_labels: Tensor) -> Tensor:
+    return (row_labels[:, None] == entry_labels) & (row_labels[:, None] != -1)
+
+
+def _own_and_same(query_labels: Tensor, queue_labels: Tensor) -> Tensor:
+    """[N, 1 + K]: whether an entry is a positive; the own key always is."""
+    same = _same(query_labels, queue_labels)
+    return torch.cat([torch.ones_like(same[:, :1]), same], dim=1)
+
+
+def _mean_over_positives(logits: Tensor, positive: Tensor) -> Tensor:
+    """-mean over positives of log softmax."""
+    log_softmax = logits.log_softmax(1).masked_fill(~positive, 0)
+    return -log_softmax.sum(1) / positive.sum(1)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # F.softplus is cut off at 20, an error of 1e-10 in float64.
+    return torch.logaddexp(x, x.new_zeros(()))
+
+
+def _accuracy(logits: Tensor, wanted: bool) -> Tensor | None:
     """1 where no queue entry has a larger logit than the own key."""
-    return (logits[:, 1:] <= logits[:, :1]).all(1).float()
+    return (logits[:, 1:] <= logits[:, :1]).all(1).float() if wanted else None

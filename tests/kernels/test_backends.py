@@ -16,7 +16,7 @@ def rows(count: int, features: int = 16, dtype: torch.dtype = torch.float32) -> 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the backends that run, in order."""
-    from fastssl_kernels.triton import launch
+    from fastssl_kernels.triton import losses
 
     names: list[str] = []
 
@@ -30,8 +30,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, function, wrapper)
 
     record(blockwise, "info_nce_rows", "blockwise")
-    record(launch, "info_nce_rows", "triton")
-    record(reference, "info_nce", "reference")
+    record(losses, "info_nce_rows", "triton")
+    record(reference, "_info_nce_rows", "reference")
     return names
 
 

@@ -1,4 +1,4 @@
-"""What the losses promise beyond numbers: dtypes, constants, reductions, compilation, refusals."""
+"""What the losses promise beyond numbers: reductions, accuracy, dtypes, and sentences for what they refuse."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,209 +6,171 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from fastssl_kernels import info_nce, unicon, use_backend
-from fastssl_kernels.losses import _info_nce, _unicon
+import fastssl_kernels as fk
+from fastssl_kernels import parity, use_backend
 
-BACKENDS = ("blockwise", "triton")
+Arguments = Callable[..., dict[str, Any]]
 
+FUNCTIONS = list(dict.fromkeys(name.partition("+")[0] for name in parity.LOSSES))
+REDUCED = [name for name in FUNCTIONS if name not in ("queue_read", "update_groups")]
+WITH_ACCURACY = ["info_nce", "unicon", "sup_con"]
+WITH_QUEUE = [name for name in REDUCED if name not in ("group_cross_entropy", "nt_xent")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-
-
-def inputs(device: str = "cpu", rows: int = 9, entries: int = 70, features: int = 32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    query, key, queue = (
-        F.normalize(torch.randn(size, features, generator=generator), dim=1).to(device)
-        for size in (rows, rows, entries)
-    )
-    labels = torch.arange(max(rows, entries), device=device) % 4 - 1
-    return {
-        "query": query,
-        "key": key,
-        "queue": queue,
-        "query_labels": labels[:rows],
-        "queue_labels": labels[:entries],
-    }
+each_backend = pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
 
 
-def call(loss: str, given: dict[str, Any], **options: Any) -> Any:
-    names = {"query", "key", "queue"} | ({"query_labels", "queue_labels"} if loss == "unicon" else set())
-    function: Callable[..., Any] = {"info_nce": info_nce, "unicon": unicon}[loss]
-    return function(**{name: given[name] for name in names}, **{"temperature": 0.1, **options})
-
-
-@pytest.fixture(params=["info_nce", "unicon"])
-def loss(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Any:
-    with use_backend(request.param):
-        yield request.param
-
-
-def test_mean_is_the_mean_of_the_rows(loss: str, backend: str) -> None:
-    given = inputs(device_of(backend))
-    given["query"].requires_grad_()
-    rows, row_accuracy = call(loss, given, reduction="none", return_accuracy=True)
-    mean, accuracy = call(loss, given, return_accuracy=True)
-    assert rows.shape == row_accuracy.shape == (9,)
-    assert mean.shape == accuracy.shape == ()
-    assert accuracy.dtype == torch.float32
-    assert not accuracy.requires_grad
+@each_backend
+@pytest.mark.parametrize("loss", REDUCED)
+def test_mean_is_the_mean_of_the_rows(loss: str, backend: str, device: str, arguments: Arguments) -> None:
+    with use_backend(backend):
+        rows = getattr(fk, loss)(**arguments(loss, device), reduction="none")
+        mean = getattr(fk, loss)(**arguments(loss, device))
+    assert rows.shape == (18 if loss == "nt_xent" else 9,)
+    assert rows.dtype == mean.dtype == torch.float32
     torch.testing.assert_close(mean, rows.mean())
-    torch.testing.assert_close(accuracy, row_accuracy.mean())
-    torch.testing.assert_close(call(loss, given), mean)
 
 
-def test_queue_may_be_overwritten_before_backward(loss: str, backend: str) -> None:
-    given = inputs(device_of(backend))
-    query = given["query"].requires_grad_()
-    (expected,) = torch.autograd.grad(call(loss, given), query)
-    value = call(loss, given)
-    for name in ("queue", "key", "query_labels", "queue_labels"):
-        given[name].zero_()
-    (gradient,) = torch.autograd.grad(value, query)
-    assert torch.equal(gradient, expected)
+@each_backend
+@pytest.mark.parametrize("loss", WITH_ACCURACY)
+def test_accuracy_counts_rows_whose_own_key_is_nearest(
+    loss: str, backend: str, device: str, arguments: Arguments
+) -> None:
+    given = arguments(loss, device)
+    near = torch.arange(9, device=device)[:, None] % 2
+    given["key"] = F.normalize(given["key"] + 2 * near * given["query"], dim=1)
+    own = (given["query"] * given["key"]).sum(1)
+    expected = (own > (given["query"] @ given["queue"].T).amax(1)).float()
+    assert 0 < expected.sum() < 9
+    given["query"].requires_grad_()
+    with use_backend(backend):
+        rows, row_accuracy = getattr(fk, loss)(**given, reduction="none", return_accuracy=True)
+        mean, accuracy = getattr(fk, loss)(**given, return_accuracy=True)
+        without = getattr(fk, loss)(**given)
+    assert torch.equal(row_accuracy, expected)
+    assert not accuracy.requires_grad
+    torch.testing.assert_close(accuracy, expected.mean())
+    torch.testing.assert_close(mean, rows.mean())
+    torch.testing.assert_close(without, mean)
 
 
-def test_strided_inputs(loss: str, backend: str) -> None:
-    given = inputs(device_of(backend))
-    strided = {name: x.repeat_interleave(2, dim=0)[::2] for name, x in given.items()}
-    strided["query"] = given["query"].T.contiguous().T
-    expected = call(loss, given)
-    assert not strided["queue"].is_contiguous()
-    torch.testing.assert_close(call(loss, strided), expected)
-    strided["queue"] = given["queue"].T.contiguous().T
-    torch.testing.assert_close(call(loss, strided), expected)
-
-
-@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("queue_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes_may_be_mixed(loss: str, backend: str, query_dtype: torch.dtype, queue_dtype: torch.dtype) -> None:
-    given = inputs(device_of(backend))
+@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queue_dtype", DTYPES, ids=str)
+@each_backend
+@pytest.mark.parametrize("loss", WITH_QUEUE)
+def test_dtypes_may_be_mixed(
+    loss: str,
+    backend: str,
+    device: str,
+    arguments: Arguments,
+    query_dtype: torch.dtype,
+    queue_dtype: torch.dtype,
+) -> None:
+    given = arguments(loss, device)
     given["query"] = given["query"].to(query_dtype).requires_grad_()
     given["queue"] = given["queue"].to(queue_dtype)
-    value = call(loss, given, temperature=0.5)
+    with use_backend(backend):
+        value = getattr(fk, loss)(**given)
     (gradient,) = torch.autograd.grad(value, given["query"])
-    given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
     with use_backend("reference"):
-        expected = call(loss, given, temperature=0.5)
+        expected = getattr(fk, loss)(**{name: _double(x) for name, x in given.items()})
     assert value.dtype == torch.float32
     assert gradient.dtype == query_dtype
-    assert abs(value.item() / expected.item() - 1) < 1e-3
+    assert abs(value.item() / expected.item() - 1) < (2e-5 if queue_dtype == torch.float32 else 4e-3)
 
 
-@pytest.mark.parametrize("name", ["reference", *BACKENDS])
-def test_autocast_does_not_round(loss: str, name: str) -> None:
-    given = inputs(device_of(name))
-    with use_backend(name):
-        expected = call(loss, given, reduction="none")
-        with torch.autocast(device_of(name), dtype=torch.bfloat16):
-            value = call(loss, given, reduction="none")
-    assert value.dtype == torch.float32
-    assert torch.equal(value, expected)
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("graph", ["eager", "aot_eager"])
-def test_compiles_as_one_graph_and_follows_the_backend(loss: str, graph: str) -> None:
-    given = inputs()
-    query = given["query"].requires_grad_()
-    compiled = torch.compile(lambda: call(loss, given, return_accuracy=True), fullgraph=True, backend=graph)
-    for name in ("blockwise", "reference"):
-        with use_backend(name):
-            value, accuracy = compiled()
-            expected, expected_accuracy = call(loss, given, return_accuracy=True)
-        torch.testing.assert_close(value, expected)
-        torch.testing.assert_close(accuracy, expected_accuracy)
-        torch.testing.assert_close(
-            torch.autograd.grad(value, query)[0],
-            torch.autograd.grad(expected, query)[0],
-            rtol=1e-5,
-            atol=1e-6,
-        )
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+Refusal = tuple[str, Change, type[Exception], str]
+
+# Of each function whose arguments have these names.
+REFUSED_EVERYWHERE: list[Refusal] = [
+    ("query", lambda g: {"query": g["query"][0]}, ValueError, "query has shape"),
+    ("query", lambda g: {"query": g["query"][:0]}, ValueError, "query has shape"),
+    ("query", lambda g: {"query": g["query"].long()}, TypeError, "query has dtype torch.int64"),
+    ("queue", lambda g: {"queue": g["queue"][:0]}, ValueError, "queue has shape"),
+    ("queue", lambda g: {"queue": g["queue"].T}, ValueError, r"it must be \[K, 32\]"),
+    ("queue", lambda g: {"queue": g["queue"].double()}, TypeError, "float64 does not mix"),
+    ("queue", lambda g: {"queue": g["queue"].to("meta")}, ValueError, "move them to one device"),
+    ("queue", lambda g: {"queue": g["queue"].requires_grad_()}, ValueError, r"pass queue.detach\(\)"),
+    ("key", lambda g: {"key": g["key"][1:]}, ValueError, r"key has shape \[8, 32\]"),
+    ("key", lambda g: {"key": g["key"].to("meta")}, ValueError, "key is on meta"),
+    ("key", lambda g: {"key": g["key"].requires_grad_()}, ValueError, r"pass key.detach\(\)"),
+    ("query_labels", lambda g: {"query_labels": g["query_labels"].int()}, TypeError, "has dtype torch.int32"),
+    ("query_labels", lambda g: {"query_labels": g["query_labels"].to("meta")}, ValueError, "query_labels is on meta"),
+    ("queue_labels", lambda g: {"queue_labels": g["queue_labels"][1:]}, ValueError, r"it must be \[70\]"),
+    ("weight", lambda g: {"weight": 1.5}, ValueError, "weight is 1.5; it must lie in"),
+    ("weight", lambda g: {"weight": torch.rand(8)}, ValueError, r"weight has shape \[8\]; it must be \[\] or \[9\]"),
+    ("weight", lambda g: {"weight": torch.rand(9, device="meta")}, ValueError, "weight is on meta"),
+    ("weight", lambda g: {"weight": torch.rand(9, requires_grad=True)}, ValueError, r"pass weight.detach\(\)"),
+    ("temperature", lambda g: {"temperature": 0.0}, ValueError, "temperature is 0.0"),
+    ("temperature", lambda g: {"temperature": -1.0}, ValueError, "temperature is -1.0"),
+    ("temperature", lambda g: {"temperature": float("nan")}, ValueError, "temperature is nan"),
+    ("temperature", lambda g: {"temperature": float("inf")}, ValueError, "temperature is inf"),
+    ("temperature", lambda g: {"temperature": torch.tensor(0.1)}, TypeError, "temperature is a tensor"),
+]  # fmt: skip
+REFUSED_HERE: list[Refusal] = [
+    ("soft_cross_entropy", lambda g: {"teacher": g["teacher"][1:]}, ValueError, r"teacher has shape \[8, 32\]"),
+    ("soft_cross_entropy", lambda g: {"teacher": torch.rand(2, 8, 32)}, ValueError, "one more dimension in front"),
+    ("soft_cross_entropy", lambda g: {"teacher": torch.rand(0, 9, 32)}, ValueError, "one more dimension in front"),
+    ("soft_cross_entropy", lambda g: {"teacher_temperature": 0.0}, ValueError, "teacher_temperature is 0.0"),
+    ("mixco", lambda g: {"keys": g["keys"][:, 1:]}, ValueError, r"keys has shape \[9, 31\]"),
+    ("mixco", lambda g: {"first": g["first"][1:]}, ValueError, r"first has shape \[8\]; it must be \[9\]"),
+    ("mixco", lambda g: {"second": g["second"].int()}, TypeError, "second has dtype torch.int32"),
+    ("unmix", lambda g: {"second_key": g["second_key"][1:]}, ValueError, r"second_key has shape \[8, 32\]"),
+    ("group_cross_entropy", lambda g: {"target": g["target"].int()}, TypeError, "target has dtype torch.int32"),
+    ("group_cross_entropy", lambda g: {"target": g["target"].T}, ValueError, r"it must be \[9\] or \[T, 9\]"),
+    ("group_cross_entropy", lambda g: {"groups": g["groups"].T}, ValueError, r"groups has shape \[32, 70\]"),
+    ("update_groups", lambda g: {"momentum": 1.1}, ValueError, "momentum is 1.1; it must lie in"),
+    ("update_groups", lambda g: {"groups": g["groups"].requires_grad_()}, ValueError, r"pass groups.detach\(\)"),
+    ("mean_shift", lambda g: {"k": 0}, ValueError, "k is 0; it must lie between 1 and the queue's 70 entries"),
+    ("mean_shift", lambda g: {"k": 71}, ValueError, "k is 71"),
+    ("nt_xent", lambda g: {"second": g["second"][1:]}, ValueError, r"second has shape \[8, 32\]"),
+    ("nt_xent", lambda g: {"second": g["second"].half()}, ValueError, "dtype torch.float16; it must have those"),
+    ("nt_xent", lambda g: {"labels": g["labels"][1:]}, ValueError, r"labels has shape \[8\]"),
+    ("queue_read", lambda g: {"bank": g["bank"].requires_grad_()}, ValueError, r"pass bank.detach\(\)"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_opcheck(name: str) -> None:
-    given = inputs(device_of(name))
-    rows = (given["query"].requires_grad_(), given["key"], given["queue"])
-    torch.library.opcheck(_info_nce, (*rows, 0.1, True, name))
-    torch.library.opcheck(_unicon, (*rows, given["query_labels"], given["queue_labels"], 0.1, False, name))
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("loss", FUNCTIONS)
+def test_refuses_bad_arguments_with_a_sentence(loss: str, backend: str, arguments: Arguments) -> None:
+    cases = [case for case in REFUSED_EVERYWHERE if case[0] in arguments(loss)]
+    for _, change, kind, sentence in cases + [case for case in REFUSED_HERE if case[0] == loss]:
+        given = arguments(loss)
+        with use_backend(backend), pytest.raises(kind, match=sentence):
+            getattr(fk, loss)(**given | change(given))
 
 
-def test_second_derivative_is_refused() -> None:
-    given = inputs()
-    query = given["query"].requires_grad_()
-    (gradient,) = torch.autograd.grad(call("info_nce", given), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("loss", REDUCED)
+def test_refuses_an_unknown_reduction(loss: str, backend: str, arguments: Arguments) -> None:
+    with use_backend(backend), pytest.raises(ValueError, match='reduction is "sum"; it must be "mean" or "none"'):
+        getattr(fk, loss)(**arguments(loss), reduction="sum")
 
 
-REFUSED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]] = {
-    "vector": (lambda g: {"query": g["query"][0]}, ValueError, "query has shape"),
-    "no rows": (lambda g: {"query": g["query"][:0]}, ValueError, "query has shape"),
-    "no queue": (lambda g: {"queue": g["queue"][:0]}, ValueError, "queue has shape"),
-    "key rows": (lambda g: {"key": g["key"][1:]}, ValueError, r"key has shape \[8, 32\]"),
-    "columns": (lambda g: {"queue": g["queue"].T}, ValueError, r"it must be \[K, 32\]"),
-    "integers": (lambda g: {"query": g["query"].long()}, TypeError, "query has dtype torch.int64"),
-    "float64 mixed": (lambda g: {"queue": g["queue"].double()}, TypeError, "float64 does not mix"),
-    "device": (lambda g: {"key": g["key"].to("meta")}, ValueError, "move them to one device"),
-    "queue grad": (lambda g: {"queue": g["queue"].requires_grad_()}, ValueError, r"pass queue.detach\(\)"),
-    "key grad": (lambda g: {"key": g["key"].requires_grad_()}, ValueError, r"pass key.detach\(\)"),
-    "zero temperature": (lambda g: {"temperature": 0.0}, ValueError, "temperature is 0.0"),
-    "negative temperature": (lambda g: {"temperature": -1.0}, ValueError, "temperature is -1.0"),
-    "nan temperature": (lambda g: {"temperature": float("nan")}, ValueError, "temperature is nan"),
-    "tensor temperature": (
-        lambda g: {"temperature": torch.tensor(0.1)},
-        TypeError,
-        "temperature is a tensor",
-    ),
-    "reduction": (lambda g: {"reduction": "sum"}, ValueError, 'reduction is "sum"'),
-}
-REFUSED_LABELS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]] = {
-    "dtype": (
-        lambda g: {"query_labels": g["query_labels"].int()},
-        TypeError,
-        "query_labels has dtype torch.int32",
-    ),
-    "length": (lambda g: {"queue_labels": g["queue_labels"][1:]}, ValueError, r"it must be \[70\]"),
-    "device": (
-        lambda g: {"queue_labels": g["queue_labels"].to("meta")},
-        ValueError,
-        "queue_labels is on meta",
-    ),
-}
+@pytest.mark.parametrize("loss", ["mixco", "group_cross_entropy"])
+def test_refuses_an_index_that_is_none_on_a_cpu(loss: str, arguments: Arguments) -> None:
+    name = "second" if loss == "mixco" else "target"
+    given = arguments(loss)
+    given[name] = given[name].clone().fill_(70)
+    with use_backend("blockwise"), pytest.raises(IndexError):
+        getattr(fk, loss)(**given)
 
 
-@pytest.mark.parametrize("name", ["auto", "reference"])
-@pytest.mark.parametrize("case", REFUSED)
-def test_refuses_with_a_sentence(loss: str, name: str, case: str) -> None:
-    change, kind, sentence = REFUSED[case]
-    given = inputs()
-    given |= {"temperature": 0.1, "reduction": "mean"} | change(given)
-    with use_backend(name), pytest.raises(kind, match=sentence):
-        call(loss, given, temperature=given["temperature"], reduction=given["reduction"])
-
-
-@pytest.mark.parametrize("name", ["auto", "reference"])
-@pytest.mark.parametrize("case", REFUSED_LABELS)
-def test_refuses_labels_with_a_sentence(name: str, case: str) -> None:
-    change, kind, sentence = REFUSED_LABELS[case]
-    given = inputs()
-    with use_backend(name), pytest.raises(kind, match=sentence):
-        call("unicon", given | change(given))
-
-
-def test_debug_mode_refuses_rows_that_are_not_unit(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = inputs()
-    long = given | {"queue": given["queue"] * 1.5}
-    call(loss, long)
+@pytest.mark.parametrize("loss", [name for name in FUNCTIONS if name != "update_groups"])
+def test_debug_mode_refuses_rows_that_are_not_unit(
+    loss: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(loss)
+    name = {"queue_read": "bank", "group_cross_entropy": "groups", "nt_xent": "second"}.get(loss, "queue")
+    long = given | {name: given[name] * 1.5}
+    getattr(fk, loss)(**long)
     monkeypatch.setenv("FASTSSL_DEBUG", "1")
-    call(loss, given)
-    with pytest.raises(ValueError, match=r"queue has a row whose norm is off 1 by 0\.5"):
-        call(loss, long)
+    getattr(fk, loss)(**given)
+    with pytest.raises(ValueError, match=r"has a row whose norm is off 1 by 0\.5"):
+        getattr(fk, loss)(**long)

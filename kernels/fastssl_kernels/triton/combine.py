@@ -1,117 +1,93 @@
-"""Merge the splits in a fixed order, then softplus(LSE of negatives + LSE of negated positives)."""
+"""What every combine kernel is made of: one program a row merges the row's splits in a fixed order."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .tiles import LOWEST, load_tile
+from .tiles import LOWEST
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def load_row(base, row, features, FEATURES: tl.constexpr):
+    """One row of a contiguous matrix in float32; zero beyond its features."""
+    column = tl.arange(0, FEATURES)
+    return tl.load(base + tl.cast(row, tl.int64) * features + column, mask=column < features, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(base, row, value, features, FEATURES: tl.constexpr):
+    """Write one row of a contiguous matrix."""
+    column = tl.arange(0, FEATURES)
+    tl.store(base + tl.cast(row, tl.int64) * features + column, value, mask=column < features)
+
+
+@triton.jit
 def merge(
-    lse,
-    mean,
+    lse,  # [splits, rows], base 2
+    mean,  # [splits, rows, features]
     shift,
     total,
     weighted,
-    split,
-    first,
+    row,
     rows,
-    features,
-    ROWS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """Add one split's (lse, mean) to an accumulator."""
-    row = first + tl.arange(0, ROWS)
-    start = tl.cast(split, tl.int64) * rows
-    part = tl.load(lse + start + row, mask=row < rows, other=LOWEST)
-    tile = load_tile(mean + start * features, first, rows, features, features, ROWS, FEATURES, False)
-    higher = tl.maximum(shift, part)
-    keep = tl.exp2(shift - higher)
-    gain = tl.exp2(part - higher)
-    return higher, total * keep + gain, weighted * keep[:, None] + tile * gain[:, None]
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for 0 <= x <= 1, also where 1 + x rounds to 1."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
-
-
-@triton.jit
-def combine_kernel(
-    query,  # [rows, features] contiguous, as is key: unrounded, for the positive pair
-    key,
-    negative_lse,  # [splits, rows], base 2
-    negative_mean,  # [splits, rows, features]
-    positive_lse,  # of the negated logits; not read unless LABELLED
-    positive_mean,
-    largest,  # [splits, rows]; not read unless ACCURACY
-    loss,  # [rows]
-    gradient,  # [rows, features]
-    accuracy,  # [rows]; not written unless ACCURACY
-    scale,
-    inverse_temperature,
-    rows,
-    features,
     splits,
-    ROWS: tl.constexpr,
+    features,
+    SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
-    LABELLED: tl.constexpr,
-    ACCURACY: tl.constexpr,
 ):
-    first = tl.program_id(0) * ROWS
-    row = first + tl.arange(0, ROWS)
-    # Scaled before the product, as in the reads: equal vectors then have equal logits, not almost.
-    q = load_tile(query, first, rows, features, features, ROWS, FEATURES, False).to(tl.float32) * scale
-    k = load_tile(key, first, rows, features, features, ROWS, FEATURES, False).to(tl.float32)
-    own = tl.sum(q * k, 1)
-
-    shift = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    negative = tl.zeros([ROWS, FEATURES], tl.float32)
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    for split in range(splits):
-        shift, total, negative = merge(
-            negative_lse, negative_mean, shift, total, negative, split, first, rows, features, ROWS, FEATURES
-        )
-        if ACCURACY:
-            top = tl.maximum(top, tl.load(largest + tl.cast(split, tl.int64) * rows + row, mask=row < rows, other=0.0))
-    pairs = shift + tl.log2(total)
-    negative = negative / total[:, None]
-
-    # The own key is the first positive; without labels it is the only one.
-    shift = -own
-    total = tl.full([ROWS], 1.0, tl.float32)
-    positive = k
-    if LABELLED:
-        for split in range(splits):
-            shift, total, positive = merge(
-                positive_lse,
-                positive_mean,
-                shift,
-                total,
-                positive,
-                split,
-                first,
-                rows,
-                features,
-                ROWS,
-                FEATURES,
-            )
-    pairs = (pairs + shift + tl.log2(total)) * LN2
-    positive = positive / total[:, None]
-
-    small = tl.exp(-tl.abs(pairs))
-    sigmoid = tl.where(pairs > 0, 1.0, small) / (1.0 + small)
-    tl.store(loss + row, tl.maximum(pairs, 0.0) + log1p(small), mask=row < rows)
+    """Add one row of all splits to an accumulator: total and weighted are relative to 2**shift."""
     column = tl.arange(0, FEATURES)[None, :]
-    at = tl.cast(row, tl.int64)[:, None] * features + column
-    value = (sigmoid * inverse_temperature)[:, None] * (negative - positive)
-    tl.store(gradient + at, value, mask=(row < rows)[:, None] & (column < features))
-    if ACCURACY:
-        tl.store(accuracy + row, (own >= top).to(tl.float32), mask=row < rows)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        at = tl.cast(split, tl.int64) * rows + row
+        part = tl.load(lse + at, mask=split < splits, other=LOWEST)
+        inside = (split < splits)[:, None] & (column < features)
+        tile = tl.load(mean + at[:, None] * features + column, mask=inside, other=0.0)
+        higher = tl.maximum(shift, tl.max(part, 0))
+        keep = tl.exp2(shift - higher)
+        gain = tl.exp2(part - higher)
+        total = total * keep + tl.sum(gain, 0)
+        weighted = weighted * keep + tl.sum(gain[:, None] * tile, 0)
+        shift = higher
+    return shift, total, weighted
+
+
+@triton.jit
+def merge_new(lse, mean, row, rows, splits, features, SPLITS: tl.constexpr, FEATURES: tl.constexpr):
+    """LSE (base 2) and mean of one row over all splits."""
+    empty = tl.zeros([FEATURES], tl.float32)
+    shift = tl.full([], LOWEST, tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    shift, total, weighted = merge(lse, mean, shift, total, empty, row, rows, splits, features, SPLITS, FEATURES)
+    return shift + tl.log2(total), weighted / total
+
+
+@triton.jit
+def largest_logit(largest, row, rows, splits, SPLITS: tl.constexpr):
+    """Of one row over all splits."""
+    top = tl.full([], LOWEST, tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        part = tl.load(largest + tl.cast(split, tl.int64) * rows + row, mask=split < splits, other=LOWEST)
+        top = tl.maximum(top, tl.max(part, 0))
+    return top
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), also where 1 + exp(-|x|) rounds to 1."""
+    small = tl.exp(-tl.abs(x))
+    sum = 1.0 + small
+    return tl.maximum(x, 0.0) + tl.where(
+        sum == 1.0, small, tl.log(sum) * (small / tl.where(sum == 1.0, 1.0, sum - 1.0))
+    )
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, small) / (1.0 + small)

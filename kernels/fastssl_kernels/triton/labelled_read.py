@@ -1,4 +1,8 @@
-"""Labelled queue read: negatives and negated positives of one share of the queue, in two accumulators."""
+"""Labelled queue read: two accumulators over one share of the queue, for UniCon and SupCon.
+
+PAIRS (UniCon): the negatives, and the negated positives. Otherwise (SupCon): all entries, and the positives
+with equal weights, so that their LSE is the logarithm of their number.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ def labelled_read_kernel(
     queue,  # [entries, features], last stride 1
     query_labels,  # [rows] int64, -1 unknown
     queue_labels,  # [entries] int64, -1 unknown
-    negative_lse,  # [splits, rows], base 2
-    negative_mean,  # [splits, rows, features]
-    positive_lse,  # of the negated logits
+    first_lse,  # [splits, rows], base 2: of the negatives or of all
+    first_mean,  # [splits, rows, features]
+    positive_lse,
     positive_mean,
-    largest,  # [splits, rows]: the largest logit, base 2
+    largest,  # [splits, rows]: the largest logit, base 2; not written unless ACCURACY
     scale,
     rows,
     entries,
@@ -33,18 +37,23 @@ def labelled_read_kernel(
     ROUNDED: tl.constexpr,
     ACCURACY: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SKIP_OWN: tl.constexpr,  # row i does not see entry i: a batch against itself
 ):
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     row = first_row + tl.arange(0, ROWS)
-    x = load_scaled_query(query, first_row, rows, features, scale, queue.dtype.element_ty, ROWS, FEATURES)
+    # A batch's rows have the dtype already: the scale would round them once more, and not as `bank_gradient` does.
+    folded = 1.0 if SKIP_OWN else scale
+    x = load_scaled_query(query, first_row, rows, features, folded, queue.dtype.element_ty, ROWS, FEATURES)
     row_label = tl.load(query_labels + row, mask=row < rows, other=-1)
     top = tl.full([ROWS], LOWEST, tl.float32)
-    negative_shift = tl.full([ROWS], LOWEST if ONLINE else 0.0, tl.float32)
-    negative_total = tl.zeros([ROWS], tl.float32)
-    negative_rounded = tl.zeros([ROWS], tl.float32)
-    negative = tl.zeros([ROWS, FEATURES], tl.float32)
-    positive_shift = tl.full([ROWS], LOWEST if ONLINE else 0.0, tl.float32)
+    shift = tl.full([ROWS], LOWEST if ONLINE else 0.0, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    rounded = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS, FEATURES], tl.float32)
+    # Equal weights of 1 need no maximum.
+    positive_shift = tl.full([ROWS], LOWEST if ONLINE and PAIRS else 0.0, tl.float32)
     positive_total = tl.zeros([ROWS], tl.float32)
     positive_rounded = tl.zeros([ROWS], tl.float32)
     positive = tl.zeros([ROWS, FEATURES], tl.float32)
@@ -53,26 +62,31 @@ def labelled_read_kernel(
         tile = load_tile(queue, first, entries, queue_stride, features, ENTRIES, FEATURES, FULL)
         entry_label = tl.load(queue_labels + entry, mask=entry < entries, other=-1)
         logits = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
+        # Beyond the tail the label is -1, which matches nothing.
+        same = (row_label[:, None] == entry_label[None, :]) & (row_label != -1)[:, None]
+        if SKIP_OWN:
+            logits *= scale
+            own = row[:, None] == entry[None, :]
+            same = same & ~own
+            logits = tl.where(own, float("-inf"), logits)
         if not FULL:
             logits = tl.where(entry < entries, logits, float("-inf"))
         if ACCURACY:
             top = tl.maximum(top, tl.max(logits, 1))
-        # Beyond the tail the label is -1, which matches nothing.
-        same = (row_label[:, None] == entry_label[None, :]) & (row_label != -1)[:, None]
-        negative_shift, negative_total, negative_rounded, negative = absorb(
-            tl.where(same, float("-inf"), logits),
-            tile, negative_shift, negative_total, negative_rounded, negative, ONLINE, ROUNDED, PRECISION,
+        shift, total, rounded, weighted = absorb(
+            tl.where(same, float("-inf"), logits) if PAIRS else logits,
+            tile, shift, total, rounded, weighted, ONLINE, ROUNDED, PRECISION,
         )  # fmt: skip
         # Few labels or many classes leave most tiles without a positive.
         if tl.max(tl.max(same.to(tl.int32), 1), 0) > 0:
             positive_shift, positive_total, positive_rounded, positive = absorb(
-                tl.where(same, -logits, float("-inf")),
-                tile, positive_shift, positive_total, positive_rounded, positive, ONLINE, ROUNDED, PRECISION,
+                tl.where(same, -logits if PAIRS else 0.0, float("-inf")),
+                tile, positive_shift, positive_total, positive_rounded, positive,
+                ONLINE and PAIRS, ROUNDED and PAIRS, PRECISION,
             )  # fmt: skip
     store_partial(
-        negative_lse, negative_mean, split, first_row, rows, features,
-        negative_shift, negative_total, negative_rounded, negative, ROWS, FEATURES,
-    )  # fmt: skip
+        first_lse, first_mean, split, first_row, rows, features, shift, total, rounded, weighted, ROWS, FEATURES
+    )
     store_partial(
         positive_lse, positive_mean, split, first_row, rows, features,
         positive_shift, positive_total, positive_rounded, positive, ROWS, FEATURES,

@@ -1,41 +1,46 @@
-"""Run the kernels: tile sizes, splits of the queue, buffers. Same interface as `blockwise`."""
+"""How the read kernels are launched: tile sizes, precision, splits of the bank."""
 
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..blockwise import Rows
 from ..numerics import fits_unshifted
-from .combine import combine_kernel
-from .labelled_read import labelled_read_kernel
-from .read import read_kernel
+from ..rows import Rows
 
 _MIN_TILES = 4  # per split: below, partial results cost more than the parallelism gains
-COMBINE_ROWS = 4
+_WIDTH = 16  # columns: 32 bytes of 16-bit rows
+_MASKED_ENTRIES = 32  # in a tile: masks take registers
+_EFFICIENCY = 0.95  # of the best split: fewer splits mean fewer partial results
+_COMBINED = 2048  # elements that a combine program holds at once
 
 
 class Tiles(NamedTuple):
-    """How a read kernel is cut: query rows and queue entries per tile, warps, pipeline stages."""
+    """How a kernel is cut: rows and entries per tile, warps, pipeline stages."""
 
     rows: int
     entries: int
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
-# Largest padded C an entry serves -> tiles; by (labelled, bytes per queue element). Nothing spills on sm_90;
-# on sm_80 24 bytes do in the labelled 16-bit kernel with the online maximum.
+
+# Largest padded C an entry serves -> tiles; by (labelled, bytes per queue element). `fastssl_kernels.aot` checks them.
 TILES: dict[tuple[bool, int], dict[int, Tiles]] = {
     (False, 2): {128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2), 512: Tiles(32, 32, 8, 2)},
-    (False, 4): {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2), 512: Tiles(16, 16, 8, 2)},
-    (True, 2): {128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 2), 512: Tiles(16, 32, 8, 2)},
-    (True, 4): {128: Tiles(16, 32, 8, 2), 256: Tiles(16, 16, 8, 2), 512: Tiles(16, 16, 8, 2)},
+    (False, 4): {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2), 512: Tiles(16, 16, 8, 1)},
+    (True, 2): {128: Tiles(32, 32, 4, 2), 256: Tiles(16, 32, 4, 2), 512: Tiles(16, 32, 8, 2)},
+    (True, 4): {128: Tiles(16, 32, 8, 2), 256: Tiles(16, 16, 8, 2), 512: Tiles(16, 16, 8, 1)},
 }
 
 
@@ -45,26 +50,12 @@ class Plan(NamedTuple):
     tiles: Tiles
     splits: int
     share: int
+    """Entries per split."""
     constants: dict[str, Any]
 
-
-def info_nce_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: float, return_accuracy: bool) -> Rows:
-    """InfoNCE; arguments as in `fastssl_kernels.info_nce`."""
-    return _rows(query, key, queue, None, temperature, return_accuracy)
-
-
-def unicon_rows(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    query_labels: Tensor,
-    queue_labels: Tensor,
-    temperature: float,
-    return_accuracy: bool,
-) -> Rows:
-    """UniCon; arguments as in `fastssl_kernels.unicon`."""
-    labels = (query_labels.contiguous(), queue_labels.contiguous())
-    return _rows(query, key, queue, labels, temperature, return_accuracy)
+    def grid(self, rows: int) -> tuple[int, int]:
+        """Programs: blocks of rows x splits."""
+        return triton.cdiv(rows, self.tiles.rows), self.splits
 
 
 def make_plan(
@@ -72,19 +63,18 @@ def make_plan(
     entries: int,
     features: int,
     dtype: torch.dtype,
+    table: dict[int, Tiles],
     *,
-    labelled: bool,
     temperature: float,
-    accuracy: bool,
     processors: int,
 ) -> Plan:
     """Cut [rows] x [entries] so that the programs fill the processors and each has a few tiles."""
-    padded = max(16, triton.next_power_of_2(features))
-    table = TILES[labelled, dtype.itemsize]
+    padded = pad_features(features)
     tiles = table[min(size for size in table if size >= padded)]
+    if entries % tiles.entries or features != padded:
+        tiles = tiles._replace(entries=min(tiles.entries, _MASKED_ENTRIES))
     count = triton.cdiv(entries, tiles.entries)
-    wanted = max(1, min(processors // triton.cdiv(rows, tiles.rows), count // _MIN_TILES))
-    share = triton.cdiv(count, wanted) * tiles.entries
+    share = triton.cdiv(count, choose_splits(triton.cdiv(rows, tiles.rows), count, processors))
     constants = {
         "ROWS": tiles.rows,
         "ENTRIES": tiles.entries,
@@ -93,58 +83,66 @@ def make_plan(
         # float16 weights need the maximum at any temperature: they hold nothing above 65504 or below 6e-8.
         "ONLINE": dtype == torch.float16 or not fits_unshifted(temperature, entries, torch.float32),
         "ROUNDED": dtype.itemsize == 2,
-        "ACCURACY": accuracy,
-        "PRECISION": _precision(padded),
+        "PRECISION": precision(padded),
     }
-    return Plan(tiles, triton.cdiv(entries, share), share, constants)
+    return Plan(tiles, triton.cdiv(count, share), share * tiles.entries, constants)
 
 
-def _rows(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    labels: tuple[Tensor, Tensor] | None,
-    temperature: float,
-    return_accuracy: bool,
-) -> Rows:
-    query, key = query.contiguous(), key.contiguous()
-    queue = queue if queue.stride(1) == 1 else queue.contiguous()
-    (rows, features), entries = query.shape, len(queue)
-    plan = make_plan(
-        rows,
-        entries,
-        features,
-        queue.dtype,
-        labelled=labels is not None,
-        temperature=temperature,
-        accuracy=return_accuracy,
-        processors=_processors(query.device),
-    )
-    scale = math.log2(math.e) / temperature
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    sides = 2 if labels is not None else 1
-    lse, mean = empty(sides, plan.splits, rows), empty(sides, plan.splits, rows, features)
-    largest = empty(plan.splits, rows) if return_accuracy else lse
-    sizes = (scale, rows, entries, features, queue.stride(0), plan.share)
-    grid = (triton.cdiv(rows, plan.tiles.rows), plan.splits)
-    options = {"num_warps": plan.tiles.warps, "num_stages": plan.tiles.stages, **plan.constants}
-    if labels is None:
-        read_kernel[grid](query, queue, lse, mean, largest, *sizes, **options)
-    else:
-        labelled_read_kernel[grid](query, queue, *labels, lse[0], mean[0], lse[1], mean[1], largest, *sizes, **options)
-    out = Rows(empty(rows), empty(rows, features), empty(rows if return_accuracy else 0))
-    combine_kernel[(triton.cdiv(rows, COMBINE_ROWS),)](
-        query, key, lse[0], mean[0], lse[-1], mean[-1], largest, *out,
-        scale, 1 / temperature, rows, features, plan.splits,
-        ROWS=COMBINE_ROWS,
-        FEATURES=plan.constants["FEATURES"],
-        LABELLED=labels is not None,
-        ACCURACY=return_accuracy,
-    )  # fmt: skip
-    return out
+@functools.cache
+def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
+    """The fewest splits of a bank of `tiles` that keep the processors nearly as busy as any number does."""
+    candidates = range(1, max(1, min(tiles // _MIN_TILES, 2 * processors)) + 1)
+    efficiency = [wave_efficiency(row_blocks, tiles, splits, processors) for splits in candidates]
+    enough = _EFFICIENCY * max(efficiency)
+    return next(splits for splits, reached in zip(candidates, efficiency, strict=True) if reached >= enough)
 
 
-def _precision(features: int) -> str:
+def wave_efficiency(row_blocks: int, tiles: int, splits: int, processors: int) -> float:
+    """Share of the processors' time that is work, where each runs one program at a time."""
+    share = triton.cdiv(tiles, splits)
+    programs = row_blocks * triton.cdiv(tiles, share)
+    return row_blocks * tiles / (triton.cdiv(programs, processors) * processors * share)
+
+
+def whole_columns(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a function of rows [..., C] on rows whose C is a multiple of 16, with zeros that change no product.
+
+    Loads of 16 bytes need it; without, they are scalar and some tiles spill.
+    """
+
+    @functools.wraps(function)
+    def run(rows: Tensor, *given: Any) -> Any:
+        features = rows.shape[1]
+        width = triton.cdiv(features, _WIDTH) * _WIDTH
+        if width == features:
+            return function(rows, *given)
+
+        def widen(value: Any) -> Any:
+            is_rows = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+            return F.pad(value, (0, width - features)) if is_rows else value
+
+        def narrow(value: Tensor) -> Tensor:
+            return value[:, :features].contiguous() if value.is_floating_point() and value.ndim > 1 else value
+
+        result = function(*map(widen, (rows, *given)))
+        if isinstance(result, Tensor):
+            return narrow(result)
+        return Rows(*map(narrow, result)) if isinstance(result, Rows) else tuple(map(narrow, result))
+
+    return run
+
+
+def pad_features(features: int) -> int:
+    """The width of a tile: a power of two that a product can take."""
+    return max(16, triton.next_power_of_2(features))
+
+
+def splits_at_once(splits: int, features: int) -> int:
+    """How many partial rows a combine program loads together."""
+    return min(triton.next_power_of_2(splits), _COMBINED // pad_features(features))
+
+
+def precision(features: int) -> str:
     """How float32 products are taken: TF32 only where the user allowed it, as for torch's own."""
     if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
@@ -152,6 +150,6 @@ def _precision(features: int) -> str:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    # The interpreter has none; 16 lets small tests split the queue.
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the interpreter has none, and 16 lets small tests split the queue."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16

@@ -5,17 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import LOWEST, absorb, dot, load_scaled_query, load_tile, store_partial
+from .tiles import LOWEST, absorb, dot, load_stacked_rows, load_tile, store_partial
 
 
 @triton.jit
 def read_kernel(
-    query,  # [rows, features] contiguous
+    query,  # [boundary, features] contiguous
+    teacher,  # [rows - boundary, features] contiguous: the rows from `boundary` on
     queue,  # [entries, features], last stride 1
     lse,  # [splits, rows], base 2
     mean,  # [splits, rows, features]
-    largest,  # [splits, rows]: the largest logit, base 2
+    largest,  # [splits, rows]: the largest logit, base 2; not written unless ACCURACY
     scale,
+    teacher_scale,
+    boundary,
     rows,
     entries,
     features,
@@ -33,7 +36,10 @@ def read_kernel(
     # Neighbouring programs differ in their rows and share their part of the queue, so it leaves DRAM once.
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
-    x = load_scaled_query(query, first_row, rows, features, scale, queue.dtype.element_ty, ROWS, FEATURES)
+    x = load_stacked_rows(
+        query, teacher, boundary, scale, teacher_scale, first_row, rows, features,
+        queue.dtype.element_ty, ROWS, FEATURES,
+    )  # fmt: skip
     shift = tl.full([ROWS], LOWEST if ONLINE else 0.0, tl.float32)
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)

@@ -39,6 +39,30 @@ def load_scaled_query(
 
 
 @triton.jit
+def load_stacked_rows(
+    query,  # [boundary, features] contiguous
+    teacher,  # [rows - boundary, features] contiguous
+    boundary,
+    scale,
+    teacher_scale,
+    first,
+    rows,
+    features,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """As `load_scaled_query`, where rows from `boundary` on are the teacher's, with a scale of their own."""
+    row = first + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, FEATURES)[None, :]
+    of_query = query + tl.cast(row, tl.int64) * features + column
+    of_teacher = teacher + tl.cast(row - boundary, tl.int64) * features + column
+    own = tl.load(of_query, mask=(row < boundary) & (column < features), other=0.0).to(tl.float32)
+    other = tl.load(of_teacher, mask=(row >= boundary) & (row < rows) & (column < features), other=0.0).to(tl.float32)
+    return round_to(own * scale + other * teacher_scale, dtype)
+
+
+@triton.jit
 def dot(a, b, sum, PRECISION: tl.constexpr):
     """a @ b + sum in float32."""
     if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16

@@ -1,0 +1,1 @@
+"""Measurements beside what a user would take instead; run `python -m bench`."""

@@ -1,0 +1,38 @@
+"""`python -m bench`: which benchmark runs."""
+
+from __future__ import annotations
+
+import sys
+
+from fastssl.errors import ConfigError, unknown_name
+
+from . import losses
+
+COMMANDS = {"losses": losses.main}
+USAGE = """\
+usage: python -m bench COMMAND [...]
+
+  losses    loss and gradient of a query against a queue, beside eager torch, torch.compile, flash attention and peers
+
+`python -m bench losses --help` lists its options.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run a benchmark; bad input is told in one sentence on stderr with exit code 2."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise unknown_name("command", command, COMMANDS)
+        COMMANDS[command](rest)
+    except ConfigError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""Under which circumstances it was measured, the JSON of a run, and its tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastssl.errors import ConfigError
+
+PACKAGES = ("fastssl", "torch", "triton", "numpy", "lightly", "pytorch-metric-learning")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One column in one mode; None where it was not measured, and the note then says why."""
+
+    shape: str
+    loss: str
+    column: str
+    launch: str
+    """"plain", or "graph": the replay of a CUDA graph."""
+    cache: str
+    """"warm" or "cold": whether the queue is in L2. "interleaved": as the column before left the caches."""
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
+    loss_error: float | None
+    """Relative, of the mean loss."""
+    gradient_error: float | None
+    """Relative, of the query's gradient."""
+    memory_bytes: int | None
+    """Peak within a step, above what was there before."""
+    ratio_to_ours: float | None
+    """Above 1: slower than fastssl."""
+    note: str
+
+
+def environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "command": " ".join(command),
+        "device": _device_name(device),
+        "device_state": _device_state(device),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "commit": _commit(),
+        "date": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processors = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", processors.read_text()) if processors.exists() else []
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _device_state(device: torch.device) -> str:
+    """Driver and clocks, or how busy the CPU was before the run."""
+    if device.type == "cpu":
+        return f"load average {os.getloadavg()[0]:.2f} of {os.cpu_count()}"
+    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """With "-dirty" where files other than results differ from it."""
+    commit = _output("git", "rev-parse", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+    return f"{commit}-dirty" if changed else commit
+
+
+def _output(*command: str) -> str:
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def write(folder: Path, facts: dict[str, Any], rows: Sequence[Row]) -> Path:
+    """The run as losses-<device>-<date>.json."""
+    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    path = folder / f"losses-{device}-{re.sub('[^0-9T]', '', facts['date'])}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); change --out") from None
+    return path
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A table for each mode, and below it the notes."""
+    console = Console()
+    console.width = max(console.width, 100)  # eighty columns would cut numbers
+    for launch, cache in dict.fromkeys((row.launch, row.cache) for row in rows):
+        own = [row for row in rows if (row.launch, row.cache) == (launch, cache)]
+        table = Table(title=f"{own[0].loss} {own[0].shape}, {launch} launch, {cache} cache", title_justify="left")
+        table.add_column("column", no_wrap=True)
+        for title in ("ms", "p20 p80", "to ours", "loss err", "grad err", "MiB"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in own:
+            table.add_row(row.column, *_cells(row))
+        console.print(table)
+    for name, note in dict.fromkeys((row.column, row.note) for row in rows if row.note):
+        console.print(f"  {name}: {note}", soft_wrap=True, highlight=False)
+
+
+def _cells(row: Row) -> list[str]:
+    """Empty where nothing was measured."""
+    return [
+        _text(row.median_ms, ".3f"),
+        f"{row.p20_ms:.3f} {row.p80_ms:.3f}" if row.p20_ms is not None else "",
+        _text(row.ratio_to_ours, ".2f"),
+        _text(row.loss_error, ".0e"),
+        _text(row.gradient_error, ".0e"),
+        _text(row.memory_bytes and row.memory_bytes / 2**20, ".1f"),
+    ]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,172 @@
+"""`fastssl verify`: how far every loss is from its definition in float64, on the reader's own machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastssl.errors import ConfigError, unknown_name
+from fastssl_kernels import available_backends, parity
+from fastssl_kernels.parity import Errors, Inputs
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+TEMPERATURES = (0.07, 0.2, 1.0)
+
+Shape = tuple[int, int, int]  # rows, entries of the queue, features
+
+SMALL_SHAPES: tuple[Shape, ...] = ((7, 5, 5), (33, 127, 48), (65, 300, 128))
+# Rounding a row to 16 bits moves a logit by up to 0.004 / temperature; many features average that away.
+SMALL_SHAPES_OF_16_BITS: tuple[Shape, ...] = ((33, 127, 128), (65, 300, 128))
+CPU_SHAPE: Shape = (256, 4096, 128)
+GPU_SHAPE: Shape = (256, 65536, 128)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compares every loss and its gradient with the definition in float64; exit code 1 where one is too far from it."""
+
+    loss: Annotated[str, tyro.conf.Positional] = "all"
+    """a loss, with its variants, or all"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch finds it"""
+    dtype: Literal["all", "float64", "float32", "bfloat16", "float16"] = "all"
+    """of the queue; rows are in float32 or, with float64, in it"""
+
+
+class Verdict(NamedTuple):
+    """One line of the table: the worst errors over shapes and temperatures."""
+
+    loss: str
+    dtype: torch.dtype
+    backend: str
+    errors: Errors
+    plain: Errors
+    tolerated: Errors
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN too."""
+        return all(error <= limit for error, limit in zip(self.errors, self.tolerated, strict=True))
+
+
+def run(options: Options) -> int:
+    """Print the table; 0 if all passed, else 1."""
+    device = _device(options.device)
+    losses = _losses(options.loss)
+    dtypes = list(DTYPES.values()) if options.dtype == "all" else [DTYPES[options.dtype]]
+    console = Console()
+    console.width = max(console.width, 100)  # a pipe has 80 columns, where the table would be cut
+    verdicts = []
+    with console.status("") as status:
+        for loss in losses:
+            status.update(f"{loss} on {device}")
+            verdicts += [verdict for dtype in dtypes for verdict in verify(loss, dtype, device)]
+    console.print(_table(verdicts))
+    console.print(_caption(device), highlight=False)
+    failed = sum(not verdict.passed for verdict in verdicts)
+    console.print(f"{failed} of {len(verdicts)} failed" if failed else f"all {len(verdicts)} passed")
+    return 1 if failed else 0
+
+
+def verify(loss: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
+    """A verdict on each backend that runs `loss` in `dtype` on `device`."""
+    backends = [name for name, why_not in available_backends(device).items() if name != "reference" and not why_not]
+    if dtype == torch.float64:  # Triton kernels do not take it
+        backends = ["blockwise"]
+    errors: dict[str, list[Errors]] = {name: [] for name in ("plain", *backends)}
+    for shape in _shapes(dtype, device):
+        given = parity.prepare(loss, parity.make_inputs(*shape), dtype, device)
+        # Triton's interpreter, the only way to run it on a CPU, would take hours for the large shape.
+        runs = [name for name in backends if name != "triton" or shape != CPU_SHAPE]
+        for temperature in TEMPERATURES:
+            truth = parity.evaluate_truth(loss, given, temperature)
+            errors["plain"].append(_plain(loss, given, dtype, temperature, truth))
+            for name in runs:
+                errors[name].append(parity.errors(parity.evaluate(loss, given, temperature, name), truth))
+    tolerated = parity.tolerances(loss, dtype)
+    for name in sorted(backends):
+        yield Verdict(loss, dtype, name, _worst(errors[name]), _worst(errors["plain"]), tolerated)
+
+
+def _plain(loss: str, given: Inputs, dtype: torch.dtype, temperature: float, truth: parity.Result) -> Errors:
+    """Of plain torch code, as the table's caption says."""
+    if dtype == torch.float64:
+        return Errors(0.0, 0.0)
+    rounded = dtype in (torch.bfloat16, torch.float16)
+    with parity.RoundedProducts(dtype) if rounded else nullcontext():
+        return parity.errors(parity.evaluate(loss, given, temperature, "reference"), truth)
+
+
+def _worst(errors: list[Errors]) -> Errors:
+    """The largest of each; NaN if there is one."""
+    return Errors(*np.max(errors, axis=0).tolist())
+
+
+def _shapes(dtype: torch.dtype, device: str) -> tuple[Shape, ...]:
+    small = SMALL_SHAPES if dtype in (torch.float64, torch.float32) else SMALL_SHAPES_OF_16_BITS
+    return (*small, GPU_SHAPE if device == "cuda" else CPU_SHAPE)
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch finds no CUDA device; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _losses(given: str) -> list[str]:
+    if given == "all":
+        return list(parity.LOSSES)
+    names = [name for name in parity.LOSSES if given in (name, name.partition("+")[0])]
+    if not names:
+        raise unknown_name("loss", given, [*parity.LOSSES, "all"])
+    return names
+
+
+def _table(verdicts: list[Verdict]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for title in ("loss", "dtype", "backend"):
+        table.add_column(title)
+    for title in ("error:\nloss", "\ngradient", "plain:\nloss", "\ngradient", "limit:\nloss", "\ngradient"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for verdict in verdicts:
+        numbers = [f"{x:.1e}" for x in (*verdict.errors, *verdict.plain)]
+        limits = [f"{x:.0e}" for x in verdict.tolerated]
+        name = str(verdict.dtype).removeprefix("torch.")
+        result = "[green]pass[/]" if verdict.passed else "[red]FAIL[/]"
+        table.add_row(verdict.loss, name, verdict.backend, *numbers, *limits, result)
+    return table
+
+
+def _caption(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    try:
+        triton = version("triton") + (", interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "")
+    except PackageNotFoundError:
+        triton = "not installed"
+    temperatures = ", ".join(map(str, TEMPERATURES))
+    largest = " x ".join(map(str, GPU_SHAPE if device == "cuda" else CPU_SHAPE))
+    return f"""
+error: relative (Frobenius) error of the loss rows, and of all gradients with weights of either sign, against the \
+definition in float64 on the same rounded inputs; the worst over shapes up to {largest} (rows x entries x features) \
+and temperatures {temperatures}
+dtype: of the queue; queries and keys are float32, or float64 with it; the rows of nt_xent are in dtype
+plain: plain torch, which is the definition in float32; in 16 bits with operands and results of its matrix products \
+rounded to dtype, as under autocast; in float64 it is what the errors are measured against
+{device}: {name}; torch {torch.__version__}, triton {triton}
+"""

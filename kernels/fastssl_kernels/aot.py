@@ -1,0 +1,167 @@
+"""Compile every kernel for GPUs that need not be there, and say what each needs of them.
+
+    python -m fastssl_kernels.aot --targets sm_80,sm_90
+
+Fails where a kernel spills registers, uses the stack or asks for more memory than a target has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .sass import disassemble
+from .triton import bank_gradient, consistency, losses, nearest, reads
+from .triton.configuration import Configuration, aligned_arguments, argument_type
+
+# Shared memory that one program can have.
+SHARED_BYTES = {f"sm_{number}": size * 1024 for number, size in ((80, 163), (90, 227), (100, 227), (120, 99))}
+TENSOR_MEMORY_COLUMNS = 512  # of sm_100
+_COLUMNS = "{:24} {:38} {:7} {:>9} {:>6} {:>5} {:>7} {:12} {:>6} {:>6}"
+_HEADINGS = ("kernel", "config", "target", "registers", "spills", "stack", "shared", "tensor cores", "maxima", "/logit")
+
+
+class Usage(NamedTuple):
+    """One kernel in one configuration, compiled for one target."""
+
+    kernel: str
+    config: str
+    target: str
+    constants: dict[str, Any]
+    registers: int  # per thread
+    spills: int  # instructions that load or store local memory
+    stack: int  # bytes per thread
+    shared_bytes: int  # per program
+    tensor_memory: int  # columns per program, sm_100 alone
+    tensor_cores: dict[str, int]  # instructions by mnemonic
+    maxima: int  # floating point maximum instructions
+    instructions_per_logit: float | None  # of the main loop, per logit of a thread; None without logits
+
+    def faults(self) -> Iterator[str]:
+        """One sentence for each limit that it breaks."""
+        name = f"{self.kernel} ({self.config}) on {self.target}"
+        if self.spills:
+            yield f"{name} spills: {self.spills} instructions load or store registers; its tiles have to be smaller."
+        if self.stack:
+            yield f"{name} uses {self.stack} bytes of stack per thread; its tiles have to be smaller."
+        if self.shared_bytes > SHARED_BYTES[self.target]:
+            yield (
+                f"{name} needs {self.shared_bytes} bytes of shared memory and the target has "
+                f"{SHARED_BYTES[self.target]}; its tiles have to be smaller or its stages fewer."
+            )
+        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
+            yield (
+                f"{name} needs {self.tensor_memory} columns of tensor memory and the target has "
+                f"{TENSOR_MEMORY_COLUMNS}; its tiles have to be smaller."
+            )
+
+    def row(self) -> str:
+        """Its line in the table."""
+        products = " ".join(f"{count} {name}" for name, count in self.tensor_cores.items()) or "-"
+        ratio = "-" if self.instructions_per_logit is None else f"{self.instructions_per_logit:.1f}"
+        return _COLUMNS.format(
+            self.kernel, self.config, self.target, self.registers, self.spills, self.stack, self.shared_bytes,
+            products, self.maxima, ratio,
+        )  # fmt: skip
+
+
+def compile_for(configuration: Configuration, target: str) -> Usage:
+    """Compile one configuration for `target` ("sm_90") and take the result apart."""
+    kernel, constants, dtype, options, logits, label = configuration
+    types = {name: argument_type(name, dtype) for name in kernel.arg_names if name not in constants}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
+        constexprs=constants,
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned_arguments(configuration)},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
+    sass = disassemble(compiled.asm["cubin"])
+    # Of a tile cut evenly; a target that gives some logits to two threads shows as more instructions for each.
+    per_thread = logits / (32 * compiled.metadata.num_warps)
+    return Usage(
+        kernel=kernel.__name__,
+        config=label,
+        target=target,
+        constants=constants,
+        registers=sass.registers,
+        spills=sass.spills,
+        stack=sass.stack,
+        shared_bytes=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        tensor_cores=sass.tensor_cores,
+        maxima=sass.maxima,
+        instructions_per_logit=round(sass.loop / per_thread, 2) if logits else None,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 1 if any configuration breaks a limit."""
+    parser = argparse.ArgumentParser(prog="python -m fastssl_kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", default=",".join(SHARED_BYTES), help="GPU targets (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the table shows, and more, to FILE")
+    parser.add_argument("--kernel", metavar="NAME", help="compile this kernel only, such as read_kernel")
+    given = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, which makes kernels plain Python; unset it to compile them.")
+    targets = given.targets.split(",")
+    for target in targets:
+        if target not in SHARED_BYTES:
+            parser.error(f"--targets names {target!r}; it takes {', '.join(SHARED_BYTES)}, separated by commas.")
+    names = [configuration.kernel.__name__ for configuration in configurations()]
+    if given.kernel not in (None, *names):
+        parser.error(f"--kernel names {given.kernel!r}; it takes {', '.join(sorted(set(names)))}.")
+    tasks = [(at, target) for at, name in enumerate(names) if given.kernel in (None, name) for target in targets]
+    usages = list(_compile_all(tasks))
+    if given.json:
+        given.json.write_text(json.dumps([usage._asdict() for usage in usages], indent=1, default=str) + "\n")
+    faults = [fault for usage in usages for fault in usage.faults()]
+    print(*faults, sep="\n", file=sys.stderr, end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+def _compile_all(tasks: list[tuple[int, str]]) -> Iterator[Usage]:
+    """Compile in one process per core and print each line of the table when it is known."""
+    print(_COLUMNS.format(*_HEADINGS))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # what is shown was compiled now
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(min(len(os.sched_getaffinity(0)), len(tasks)), _prepare) as pool:
+            for usage in pool.imap(_compile_task, tasks):
+                print(usage.row(), flush=True)
+                yield usage
+
+
+_prepared: list[Configuration] = []
+
+
+def _prepare() -> None:
+    # Kernels cannot be sent to another process; each makes the same list of them.
+    _prepared[:] = configurations()
+
+
+def _compile_task(task: tuple[int, str]) -> Usage:
+    at, target = task
+    return compile_for(_prepared[at], target)
+
+
+def configurations() -> Iterator[Configuration]:
+    """Of all launch modules, each once."""
+    modules = (reads, losses, consistency, nearest, bank_gradient)
+    found = {(each.kernel.__name__, each.label): each for module in modules for each in module.configurations()}
+    yield from found.values()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The losses of a batch against groups or itself, gradients to a bank, and reads that are ops of their own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..rows import QueueRead, float_rows
+from .reads import covariance_read, dot, labelled_read, read
+from .stream import Bank, Products, by_chunks, in_base_2, matches, row_chunks
+
+
+def group_cross_entropy_rows(
+    prediction: Tensor, groups: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [N], gradient [N, C], LSE [N]; the logit of the targets' mean is the mean of their logits."""
+    rows, bank = in_base_2(prediction, temperature), Bank(prediction, groups)
+    seen = read(rows, bank)
+    wanted = torch.stack([bank.centered(take(groups, numbers)) for numbers in target]).mean(0)
+    return *seen.cross_entropy(dot(rows, wanted), wanted, temperature), seen.lse_above(-dot(rows, bank.center))
+
+
+def nt_xent_rows(rows: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [R], each row's own part of the gradient [R, C], LSE [R], 1 / positives [R]."""
+    scaled, bank = in_base_2(rows, temperature), Bank(rows, rows)
+    seen, same = labelled_read(scaled, labels, bank, labels, skip_own=True)
+    logit, positive = same.logit / same.number, same.entry / same.number[:, None]
+    lse = seen.lse_above(-dot(scaled, bank.center))
+    return *seen.cross_entropy(logit, positive, temperature), lse, 1 / same.number
+
+
+def bank_gradient(
+    rows: Tensor,
+    bank: Tensor,
+    row_labels: Tensor,
+    bank_labels: Tensor,
+    lse: Tensor,
+    label_weight: Tensor,
+    upstream: Tensor,
+    temperature: float,
+    skip_own: bool,
+) -> Tensor:
+    """[K, C]: sum over rows of upstream * (softmax - label_weight for each matching label) * row / t."""
+    scaled, moved = in_base_2(rows, temperature), upstream[:, None] * float_rows(rows, rows) / temperature
+    entries = Bank(rows, bank)
+    lse = lse * math.log2(math.e) - dot(scaled, entries.center)
+    gradient = torch.zeros_like(bank, dtype=scaled.dtype)
+    for chunk in row_chunks(rows):
+        logits = Products(scaled[chunk])
+        for here, block in entries.blocks(rows):
+            weight = logits(block).sub_(lse[chunk]).exp2_()
+            for labels in row_labels:
+                same = matches(bank_labels[here], labels[chunk])
+                if same is not None:
+                    weight -= torch.where(same, label_weight[chunk], 0)
+            if skip_own:
+                weight.diagonal(here.start - chunk.start).fill_(0)
+            gradient[here].addmm_(weight, moved[chunk])
+    return gradient
+
+
+def queue_read(query: Tensor, bank: Tensor, temperature: float) -> QueueRead:
+    """LSE [N] and mean [N, C]."""
+    rows, entries = in_base_2(query, temperature), Bank(query, bank)
+    seen = read(rows, entries)
+    return QueueRead(seen.lse_above(-dot(rows, entries.center)), seen.mean + entries.center)
+
+
+def queue_read_gradient(
+    query: Tensor, bank: Tensor, lse_upstream: Tensor, mean_upstream: Tensor, temperature: float
+) -> Tensor:
+    """[N, C]: (upstream of the LSE * mean + covariance of the entries * upstream of the mean) / t."""
+    entries = Bank(query, bank)
+    seen, covariance = covariance_read(in_base_2(query, temperature), mean_upstream, entries)
+    return (lse_upstream[:, None] * (seen.mean + entries.center) + covariance) / temperature
+
+
+def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
+    """int64 [N, count]: the most similar entries, in descending order."""
+    rows, entries = float_rows(rows, rows), Bank(rows, bank)
+
+    def nearest_to(chunk: slice) -> tuple[Tensor, Tensor]:
+        best = rows.new_empty(len(rows[chunk]), 0)
+        numbers = best.to(torch.int64)
+        for here, block in entries.blocks(rows):
+            similarity, inside = (rows[chunk] @ block.T).topk(min(count, len(block)), dim=1)
+            best, order = torch.cat([best, similarity], 1).topk(min(count, here.stop), dim=1)
+            numbers = torch.cat([numbers, inside + here.start], 1).gather(1, order)
+        return best, numbers
+
+    return by_chunks(rows, nearest_to)[1]
+
+
+def take(bank: Tensor, numbers: Tensor) -> Tensor:
+    """bank[numbers], with NaN for a number that is not in the bank; on a CPU that is an IndexError."""
+    if bank.is_cpu:
+        return bank.index_select(0, numbers)
+    inside = (numbers >= 0) & (numbers < len(bank))
+    rows = bank.index_select(0, numbers.clamp(0, len(bank) - 1))
+    return torch.where(inside[:, None], rows, torch.nan)

@@ -1,0 +1,143 @@
+"""What rows see in a bank, in one pass over it: the sums of which the losses are closed forms.
+
+`rows`: [N, C], scaled `in_base_2`. Labels: int64; -1 in `labels` is none. Logits and entries are those of the
+bank, that is with the entries less its center.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .stream import Bank, MomentSums, Products, Sums, by_chunks, empty_sums, matches
+
+
+class Read(NamedTuple):
+    """What N rows see in some entries."""
+
+    largest: Tensor
+    """[N]: the largest logit, in base 2; lower than any where there are no entries."""
+    total: Tensor
+    """[N]: sum of 2**(logit - largest)."""
+    mean: Tensor
+    """[N, C]: the entries' mean, weighted by the softmax of the logits; 0 without entries."""
+
+    def lse_above(self, logit: Tensor) -> Tensor:
+        """[N]: natural logsumexp - `logit`, which is in base 2: rounded as the difference, and not as the terms, is."""
+        return (self.largest - logit) * math.log(2) + self.total.log()
+
+    def plus(self, logit: Tensor, entry: Tensor) -> Read:
+        """With one more entry a row; its logit [N] is in base 2."""
+        largest = torch.maximum(self.largest, logit)
+        term = torch.exp2(logit - largest)
+        total = self.total * torch.exp2(self.largest - largest) + term
+        return Read(largest, total, torch.lerp(self.mean, entry, (term / total)[:, None]))
+
+    def cross_entropy(self, logit: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Loss [N] against a distribution with this mean `logit` [N], in base 2, and mean entry; its gradient."""
+        return self.lse_above(logit), (self.mean - target) / temperature
+
+
+class Matches(NamedTuple):
+    """The entries with a row's label."""
+
+    number: Tensor
+    """[N]"""
+    logit: Tensor
+    """[N]: sum of the logits, in base 2."""
+    entry: Tensor
+    """[N, C]: sum of the entries."""
+
+
+def read(rows: Tensor, bank: Bank) -> Read:
+    """All entries."""
+
+    def read_chunk(chunk: slice) -> Read:
+        logits, sums = Products(rows[chunk]), Sums(rows[chunk])
+        for _, block in bank.blocks(rows):
+            sums.add(logits(block), block)
+        return _read(sums)
+
+    return Read(*by_chunks(rows, read_chunk))
+
+
+def covariance_read(rows: Tensor, direction: Tensor, bank: Bank) -> tuple[Read, Tensor]:
+    """All entries, and the product [N, C] of their covariance with `direction` [N, C]."""
+
+    def read_chunk(chunk: slice) -> tuple[Tensor, ...]:
+        logits, factor, sums = Products(rows[chunk]), Products(direction[chunk]), MomentSums(rows[chunk])
+        for _, block in bank.blocks(rows):
+            sums.add_with(factor(block), logits(block), block)
+        return *_read(sums), sums.moment()
+
+    *parts, moment = by_chunks(rows, read_chunk)
+    seen = Read(*parts)
+    return seen, moment - dot(direction, seen.mean)[:, None] * seen.mean
+
+
+def labelled_read(
+    rows: Tensor, labels: Tensor, bank: Bank, bank_labels: Tensor, skip_own: bool = False
+) -> tuple[Read, Matches]:
+    """All entries, and those with the row's label.
+
+    With `skip_own` row and entry of one number are the same and do not see each other.
+    """
+    labels = _no_unknown(labels)
+
+    def read_chunk(chunk: slice) -> tuple[Tensor, ...]:
+        logits, sums, entry = Products(rows[chunk]), Sums(rows[chunk]), empty_sums(rows[chunk])
+        number, logit = torch.zeros_like(sums.total), torch.zeros_like(sums.total)
+        for here, block in bank.blocks(rows):
+            of_block, same = logits(block), matches(bank_labels[here], labels[chunk])
+            own = here.start - chunk.start
+            if same is not None:
+                weight = same.to(block.dtype)
+                if skip_own:
+                    weight.diagonal(own).fill_(0)
+                number += weight.sum(0)
+                logit += (weight * of_block).sum(0)
+                entry.addmm_(block.T, weight)
+            if skip_own:
+                of_block.diagonal(own).fill_(-torch.inf)
+            sums.add(of_block, block)
+        return *_read(sums), number, logit, entry.T.contiguous()
+
+    parts = by_chunks(rows, read_chunk)
+    return Read(*parts[:3]), Matches(*parts[3:])
+
+
+def pair_read(rows: Tensor, labels: Tensor, bank: Bank, bank_labels: Tensor) -> tuple[Read, Read, Tensor]:
+    """Entries without the row's label; those with it, their logits negated; the largest logit [N] of all."""
+    labels = _no_unknown(labels)
+
+    def read_chunk(chunk: slice) -> tuple[Tensor, ...]:
+        logits, negatives, positives = Products(rows[chunk]), Sums(rows[chunk]), Sums(rows[chunk])
+        largest = negatives.largest
+        for here, block in bank.blocks(rows):
+            of_block, same = logits(block), matches(bank_labels[here], labels[chunk])
+            largest = torch.maximum(largest, of_block.amax(0))
+            if same is not None:
+                positives.add((-of_block).masked_fill_(~same, -torch.inf), block)
+                of_block.masked_fill_(same, -torch.inf)
+            negatives.add(of_block, block)
+        return *_read(negatives), *_read(positives), largest
+
+    *parts, largest = by_chunks(rows, read_chunk)
+    return Read(*parts[:3]), Read(*parts[3:]), largest
+
+
+def dot(rows: Tensor, entries: Tensor) -> Tensor:
+    """[N], of one entry a row."""
+    return (rows * entries).sum(1)
+
+
+def _read(sums: Sums) -> Read:
+    return Read(sums.largest, sums.total, sums.mean())
+
+
+def _no_unknown(labels: Tensor) -> Tensor:
+    """Unknown labels replaced by one that no entry has."""
+    return labels.masked_fill(labels == -1, torch.iinfo(labels.dtype).min)

@@ -1,0 +1,86 @@
+"""The public functions of synchronous momentum grouping (SMoG, arXiv 2207.06167)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, ops, reference
+from .backend import or_reference, requested
+from .rows import float_rows, reduce_rows, stack_targets
+
+_MASK_ELEMENTS = 2**20  # of a block of the membership matrix
+
+
+@or_reference(reference.group_cross_entropy)
+def group_cross_entropy(
+    prediction: Tensor, groups: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of each row's softmax over the groups against its target group.
+
+    Row loss: log(sum over groups of exp(p.g / t)) - p.g[target] / t. `prediction`: [N, C]. `groups`: [G, C].
+    `target`: int64 [N], or [T, N] for T targets whose losses are averaged. Dtypes, reduction and errors as in
+    `info_nce`. `prediction` gets a gradient, and `groups` where they require one: they are then read again in
+    backward and must not be overwritten before. A target that is not a group is an IndexError on a CPU and a
+    NaN on a GPU, where looking would wait for the device.
+    """
+    checks.check_groups(prediction, groups, target)
+    checks.check_temperature(temperature)
+    loss, _, _ = ops.group_cross_entropy(prediction, groups, stack_targets(target), float(temperature), requested())
+    return reduce_rows(loss, reduction)
+
+
+@or_reference(reference.update_groups)
+def update_groups(features: Tensor, groups: Tensor, *, momentum: float) -> tuple[Tensor, Tensor]:
+    """Assign each row to its nearest group and move the groups: g <- normalize(m g + (1 - m) mean of its rows).
+
+    `features`: [N, C], of all ranks. `groups`: [G, C], constant. A group without rows keeps its vector.
+    Returns unit groups [G, C] in float32 (float64 for float64), differentiable in `features`, and the
+    assignment to the old groups, int64 [N].
+    """
+    checks.check_rows(features=features, groups=groups)
+    checks.check_momentum(momentum)
+    assignment = ops.nearest(features.detach(), groups, 1, requested())[:, 0]
+    sums, members = _group_sums(features, assignment, len(groups))
+    old = float_rows(groups, features)
+    moved = momentum * old + (1 - momentum) * sums / members.clamp(min=1)[:, None]
+    return F.normalize(torch.where(members[:, None] > 0, moved, old), dim=1), assignment
+
+
+@torch.library.custom_op("fastssl::group_sums", mutates_args=())
+def _group_sums(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of each group, and their number; a matrix product, because `index_add_` is not deterministic."""
+    rows = float_rows(features, features)
+    sums, members = rows.new_empty(groups, rows.shape[1]), rows.new_empty(groups)
+    size = max(1, _MASK_ELEMENTS // len(rows))
+    with torch.autocast(rows.device.type, enabled=False):
+        for start in range(0, groups, size):
+            numbers = torch.arange(start, min(start + size, groups), device=rows.device)
+            mask = (numbers[:, None] == assignment).to(rows.dtype)
+            sums[start : start + size] = mask @ rows
+            members[start : start + size] = mask.sum(1)
+    return sums, members
+
+
+@_group_sums.register_fake
+def _(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    sums = float_rows(features, features).new_empty(groups, features.shape[1])
+    return sums, sums.new_empty(groups)
+
+
+def _keep_assignment(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, assignment, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtype = features.dtype
+    ctx.save_for_backward(assignment)
+
+
+def _spread(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, None, None]:
+    (assignment,) = ctx.saved_tensors
+    return upstream[assignment].to(ctx.dtype), None, None
+
+
+_group_sums.register_autograd(_spread, setup_context=_keep_assignment)

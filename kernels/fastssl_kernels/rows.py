@@ -1,0 +1,71 @@
+"""Results that have one line per query row, and their reduction."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .checks import check_reduction
+from .numerics import accumulation_dtype
+
+
+class Rows(NamedTuple):
+    """What a fast implementation of a loss returns: all of it is final, backward only scales the gradient."""
+
+    loss: Tensor
+    """[N]"""
+    gradient: Tensor
+    """[N, C]: of each row's loss with respect to its query."""
+    accuracy: Tensor
+    """[N] float32: 1 where the own key has the largest logit; empty where nobody asked."""
+
+
+class QueueRead(NamedTuple):
+    """What a query sees in a bank."""
+
+    lse: Tensor
+    """[N]: logsumexp of the logits."""
+    mean: Tensor
+    """[N, C]: mean of the bank's rows, weighted by the softmax of the logits."""
+
+
+def float_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """`rows` in the dtype in which a loss of `like` is computed."""
+    return rows.to(accumulation_dtype(like.dtype))
+
+
+@overload
+def reduce_rows(loss: Tensor, reduction: str) -> Tensor: ...
+
+
+@overload
+def reduce_rows(loss: Tensor, reduction: str, accuracy: Tensor | None) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def reduce_rows(loss: Tensor, reduction: str, accuracy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Rows of loss, and of accuracy where there is one, as the caller asked for them."""
+    check_reduction(reduction)
+    if reduction == "mean":
+        loss = loss.mean()
+        accuracy = None if accuracy is None else accuracy.mean()
+    return loss if accuracy is None else (loss, accuracy.detach())
+
+
+def stack_teachers(teacher: Tensor) -> Tensor:
+    """[T, N, C], also of one teacher's [N, C]."""
+    return teacher if teacher.ndim == 3 else teacher[None]
+
+
+def stack_targets(target: Tensor) -> Tensor:
+    """[T, N], also of one target's [N]."""
+    return target if target.ndim == 2 else target[None]
+
+
+def row_weights(query: Tensor, weight: float | Tensor) -> Tensor:
+    """A number or tensor of weights as [N] on the query's device."""
+    dtype = accumulation_dtype(query.dtype)
+    if isinstance(weight, Tensor):
+        return weight.to(dtype).expand(len(query))
+    return torch.full((len(query),), weight, dtype=dtype, device=query.device)

@@ -1,0 +1,144 @@
+"""The gradient of a softmax cross-entropy to its bank: entries stay, rows stream by."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Tiles, choose_splits, pad_features, precision, processors
+from .reads import LOG2_E, with_unit_stride
+from .tiles import dot, load_tile, round_to
+
+_LOG2_E = tl.constexpr(LOG2_E)
+_LARGEST_UPSTREAM = 2.0**12  # of float16: leaves four bits to its largest number, and 36 below
+
+# Largest padded C an entry serves -> tiles; by bytes per bank element.
+TILES: dict[int, dict[int, Tiles]] = {
+    2: {128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 4, 2), 512: Tiles(32, 32, 8, 2)},
+    4: {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 32, 8, 2), 512: Tiles(16, 16, 8, 2)},
+}
+
+
+@triton.jit
+def bank_gradient_kernel(
+    query,  # [rows, features] contiguous
+    bank,  # [entries, features] of the same dtype, last stride 1
+    query_labels,  # [TARGETS, rows] int64
+    bank_labels,  # [entries] int64
+    lse,  # [rows] of each row's logits, natural
+    label_weight,  # [rows]
+    upstream,  # [rows]
+    gradient,  # [splits, entries, features]
+    inverse_temperature,
+    rows,
+    entries,
+    features,
+    bank_stride,
+    share,  # rows per split, a multiple of ROWS
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TARGETS: tl.constexpr,
+    SKIP_OWN: tl.constexpr,  # row i is not compared with entry i: a batch against itself
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first_entry = tl.program_id(0) * ENTRIES
+    split = tl.program_id(1)
+    entry = first_entry + tl.arange(0, ENTRIES)
+    stationary = load_tile(bank, first_entry, entries, bank_stride, features, ENTRIES, FEATURES, False)
+    scale = inverse_temperature * _LOG2_E
+    entry_label = tl.load(bank_labels + entry, mask=entry < entries, other=0)
+    total = tl.zeros([ENTRIES, FEATURES], tl.float32)
+    for first in range(split * share, tl.minimum(split * share + share, rows), ROWS):
+        row = first + tl.arange(0, ROWS)
+        tile = load_tile(query, first, rows, features, features, ROWS, FEATURES, FULL)
+        # Beyond the tail all of these are zero, and so is the weight.
+        row_lse = tl.load(lse + row, mask=row < rows, other=0.0) * _LOG2_E
+        row_upstream = tl.load(upstream + row, mask=row < rows, other=0.0)
+        row_weight = tl.load(label_weight + row, mask=row < rows, other=0.0)
+        similarity = dot(stationary, tl.trans(tile), tl.zeros([ENTRIES, ROWS], tl.float32), PRECISION)
+        # Folded into the bank the scale would cost a rounding; here it costs nothing, as one FMA with the LSE.
+        weight = tl.exp2(similarity * scale - row_lse[None, :])
+        for target in tl.static_range(TARGETS):
+            label = tl.load(query_labels + target * rows + row, mask=row < rows, other=0)
+            weight -= tl.where(entry_label[:, None] == label[None, :], row_weight[None, :], 0.0)
+        weight *= row_upstream[None, :]
+        if SKIP_OWN:
+            weight = tl.where(entry[:, None] == row[None, :], 0.0, weight)
+        rounded = round_to(weight, tile.dtype)
+        if tile.dtype == tl.bfloat16:  # its 8 bits alone would leave an error of 2e-3
+            total = dot(round_to(weight - rounded.to(tl.float32), tl.bfloat16), tile, total, PRECISION)
+        total = dot(rounded, tile, total, PRECISION)
+    column = tl.arange(0, FEATURES)[None, :]
+    at = (tl.cast(split, tl.int64) * entries + entry)[:, None] * features + column
+    tl.store(gradient + at, total * inverse_temperature, mask=(entry < entries)[:, None] & (column < features))
+
+
+def bank_gradient(
+    rows: Tensor,
+    bank: Tensor,
+    row_labels: Tensor,
+    bank_labels: Tensor,
+    lse: Tensor,
+    label_weight: Tensor,
+    upstream: Tensor,
+    temperature: float,
+    skip_own: bool,
+) -> Tensor:
+    """Sum over rows i of upstream_i (softmax of entry j - label_weight_i * labels they share) rows_i / temperature.
+
+    `rows`: [N, C] and `bank`: [K, C], float32, bfloat16 or float16; C at most 512. Products take both in the
+    wider of their dtypes. `row_labels`: int64 [T, N]. `bank_labels`: int64 [K]. `lse` (of a row's logits),
+    `label_weight` and `upstream`: [N]. `skip_own` leaves out i == j. Returns float32 [K, C], bitwise the same
+    at every call on one GPU.
+    """
+    # A row is in both products, not in one as in the reads: rounded to a bfloat16 bank it would cost 2e-3.
+    dtype = torch.promote_types(rows.dtype, bank.dtype)
+    rows, bank = rows.to(dtype), bank.to(dtype)
+    if dtype != torch.float16:
+        return _read(rows, bank, row_labels, bank_labels, lse, label_weight, upstream, temperature, skip_own)
+    # float16 holds nothing above 65504 or below 6e-8, and weights are as large as a loss scaler makes upstream.
+    tiny = torch.finfo(torch.float32).tiny
+    gain = _LARGEST_UPSTREAM / upstream.float().abs().amax().clamp(min=_LARGEST_UPSTREAM * tiny)
+    scaled = upstream * gain
+    return _read(rows, bank, row_labels, bank_labels, lse, label_weight, scaled, temperature, skip_own) / gain
+
+
+def _read(
+    rows: Tensor,
+    bank: Tensor,
+    row_labels: Tensor,
+    bank_labels: Tensor,
+    lse: Tensor,
+    label_weight: Tensor,
+    upstream: Tensor,
+    temperature: float,
+    skip_own: bool,
+) -> Tensor:
+    bank = with_unit_stride(bank)
+    (count, features), entries = rows.shape, len(bank)
+    padded = pad_features(features)
+    table = TILES[bank.dtype.itemsize]
+    tiles = table[min(size for size in table if size >= padded)]
+    blocks, row_tiles = triton.cdiv(entries, tiles.entries), triton.cdiv(count, tiles.rows)
+    share = triton.cdiv(row_tiles, choose_splits(blocks, row_tiles, processors(bank.device)))
+    splits = triton.cdiv(row_tiles, share)
+    gradient = torch.empty(splits, entries, features, dtype=torch.float32, device=bank.device)
+    bank_gradient_kernel[(blocks, splits)](
+        rows.contiguous(), bank, row_labels.contiguous(), bank_labels.contiguous(),
+        lse.contiguous(), label_weight.contiguous(), upstream.contiguous(), gradient,
+        1 / temperature, count, entries, features, bank.stride(0), share * tiles.rows,
+        ROWS=tiles.rows,
+        ENTRIES=tiles.entries,
+        FEATURES=padded,
+        TARGETS=len(row_labels),
+        SKIP_OWN=skip_own,
+        FULL=count % tiles.rows == 0 and features == padded,
+        PRECISION=precision(padded),
+        maxnreg=255,  # without it the assembler may spill a few to fit one program more
+        **tiles.options,
+    )  # fmt: skip
+    return gradient[0] if splits == 1 else gradient.sum(0)

@@ -1,0 +1,108 @@
+"""What the kernels are compiled for: each launch module lists its own in `configurations()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .launch import Plan, Tiles, make_plan
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_OPERANDS = ("queue", "bank", "stream")
+_LONGS = ("index", "limit", "kept")
+_COUNTS = ("rows", "entries", "features", "boundary", "share", "splits", "targets")
+_FACTORS = ("scale", "inverse_temperature")
+
+
+class Configuration(NamedTuple):
+    """One kernel as a launch compiles it."""
+
+    kernel: Any  # the @triton.jit function
+    constants: dict[str, Any]  # its tl.constexpr arguments
+    dtype: torch.dtype  # of the queue or bank
+    options: dict[str, int]  # num_warps, num_stages
+    logits: int  # per tile, 0 for a kernel without
+    label: str  # such as "bf16 C=128 full online accuracy"
+
+
+class Inputs(NamedTuple):
+    """Inputs and settings that make a launch compile a kernel anew."""
+
+    dtype: torch.dtype  # of the queue or bank
+    features: int
+    temperature: float  # 0.01 needs a running maximum, 0.07 does not
+    tf32: bool  # the user allowed it
+    accuracy: bool
+
+    def plan(self, table: dict[int, Tiles]) -> Plan:
+        """What a launch would plan for MoCo's shapes."""
+        plan = make_plan(256, 65536, self.features, self.dtype, table, temperature=self.temperature, processors=132)
+        return plan._replace(constants=plan.constants | ({"PRECISION": "tf32"} if self.tf32 else {}))
+
+
+def every_input() -> Iterator[Inputs]:
+    """What kernels that read a bank are compiled for: the heaviest at each width of a tile table, more at 128.
+
+    What is left out runs the same tiles with fewer instructions: without a maximum, or on fewer columns.
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for features in (128, 256, 512):
+        for dtype, tf32 in ((bf16, False), (fp32, False), (fp32, True)):
+            yield Inputs(dtype, features, 0.01, tf32, accuracy=True)
+    for dtype in (bf16, fp32):
+        yield Inputs(dtype, 128, 0.07, False, accuracy=False)
+        yield Inputs(dtype, 112, 0.01, False, accuracy=True)  # masks
+    yield Inputs(bf16, 128, 0.07, False, accuracy=True)
+    yield Inputs(fp16, 128, 0.07, False, accuracy=True)  # has a maximum at any temperature
+
+
+def configure(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], tiles: Tiles | None = None) -> Configuration:
+    """A configuration with its label; `tiles` for kernels that form logits."""
+    if tiles is None:
+        return Configuration(kernel, constants, dtype, {}, 0, _describe(dtype, constants))
+    return Configuration(
+        kernel, constants, dtype, tiles.options, tiles.rows * tiles.entries, _describe(dtype, constants)
+    )
+
+
+def _describe(dtype: torch.dtype, constants: dict[str, Any]) -> str:
+    """dtype, width, and whatever the other constants turn on."""
+    words = [_TYPES[dtype], f"C={constants['FEATURES']}"]
+    words += [name.lower() for name, value in constants.items() if value is True and name != "ROUNDED"]
+    if "TARGET" in constants:
+        words.append(constants["TARGET"])
+    if "PRECISION" in constants and dtype == torch.float32:  # else it means nothing
+        words.append(constants["PRECISION"])
+    return " ".join(words)
+
+
+def argument_type(name: str, dtype: torch.dtype) -> str:
+    """Triton's type of a kernel argument, by the one naming convention that all kernels keep.
+
+    `queue`, `bank` and `stream` point to `dtype`; `index`, `limit`, `kept` and names that end in `labels` to int64;
+    counts and strides are int32 and factors float32 values; all else points to float32.
+    """
+    if name in _OPERANDS:
+        return f"*{_TYPES[dtype]}"
+    if name in _LONGS or name.endswith("labels"):
+        return "*i64"
+    if name in _COUNTS or name.endswith(("_rows", "_stride")):
+        return "i32"
+    return "fp32" if name in _FACTORS or name.endswith("_scale") else "*fp32"
+
+
+def aligned_arguments(configuration: Configuration) -> list[str]:
+    """The arguments that are divisible by 16: pointers, widths and strides, and the entries of whole tiles.
+
+    Triton specialises on it; without, loads are scalar. The launches widen and copy rows that are not.
+    """
+    kernel, constants, dtype, *_ = configuration
+    whole = constants.get("FULL", True)
+
+    def aligned(name: str) -> bool:
+        size = name in ("features", "share") or name.endswith("_stride") or (whole and name == "entries")
+        return size or argument_type(name, dtype).startswith("*")
+
+    return [name for name in kernel.arg_names if name not in constants and aligned(name)]

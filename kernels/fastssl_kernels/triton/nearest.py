@@ -1,0 +1,144 @@
+"""The nearest entries of a bank: each program keeps the best of its split, torch merges the splits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Tiles, choose_splits, pad_features, precision, processors
+from .reads import with_unit_stride
+from .tiles import dot, load_tile, round_to
+
+_AT_ONCE = 16  # entries found in one read of the bank: more would not stay in registers
+_LAST = tl.constexpr(0x7FFFFFFF)  # the largest int32: all bits but the sign
+
+# Largest padded C an entry serves -> tiles; by bytes per bank element.
+TILES: dict[int, dict[int, Tiles]] = {
+    2: {128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2), 512: Tiles(32, 64, 8, 2)},
+    4: {128: Tiles(32, 64, 8, 2), 256: Tiles(32, 32, 8, 2), 512: Tiles(16, 32, 8, 2)},
+}
+
+
+@triton.jit
+def key_of(similarity, entry):
+    """int64 that orders entries by similarity and equal ones by place, the earlier higher."""
+    bits = similarity.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & _LAST)  # as integers, negative floats are in reverse order
+    return (bits.to(tl.int64) << 32) | (entry ^ _LAST).to(tl.int64)
+
+
+@triton.jit
+def similarity_of(key):
+    """The similarity in a key."""
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & _LAST)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def any_better(similarity, lowest):
+    """Whether some row of the tile has an entry above the lowest it keeps."""
+    return tl.max((tl.max(similarity, 1) > similarity_of(lowest)).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def keep(best, lowest, similarity, first, ENTRIES: tl.constexpr):
+    """Put a tile's entries in place of each row's lowest, one at a time, while they are better."""
+    column = tl.arange(0, ENTRIES)
+    while any_better(similarity, lowest):
+        highest = tl.max(similarity, 1)
+        at = tl.argmax(similarity, 1)
+        better = highest > similarity_of(lowest)
+        replaced = (best == lowest[:, None]) & better[:, None]
+        best = tl.where(replaced, key_of(highest, first + at)[:, None], best)
+        lowest = tl.min(best, 1)
+        similarity = tl.where(column[None, :] == at[:, None], float("-inf"), similarity)
+    return best, lowest
+
+
+@triton.jit
+def nearest_kernel(
+    query,  # [rows, features] contiguous
+    bank,  # [entries, features], last stride 1
+    limit,  # [rows] int64: entries whose keys are lower are looked at; not read unless LIMITED
+    kept,  # [rows, splits, COUNT] int64 keys, unordered
+    rows,
+    entries,
+    features,
+    bank_stride,
+    share,  # entries per split, a multiple of ENTRIES
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    COUNT: tl.constexpr,
+    FULL: tl.constexpr,
+    LIMITED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first_row = tl.program_id(0) * ROWS
+    split = tl.program_id(1)
+    row = first_row + tl.arange(0, ROWS)
+    column = tl.arange(0, ENTRIES)
+    slot = tl.arange(0, COUNT)
+    x = load_tile(query, first_row, rows, features, features, ROWS, FEATURES, False)
+    x = round_to(x.to(tl.float32), bank.dtype.element_ty)
+    if LIMITED:
+        below = tl.load(limit + row, mask=row < rows, other=0)
+    # An empty slot loses against every entry, and names one that exists: a NaN finds nothing nearer.
+    best = key_of(tl.full([ROWS, COUNT], float("-inf"), tl.float32), tl.broadcast_to(slot[None, :], [ROWS, COUNT]))
+    lowest = tl.min(best, 1)
+    for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
+        tile = load_tile(bank, first, entries, bank_stride, features, ENTRIES, FEATURES, FULL)
+        similarity = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
+        if not FULL:
+            similarity = tl.where(first + column < entries, similarity, float("-inf"))
+        if LIMITED:
+            similarity = tl.where(key_of(similarity, first + column) < below[:, None], similarity, float("-inf"))
+        # Loads run ahead of a loop that has a branch, and not of one that has a loop.
+        if any_better(similarity, lowest):
+            best, lowest = keep(best, lowest, similarity, first, ENTRIES)
+    place = (tl.cast(row, tl.int64)[:, None] * tl.num_programs(1) + split) * COUNT + slot[None, :]
+    tl.store(kept + place, best, mask=(row < rows)[:, None])
+
+
+def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
+    """The `count` entries of the bank with the largest dot product with each row, the largest first.
+
+    `rows`: [N, C] and `bank`: [K, C], float32, bfloat16 or float16; C at most 512. Products take both in the
+    bank's dtype. 1 <= `count` <= K; the bank is read once per 16 of them. Of equal entries the earlier comes
+    first. Returns int64 [N, count].
+    """
+    rows, bank = rows.contiguous(), with_unit_stride(bank)
+    found: list[Tensor] = []
+    for start in range(0, count, _AT_ONCE):
+        kept = _read(rows, bank, min(_AT_ONCE, count - start), found[-1][:, -1].contiguous() if found else None)
+        found.append(kept.topk(min(_AT_ONCE, count - start)).values)
+    return (torch.cat(found, 1) & _LAST.value) ^ _LAST.value
+
+
+def _read(rows: Tensor, bank: Tensor, count: int, limit: Tensor | None) -> Tensor:
+    """Keys [N, candidates] among which are the `count` highest below `limit` [N]."""
+    (queries, features), entries = rows.shape, len(bank)
+    padded = pad_features(features)
+    table = TILES[bank.dtype.itemsize]
+    tiles = table[min(size for size in table if size >= padded)]
+    blocks, bank_tiles = triton.cdiv(queries, tiles.rows), triton.cdiv(entries, tiles.entries)
+    share = triton.cdiv(bank_tiles, choose_splits(blocks, bank_tiles, processors(bank.device)))
+    splits = triton.cdiv(bank_tiles, share)
+    slots = triton.next_power_of_2(count)
+    kept = torch.empty(queries, splits, slots, dtype=torch.int64, device=bank.device)
+    nearest_kernel[(blocks, splits)](
+        rows, bank, kept if limit is None else limit, kept,
+        queries, entries, features, bank.stride(0), share * tiles.entries,
+        ROWS=tiles.rows,
+        ENTRIES=tiles.entries,
+        FEATURES=padded,
+        COUNT=slots,
+        FULL=entries % tiles.entries == 0 and features == padded,
+        LIMITED=limit is not None,
+        PRECISION=precision(padded),
+        maxnreg=255,  # without it the assembler may spill a few to fit one program more
+        **tiles.options,
+    )  # fmt: skip
+    return kept.flatten(1)
