@@ -16,8 +16,8 @@ from torch import Tensor
 from ..numerics import accumulation_dtype
 
 _CPU_ROWS = 256
-# 4 MiB of float32 stay in the cache between passes, and blocks are few: at each operation the threads wait for each
-# other, which is what costs on a busy machine.
+# Of each thread: its 4 MiB of float32 stay in a cache between passes, and blocks are few. At each operation the
+# threads wait for each other, which is what costs on a busy machine.
 _CPU_LOGITS = 2**20
 _DEVICE_LOGITS = 2**25  # elsewhere a block must outweigh its launches
 _MAX_BLOCK = 2**14  # bounds the float32 copy of a block
@@ -154,5 +154,5 @@ def _chunk_length(rows: Tensor) -> int:
 
 def _block_length(rows: Tensor) -> int:
     """Entries at a time, for these rows or a chunk of them."""
-    logits = _CPU_LOGITS if rows.is_cpu else _DEVICE_LOGITS
+    logits = _CPU_LOGITS * torch.get_num_threads() if rows.is_cpu else _DEVICE_LOGITS
     return max(1, min(logits // min(len(rows), _chunk_length(rows)), _MAX_BLOCK))

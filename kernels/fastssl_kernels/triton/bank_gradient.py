@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tiles, choose_splits, pad_features, precision, processors
+from .configuration import Configuration, configure, every_input
+from .launch import Plan, Tiles, make_plan, processors, whole_columns
 from .reads import LOG2_E, with_unit_stride
 from .tiles import dot, load_tile, round_to
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _LARGEST_UPSTREAM = 2.0**12  # of float16: leaves four bits to its largest number, and 36 below
 
-# Largest padded C an entry serves -> tiles; by bytes per bank element.
+# Largest padded C an entry serves -> tiles, whose rows here are those of the bank; by bytes per bank element.
 TILES: dict[int, dict[int, Tiles]] = {
-    2: {128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 4, 2), 512: Tiles(32, 32, 8, 2)},
-    4: {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 32, 8, 2), 512: Tiles(16, 16, 8, 2)},
+    2: {128: Tiles(128, 32, 8, 2), 256: Tiles(64, 16, 4, 2), 512: Tiles(32, 32, 8, 2)},
+    4: {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2), 512: Tiles(16, 16, 8, 2)},
 }
 
 
 @triton.jit
 def bank_gradient_kernel(
-    query,  # [rows, features] contiguous
+    stream,  # [rows, features] contiguous
     bank,  # [entries, features] of the same dtype, last stride 1
     query_labels,  # [TARGETS, rows] int64
     bank_labels,  # [entries] int64
@@ -54,7 +58,7 @@ def bank_gradient_kernel(
     total = tl.zeros([ENTRIES, FEATURES], tl.float32)
     for first in range(split * share, tl.minimum(split * share + share, rows), ROWS):
         row = first + tl.arange(0, ROWS)
-        tile = load_tile(query, first, rows, features, features, ROWS, FEATURES, FULL)
+        tile = load_tile(stream, first, rows, features, features, ROWS, FEATURES, FULL)
         # Beyond the tail all of these are zero, and so is the weight.
         row_lse = tl.load(lse + row, mask=row < rows, other=0.0) * _LOG2_E
         row_upstream = tl.load(upstream + row, mask=row < rows, other=0.0)
@@ -77,6 +81,7 @@ def bank_gradient_kernel(
     tl.store(gradient + at, total * inverse_temperature, mask=(entry < entries)[:, None] & (column < features))
 
 
+@whole_columns
 def bank_gradient(
     rows: Tensor,
     bank: Tensor,
@@ -118,27 +123,27 @@ def _read(
     temperature: float,
     skip_own: bool,
 ) -> Tensor:
-    bank = with_unit_stride(bank)
-    (count, features), entries = rows.shape, len(bank)
-    padded = pad_features(features)
+    bank, (count, features), entries = with_unit_stride(bank), rows.shape, len(bank)
     table = TILES[bank.dtype.itemsize]
-    tiles = table[min(size for size in table if size >= padded)]
-    blocks, row_tiles = triton.cdiv(entries, tiles.entries), triton.cdiv(count, tiles.rows)
-    share = triton.cdiv(row_tiles, choose_splits(blocks, row_tiles, processors(bank.device)))
-    splits = triton.cdiv(row_tiles, share)
-    gradient = torch.empty(splits, entries, features, dtype=torch.float32, device=bank.device)
-    bank_gradient_kernel[(blocks, splits)](
+    plan = make_plan(entries, count, features, bank.dtype, table, temperature=1.0, processors=processors(bank.device))
+    gradient = torch.empty(plan.splits, entries, features, dtype=torch.float32, device=bank.device)
+    bank_gradient_kernel[plan.grid(entries)](
         rows.contiguous(), bank, row_labels.contiguous(), bank_labels.contiguous(),
         lse.contiguous(), label_weight.contiguous(), upstream.contiguous(), gradient,
-        1 / temperature, count, entries, features, bank.stride(0), share * tiles.rows,
-        ROWS=tiles.rows,
-        ENTRIES=tiles.entries,
-        FEATURES=padded,
-        TARGETS=len(row_labels),
-        SKIP_OWN=skip_own,
-        FULL=count % tiles.rows == 0 and features == padded,
-        PRECISION=precision(padded),
-        maxnreg=255,  # without it the assembler may spill a few to fit one program more
-        **tiles.options,
+        1 / temperature, count, entries, features, bank.stride(0), plan.share,
+        TARGETS=len(row_labels), SKIP_OWN=skip_own, **_constants(plan), **plan.tiles.options,
     )  # fmt: skip
-    return gradient[0] if splits == 1 else gradient.sum(0)
+    return gradient[0] if plan.splits == 1 else gradient.sum(0)
+
+
+def _constants(plan: Plan) -> dict[str, Any]:
+    """Of a plan in which the bank stays and the rows are read."""
+    return plan.products | {"ROWS": plan.tiles.entries, "ENTRIES": plan.tiles.rows}
+
+
+def configurations() -> Iterator[Configuration]:
+    """What the kernel here is compiled for."""
+    for inputs in every_input():
+        plan = inputs.plan(TILES[inputs.dtype.itemsize])
+        constants = _constants(plan) | {"TARGETS": 2, "SKIP_OWN": True}
+        yield configure(bank_gradient_kernel, inputs.dtype, constants, plan.tiles)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -57,7 +57,7 @@ class _Reader(NamedTuple):
         moment_gradient_kernel[plan.grid(len(self.query))](
             self.query, self.direction, self.bank, lse, bias, tilt, out,
             *self._scales(), scale, *self._sizes(), plan.share,
-            TILTED=self.tilted, **_products(plan), **plan.tiles.options,
+            TILTED=self.tilted, **plan.products, **plan.tiles.options,
         )  # fmt: skip
         return out
 
@@ -135,11 +135,6 @@ def _weight_scale(largest: float) -> float:
     return 2.0 ** math.floor(math.log2(2**15 / largest))
 
 
-def _products(plan: Plan) -> dict[str, Any]:
-    """The constants that do not concern a sum of exponentials."""
-    return {name: plan.constants[name] for name in ("ROWS", "ENTRIES", "FEATURES", "FULL", "PRECISION")}
-
-
 def configurations() -> Iterator[Configuration]:
     """What the kernels here are compiled for."""
     for inputs in every_input():
@@ -148,7 +143,7 @@ def configurations() -> Iterator[Configuration]:
             constants = moments.constants | {"TILTED": tilted}
             yield configure(moment_read_kernel, inputs.dtype, constants, moments.tiles)
             gradients = inputs.plan(GRADIENT_TILES[inputs.dtype.itemsize])
-            constants = _products(gradients) | {"TILTED": tilted}
+            constants = gradients.products | {"TILTED": tilted}
             yield configure(moment_gradient_kernel, inputs.dtype, constants, gradients.tiles)
     for features in (128, 512):
         common = {"FEATURES": features, "POSITIVE": True}

@@ -32,7 +32,8 @@ class Tiles(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """As a launch takes them."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        # Without the limit, which is the hardware's, the assembler may spill a few to fit one program more.
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255}
 
 
 # Largest padded C an entry serves -> tiles; by (labelled, bytes per queue element). `fastssl_kernels.aot` checks them.
@@ -52,6 +53,11 @@ class Plan(NamedTuple):
     share: int
     """Entries per split."""
     constants: dict[str, Any]
+
+    @property
+    def products(self) -> dict[str, Any]:
+        """The constants of a kernel that sums no exponentials."""
+        return {name: self.constants[name] for name in ("ROWS", "ENTRIES", "FEATURES", "FULL", "PRECISION")}
 
     def grid(self, rows: int) -> tuple[int, int]:
         """Programs: blocks of rows x splits."""

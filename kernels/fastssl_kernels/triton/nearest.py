@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tiles, choose_splits, pad_features, precision, processors
+from .configuration import Configuration, configure, every_input
+from .launch import Tiles, make_plan, processors, whole_columns
 from .reads import with_unit_stride
 from .tiles import dot, load_tile, round_to
 
@@ -102,6 +105,7 @@ def nearest_kernel(
     tl.store(kept + place, best, mask=(row < rows)[:, None])
 
 
+@whole_columns
 def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
     """The `count` entries of the bank with the largest dot product with each row, the largest first.
 
@@ -120,25 +124,21 @@ def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
 def _read(rows: Tensor, bank: Tensor, count: int, limit: Tensor | None) -> Tensor:
     """Keys [N, candidates] among which are the `count` highest below `limit` [N]."""
     (queries, features), entries = rows.shape, len(bank)
-    padded = pad_features(features)
     table = TILES[bank.dtype.itemsize]
-    tiles = table[min(size for size in table if size >= padded)]
-    blocks, bank_tiles = triton.cdiv(queries, tiles.rows), triton.cdiv(entries, tiles.entries)
-    share = triton.cdiv(bank_tiles, choose_splits(blocks, bank_tiles, processors(bank.device)))
-    splits = triton.cdiv(bank_tiles, share)
+    plan = make_plan(queries, entries, features, bank.dtype, table, temperature=1.0, processors=processors(bank.device))
     slots = triton.next_power_of_2(count)
-    kept = torch.empty(queries, splits, slots, dtype=torch.int64, device=bank.device)
-    nearest_kernel[(blocks, splits)](
+    kept = torch.empty(queries, plan.splits, slots, dtype=torch.int64, device=bank.device)
+    nearest_kernel[plan.grid(queries)](
         rows, bank, kept if limit is None else limit, kept,
-        queries, entries, features, bank.stride(0), share * tiles.entries,
-        ROWS=tiles.rows,
-        ENTRIES=tiles.entries,
-        FEATURES=padded,
-        COUNT=slots,
-        FULL=entries % tiles.entries == 0 and features == padded,
-        LIMITED=limit is not None,
-        PRECISION=precision(padded),
-        maxnreg=255,  # without it the assembler may spill a few to fit one program more
-        **tiles.options,
+        queries, entries, features, bank.stride(0), plan.share,
+        COUNT=slots, LIMITED=limit is not None, **plan.products, **plan.tiles.options,
     )  # fmt: skip
     return kept.flatten(1)
+
+
+def configurations() -> Iterator[Configuration]:
+    """What the kernel here is compiled for: as many entries as are found at once."""
+    for inputs in every_input():
+        plan = inputs.plan(TILES[inputs.dtype.itemsize])
+        constants = plan.products | {"COUNT": _AT_ONCE, "LIMITED": True}
+        yield configure(nearest_kernel, inputs.dtype, constants, plan.tiles)
