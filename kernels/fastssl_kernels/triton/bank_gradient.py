@@ -20,8 +20,8 @@ _LARGEST_UPSTREAM = 2.0**12  # of float16: leaves four bits to its largest numbe
 
 # Largest padded C an entry serves -> tiles, whose rows here are those of the bank; by bytes per bank element.
 TILES: dict[int, dict[int, Tiles]] = {
-    2: {128: Tiles(128, 32, 8, 2), 256: Tiles(64, 16, 4, 2), 512: Tiles(32, 32, 8, 2)},
-    4: {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2), 512: Tiles(16, 16, 8, 2)},
+    2: {128: Tiles(128, 32, 8, 2, True), 256: Tiles(64, 16, 4, 2, True), 512: Tiles(32, 32, 8, 2, True)},
+    4: {128: Tiles(32, 32, 8, 2, True), 256: Tiles(32, 16, 8, 2, True), 512: Tiles(16, 16, 8, 2, True)},
 }
 
 

@@ -16,7 +16,7 @@ from ..rows import Rows
 
 _MIN_TILES = 4  # per split: below, partial results cost more than the parallelism gains
 _WIDTH = 16  # columns: 32 bytes of 16-bit rows
-_MASKED_ENTRIES = 32  # in a tile: masks take registers
+_MASKED_LOGITS = 4096  # in a tile: masks take registers, of which the largest tiles leave none
 _EFFICIENCY = 0.95  # of the best split: fewer splits mean fewer partial results
 _COMBINED = 2048  # elements that a combine program holds at once
 
@@ -28,12 +28,13 @@ class Tiles(NamedTuple):
     entries: int
     warps: int
     stages: int
+    limited: bool = False
+    """To 255 registers, which is the hardware's limit: the assembler then does not spill to fit one program more."""
 
     @property
     def options(self) -> dict[str, int]:
         """As a launch takes them."""
-        # Without the limit, which is the hardware's, the assembler may spill a few to fit one program more.
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255}
+        return {"num_warps": self.warps, "num_stages": self.stages} | ({"maxnreg": 255} if self.limited else {})
 
 
 # Largest padded C an entry serves -> tiles; by (labelled, bytes per queue element). `fastssl_kernels.aot` checks them.
@@ -77,8 +78,9 @@ def make_plan(
     """Cut [rows] x [entries] so that the programs fill the processors and each has a few tiles."""
     padded = pad_features(features)
     tiles = table[min(size for size in table if size >= padded)]
-    if entries % tiles.entries or features != padded:
-        tiles = tiles._replace(entries=min(tiles.entries, _MASKED_ENTRIES))
+    masked = entries % tiles.entries != 0 or features != padded
+    if masked and tiles.rows * tiles.entries >= _MASKED_LOGITS:
+        tiles = tiles._replace(entries=tiles.entries // 2)
     count = triton.cdiv(entries, tiles.entries)
     share = triton.cdiv(count, choose_splits(triton.cdiv(rows, tiles.rows), count, processors))
     constants = {

@@ -19,8 +19,8 @@ _LAST = tl.constexpr(0x7FFFFFFF)  # the largest int32: all bits but the sign
 
 # Largest padded C an entry serves -> tiles; by bytes per bank element.
 TILES: dict[int, dict[int, Tiles]] = {
-    2: {128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2), 512: Tiles(32, 64, 8, 2)},
-    4: {128: Tiles(32, 64, 8, 2), 256: Tiles(32, 32, 8, 2), 512: Tiles(16, 32, 8, 2)},
+    2: {128: Tiles(128, 64, 8, 2, True), 256: Tiles(64, 64, 8, 2, True), 512: Tiles(32, 64, 8, 2, True)},
+    4: {128: Tiles(32, 64, 8, 2, True), 256: Tiles(32, 32, 8, 2, True), 512: Tiles(16, 32, 8, 2, True)},
 }
 
 
