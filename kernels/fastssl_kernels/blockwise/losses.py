@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..rows import Rows, float_rows
 from .bank import nearest, take
-from .reads import Read, covariance_read, dot, labelled_read, pair_read, read
+from .reads import Read, attention_read, covariance_read, dot, labelled_read, pair_read, read
 from .stream import Bank, in_base_2
 
 
@@ -15,7 +15,8 @@ def info_nce_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: float,
     """softplus(LSE of the negatives - own logit)."""
     rows, bank = in_base_2(query, temperature), Bank(query, queue)
     key = bank.centered(key)
-    own, negatives = dot(rows, key), read(rows, bank)
+    own = dot(rows, key)
+    negatives = (read if return_accuracy else attention_read)(rows, bank)
     pairs = negatives.lse_above(own)
     gradient = torch.sigmoid(pairs)[:, None] * (negatives.mean - key) / temperature
     return Rows(_softplus(pairs), gradient, _accuracy(own, negatives.largest, return_accuracy))
@@ -111,7 +112,7 @@ def unmix_rows(
 ) -> Rows:
     """Both InfoNCE, of one read."""
     rows, bank = in_base_2(query, temperature), Bank(query, queue)
-    negatives = read(rows, bank)
+    negatives = attention_read(rows, bank)
     loss, gradient = torch.zeros_like(negatives.total), torch.zeros_like(rows)
     for key, share in ((bank.centered(first_key), weight), (bank.centered(second_key), 1 - weight)):
         pairs = negatives.lse_above(dot(rows, key))

@@ -19,7 +19,7 @@ class Read(NamedTuple):
     """What N rows see in some entries."""
 
     largest: Tensor
-    """[N]: the largest logit, in base 2; lower than any where there are no entries."""
+    """[N]: the largest logit, in base 2; lower than any where there are no entries. The LSE where attention read."""
     total: Tensor
     """[N]: sum of 2**(logit - largest)."""
     mean: Tensor
@@ -62,6 +62,25 @@ def read(rows: Tensor, bank: Bank) -> Read:
         return _read(sums)
 
     return Read(*by_chunks(rows, read_chunk))
+
+
+def attention_read(rows: Tensor, bank: Bank) -> Read:
+    """As `read`, and on a CPU faster, but without the largest logit, which then is the LSE.
+
+    A read is attention with the bank as keys and as values, and the threads of torch's do not wait for each other.
+    """
+    entries = bank.whole(rows)
+    if entries is None:
+        return read(rows, bank)
+    # Attention divides its work by heads and by rows: parts of the bank keep many threads busy on few rows.
+    heads = math.gcd(len(entries), 1 << (torch.get_num_threads().bit_length() - 1))
+    entries = entries.view(1, heads, -1, entries.shape[1])
+    query = rows.expand(1, heads, *rows.shape)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    means, lses = (x[0] for x in attend(query, entries, entries, scale=math.log(2)))
+    lse = lses.logsumexp(0)
+    mean = (torch.exp(lses - lse)[:, :, None] * means).sum(0)
+    return Read(lse / math.log(2) - dot(rows, bank.center), torch.ones_like(lse), mean - bank.center)
 
 
 def covariance_read(rows: Tensor, direction: Tensor, bank: Bank) -> tuple[Read, Tensor]:

@@ -41,6 +41,12 @@ class Bank:
         """Entries of another origin as if they were this bank's."""
         return entries.to(self._dtype) - self.center
 
+    def whole(self, rows: Tensor) -> Tensor | None:
+        """[K, C]: the entries, not centered, where they lie on a CPU as one matrix of the products' dtype."""
+        (first, *others) = self._parts
+        usable = rows.is_cpu and not others and first.dtype == self._dtype and first.is_contiguous()
+        return first if usable else None
+
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Where in its part each block lies, and the block; `rows` are those that it will be multiplied with."""
         size = _block_length(rows)
