@@ -15,6 +15,9 @@ from torch import Tensor
 from .stream import Bank, MomentSums, Products, Sums, by_chunks, empty_sums, matches
 
 
+_ATTENTION_ROWS = 64  # that a thread of torch's attention takes at a time
+
+
 class Read(NamedTuple):
     """What N rows see in some entries."""
 
@@ -72,8 +75,9 @@ def attention_read(rows: Tensor, bank: Bank) -> Read:
     entries = bank.whole(rows)
     if entries is None:
         return read(rows, bank)
-    # Attention divides its work by heads and by rows: parts of the bank keep many threads busy on few rows.
-    heads = math.gcd(len(entries), 1 << (torch.get_num_threads().bit_length() - 1))
+    # Attention divides its work by blocks of rows and by heads: with few rows, parts of the bank keep threads busy.
+    wanted = max(1, torch.get_num_threads() * _ATTENTION_ROWS // len(rows))
+    heads = math.gcd(len(entries), 1 << (wanted.bit_length() - 1))
     entries = entries.view(1, heads, -1, entries.shape[1])
     query = rows.expand(1, heads, *rows.shape)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
