@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .stream import Bank, MomentSums, Products, Sums, by_chunks, empty_sums, matches
 
-
 _ATTENTION_ROWS = 64  # that a thread of torch's attention takes at a time
 
 
