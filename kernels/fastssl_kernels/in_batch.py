@@ -21,8 +21,8 @@ def nt_xent(
     -1 = unknown, all other rows of a known label are positives and the second term is their mean: the
     supervised contrastive loss (arXiv 2004.11362, eq. 2), without a factor t / base temperature.
 
-    The mean is over the 2N rows; reduction "none" gives [2N]. Both views get a gradient; rows are read again
-    in backward and must not be overwritten before. Dtypes and errors as in `info_nce`.
+    The mean is over the 2N rows; reduction "none" gives [2N]. Both views get a gradient; backward reads its
+    own copy of them again. Dtypes and errors as in `info_nce`.
     """
     checks.check_views(first, second, labels)
     checks.check_temperature(temperature)

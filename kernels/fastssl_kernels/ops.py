@@ -26,14 +26,15 @@ _BatchRows = tuple[Tensor, Tensor, Tensor, Tensor]  # loss [N], gradient [N, C],
 
 
 def _op(function: Callable[..., Any]) -> Any:
-    """`function` as op fastssl::<its name>, deaf to autocast; its first argument must be a tensor."""
+    """`function` as op fastssl::<its name>, deaf to autocast, on the device of its first argument, a tensor."""
 
     @functools.wraps(function)
-    def deaf(*given: Any) -> Any:
-        with torch.autocast(given[0].device.type, enabled=False):
+    def guarded(*given: Any) -> Any:
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.autocast(given[0].device.type, enabled=False), torch.cuda.device_of(given[0]):
             return function(*given)
 
-    return torch.library.custom_op(f"fastssl::{function.__name__}", deaf, mutates_args=())
+    return torch.library.custom_op(f"fastssl::{function.__name__}", guarded, mutates_args=())
 
 
 def _row_loss(function: Callable[..., Any]) -> Any:
