@@ -83,10 +83,12 @@ def pretrain(arguments: list[str]) -> int:
         config = replace(config, data=replace(config.data, root=config.data.root.absolute()))
     folder = config.run.dir or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     if (folder / "config.json").exists():
-        raise ConfigError(
-            f"{folder} already holds a run; continue it with `fastssl resume {folder}` or change --run.dir"
-        )
-    return _train(config, folder)
+        raise _taken(folder)
+    return _train(config, folder, new=True)
+
+
+def _taken(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder} already holds a run; continue it with `fastssl resume {folder}` or change --run.dir")
 
 
 def parse(arguments: list[str]) -> Config:
@@ -136,10 +138,10 @@ def resume(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no config.json, so it is no run folder; give the folder that pretrain named")
-    return _train(from_json(_text(folder / "config.json")), folder)
+    return _train(from_json(_text(folder / "config.json")), folder, new=False)
 
 
-def _train(config: Config, folder: Path) -> int:
+def _train(config: Config, folder: Path, *, new: bool) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "torchrun started several processes, and training on more than one device is not built yet; start one"
@@ -153,9 +155,14 @@ def _train(config: Config, folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be made ({error.strerror}); change --run.dir") from None
-    if not (folder / "config.json").exists():
+    if new:
+        try:
+            # Two runs that start within a second have the same default folder.
+            with (folder / "config.json").open("x", encoding="utf-8") as file:
+                file.write(to_json(config))
+        except FileExistsError:
+            raise _taken(folder) from None
         (folder / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-        (folder / "config.json").write_text(to_json(config), encoding="utf-8")
     return trainer.train()
 
 

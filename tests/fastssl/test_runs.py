@@ -244,6 +244,23 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, image_folde
         assert word.format(data=image_folder) in error
 
 
+def test_of_two_runs_that_start_at_once_the_later_is_refused(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+
+    class Slow:
+        """While this trainer is made, another run takes the folder."""
+
+        def __init__(self, config, folder):
+            folder.mkdir()
+            (folder / "config.json").write_text("theirs")
+
+    monkeypatch.setattr("fastssl.train.trainer.Trainer", Slow)
+    assert main(["pretrain", *TINY, "--run.dir", str(folder)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert (folder / "config.json").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("pipeline", ["dali", "torchvision", "resident"])
 @pytest.mark.parametrize("damage", ["garbage", "truncated"])
 def test_an_unreadable_image_is_named(image_folder, tmp_path, capsys, pipeline, damage):
