@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ..numerics import LOG2_E
 from ..rows import QueueRead, float_rows
 from .reads import covariance_read, dot, labelled_read, read
 from .stream import Bank, Products, by_chunks, in_base_2, matches, row_chunks
@@ -45,7 +44,7 @@ def bank_gradient(
     """[K, C]: sum over rows of upstream * (softmax - label_weight for each matching label) * row / t."""
     scaled, moved = in_base_2(rows, temperature), upstream[:, None] * float_rows(rows, rows) / temperature
     entries = Bank(rows, bank)
-    lse = lse * math.log2(math.e) - dot(scaled, entries.center)
+    lse = lse * LOG2_E - dot(scaled, entries.center)
     gradient = torch.zeros_like(bank, dtype=scaled.dtype)
     for chunk in row_chunks(rows):
         logits = Products(scaled[chunk])

@@ -7,13 +7,12 @@ than `exp`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..numerics import accumulation_dtype
+from ..numerics import LOG2_E, accumulation_dtype
 
 _CPU_ROWS = 256
 # Of each thread: its 4 MiB of float32 stay in a cache between passes, and blocks are few. At each operation the
@@ -123,7 +122,7 @@ class MomentSums(Sums):
 
 def in_base_2(rows: Tensor, temperature: float) -> Tensor:
     """Rows whose products with an entry are logits in base 2."""
-    return rows.to(accumulation_dtype(rows.dtype)) * (math.log2(math.e) / temperature)
+    return rows.to(accumulation_dtype(rows.dtype)) * (LOG2_E / temperature)
 
 
 def empty_sums(rows: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..numerics import LOG2_E
 from .configuration import Configuration, configure, every_input
 from .launch import Plan, Tiles, make_plan, processors, whole_columns
-from .reads import LOG2_E, with_unit_stride
+from .reads import with_unit_stride
 from .tiles import dot, load_tile, round_to
 
 _LOG2_E = tl.constexpr(LOG2_E)

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..numerics import LOG2_E
 from ..rows import Rows
 from .combine_consistency import combine_gradients_kernel, combine_moments_kernel
 from .configuration import Configuration, configure, every_input
 from .launch import Plan, Tiles, make_plan, pad_features, processors, splits_at_once, whole_columns
 from .moment_read import moment_gradient_kernel, moment_read_kernel
-from .reads import LOG2_E, with_unit_stride
+from .reads import with_unit_stride
 
 # As launch.TILES: largest padded C an entry serves -> tiles; by bytes per bank element. The first reading sums along
 # rows all the time, which few warps do with fewer exchanges.

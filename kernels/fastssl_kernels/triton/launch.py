@@ -89,7 +89,7 @@ def make_plan(
         "FEATURES": padded,
         "FULL": entries % tiles.entries == 0 and features == padded,
         # float16 weights need the maximum at any temperature: they hold nothing above 65504 or below 6e-8.
-        "ONLINE": dtype == torch.float16 or not fits_unshifted(temperature, entries, torch.float32),
+        "ONLINE": dtype == torch.float16 or not fits_unshifted(temperature, entries),
         "ROUNDED": dtype.itemsize == 2,
         "PRECISION": precision(padded),
     }

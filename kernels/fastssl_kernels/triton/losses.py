@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..numerics import LOG2_E
 from ..rows import Rows
 from .bank_gradient import bank_gradient
 from .combine_pairs import combine_pairs_kernel
@@ -17,7 +18,7 @@ from .configuration import Configuration, configure
 from .consistency import consistency_rows, queue_read_gradient
 from .launch import pad_features, splits_at_once, whole_columns
 from .nearest import nearest
-from .reads import LOG2_E, Partials, read_banks, read_labelled
+from .reads import Partials, read_banks, read_labelled
 
 __all__ = [
     "bank_gradient",

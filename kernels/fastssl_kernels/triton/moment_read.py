@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..numerics import LOG2_E
 from .tiles import LOWEST, dot, load_tile, round_to
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def moment_read_kernel(
     if TILTED and ROUNDED:
         # By how much the tilted logits' row is not the key's: what it adds to the loss is taken off again.
         key = load_tile(direction, first_row, rows, features, features, ROWS, FEATURES, False).to(tl.float32)
-        error = round_to(x.to(tl.float32) / LOG2_E + u.to(tl.float32) - key * direction_scale, dtype)
+        error = round_to(x.to(tl.float32) / _LOG2_E + u.to(tl.float32) - key * direction_scale, dtype)
     shift = tl.full([ROWS], LOWEST if ONLINE else 0.0, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     pulled = tl.zeros([ROWS], tl.float32)
@@ -120,7 +121,7 @@ def moment_read_kernel(
         total = total * keep + tl.sum(weights, 1)
         pulled = pulled * keep + tl.sum(weights * pull, 1)
         if TILTED:
-            tilted, tilted_shift, tilted_keep = take_weights(logits + pull * LOG2_E, tilted_shift, ONLINE)
+            tilted, tilted_shift, tilted_keep = take_weights(logits + pull * _LOG2_E, tilted_shift, ONLINE)
             tilted_total = tilted_total * tilted_keep + tl.sum(tilted, 1)
             tilted_pulled = tilted_pulled * tilted_keep + tl.sum(tilted * pull, 1)
             if ROUNDED:
@@ -187,7 +188,7 @@ def moment_gradient_kernel(
         logits -= row_lse
         weights = tl.exp2(logits) * (row_bias - pull)
         if TILTED:
-            weights -= tl.exp2(logits + (pull * LOG2_E - row_tilt))
+            weights -= tl.exp2(logits + (pull * _LOG2_E - row_tilt))
         weighted = dot(round_to(weights, dtype), tile, weighted, PRECISION)
     column = tl.arange(0, FEATURES)[None, :]
     at = (tl.cast(split, tl.int64) * rows + row)[:, None] * features + column

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..numerics import LOG2_E
 from .configuration import Configuration, configure, every_input
 from .labelled_read import labelled_read_kernel
 from .launch import TILES, make_plan, processors
 from .read import read_kernel
-
-LOG2_E = math.log2(math.e)
 
 
 class Partials(NamedTuple):
