@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ class MethodConfig:
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    batch_multiple: ClassVar[int] = 1
+    """Images that must stay together in a batch, on a rank and in a split of batch norm."""
 
     temperature: float = 0.2
     """Softmax temperature of the contrastive logits."""
@@ -26,23 +29,47 @@ class MethodConfig:
     """Features that the head gives to the loss."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(f"--method.temperature {self.temperature} was given; it must be above 0")
-        if self.dim < 1:
-            raise ConfigError(f"--method.dim {self.dim} was given; it must be at least 1")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.dim >= 1, "dim", self.dim, "at least 1")
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raise ConfigError where a step of `batch_size` images, all ranks together, does not fit the options."""
+        if batch_size % self.batch_multiple:
+            raise ConfigError(
+                f"--train.batch-size {batch_size} was given with {self.name}, which mixes the images of a batch in "
+                f"pairs; it must be a multiple of {self.batch_multiple}"
+            )
+
+
+def require(holds: bool, option: str, given: object, allowed: str) -> None:
+    """Raise ConfigError about --method.`option` unless `holds`."""
+    if not holds:
+        raise ConfigError(f"--method.{option} {given} was given; it must be {allowed}")
+
+
+class Clock(NamedTuple):
+    """Where a run is: `step` counts from 0, what follows from it needs no state of its own."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether this step is the last of an epoch."""
+        return (self.step + 1) % self.steps_per_epoch == 0
 
 
 @dataclass(slots=True)
 class MethodOutput:
     """`loss`: 0-dim, to be minimised. `metrics`: 0-dim tensors by name, left on the device.
 
-    `keys` [N, C] unit rows and `labels` [N] are what `after_step` puts into the queue.
+    `kept`: what the method's own `after_step` takes in, without gradient; keys and labels for a queue.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
-    keys: Tensor
-    labels: Tensor
+    kept: tuple[Tensor, ...]
 
 
 class Method(nn.Module):
@@ -54,18 +81,26 @@ class Method(nn.Module):
 
     def __init__(self, encoder: Encoder, config: MethodConfig, views: tuple[ViewSpec, ...]):
         super().__init__()
-        if len(views) != self.number_of_views:
+        self.check_views(views)
+        self.views = views
+
+    @classmethod
+    def check_views(cls, views: tuple[ViewSpec, ...]) -> None:
+        """Raise ConfigError for a view list that does not fit the method."""
+        if len(views) != cls.number_of_views:
             raise ConfigError(
-                f"{len(views)} views were given to {self.Config.name}, which takes {self.number_of_views}; "
+                f"{len(views)} views were given to {cls.Config.name}, which takes {cls.number_of_views}; "
                 "change `views` of the preset"
             )
-        self.views = views
+
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """Fill state from the batches of one epoch, before the first step of a run; most methods take none."""
 
     def forward(self, batch: Batch) -> MethodOutput:
         """Loss and metrics of a batch: tensor code with static shapes and no side effect but batch norm's own."""
         raise NotImplementedError
 
-    def after_step(self, output: MethodOutput, step: int) -> None:
+    def after_step(self, output: MethodOutput, clock: Clock) -> None:
         """Momentum update and queue after the optimiser's step, without waiting for the device."""
         raise NotImplementedError
 

@@ -31,6 +31,16 @@ class MLPBatchNormHead(nn.Sequential):
         super().__init__(*hidden, nn.Linear(hidden_dim, out_dim))
 
 
+class ProjectionHead(nn.Sequential):
+    """Linear, batch norm, ReLU, linear, batch norm without scale and shift: [B, in_dim] to [B, out_dim]. SMoG."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(
+            *MLPBatchNormHead(in_dim, hidden_dim, out_dim),
+            nn.BatchNorm1d(out_dim, affine=False),
+        )
+
+
 def build_head(kind: str, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Module:
     """The head called "linear" (which has no hidden layer), "mlp" or "mlp-bn"."""
     if kind == "linear":

@@ -45,11 +45,18 @@ class Console:
         self.screen.print(text, markup=False, soft_wrap=True)
         self._record(text)
 
-    def progress(self, *, step: int, loss: float, contrast_accuracy: float, images_per_s: float, left_s: float) -> None:
-        """The line that a terminal overwrites."""
-        text = (
-            f"step {step}/{self.total_steps}  loss {loss:.4f}  contrast accuracy {contrast_accuracy:.1%}  "
-            f"{images_per_s:.0f} images/s  {duration(left_s)} left"
+    def progress(
+        self, *, step: int, loss: float, metrics: dict[str, float], images_per_s: float, left_s: float
+    ) -> None:
+        """The line that a terminal overwrites; a metric called an accuracy is a share."""
+        shown = [
+            f"{name.replace('_', ' ')} {value:.1%}"
+            if name.endswith("accuracy")
+            else f"{name.replace('_', ' ')} {value:.4f}"
+            for name, value in {"loss": loss, **metrics}.items()
+        ]
+        text = "  ".join(
+            [f"step {step}/{self.total_steps}", *shown, f"{images_per_s:.0f} images/s", f"{duration(left_s)} left"]
         )
         if self.screen.is_terminal:
             self.bar.update(self.task, completed=step, description=text)

@@ -31,6 +31,7 @@ class Window:
             self._wait_s += self._mark - asked
             if batch is None:
                 return
+            self._images += len(batch.ids)
             yield batch
 
     def add(self, output: MethodOutput) -> None:
@@ -38,7 +39,6 @@ class Window:
         for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._steps += 1
-        self._images += len(output.keys)
         self._count_work()
 
     def read(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ import torch
 
 from fastssl.config import TrainConfig
 from fastssl.errors import ConfigError
-from fastssl.methods import Method, MethodOutput
+from fastssl.methods import Clock, Method, MethodOutput
 from fastssl_pipelines.batch import Batch
 
 
@@ -33,6 +33,12 @@ def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
+def seed_step(seed: int, step: int) -> None:
+    """Put torch's generators into the state that belongs to a step, the same on all ranks."""
+    # SplitMix64's odd constant spreads neighbouring (seed, step) pairs over all seeds
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+
+
 class TrainStep:
     """Callable that trains a method on one batch; weights, optimiser and queue change in place.
 
@@ -53,9 +59,8 @@ class TrainStep:
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.forward = torch.compile(method, dynamic=False) if compile else method
 
-    def __call__(self, batch: Batch, lr: float) -> MethodOutput:
-        # SplitMix64's odd constant spreads neighbouring (seed, step) pairs over all seeds
-        torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + batch.step) % 2**63)
+    def __call__(self, batch: Batch, clock: Clock, lr: float) -> MethodOutput:
+        seed_step(self.seed, clock.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.autocast:
@@ -63,5 +68,5 @@ class TrainStep:
         output.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(output, batch.step)
+        self.method.after_step(output, clock)
         return output

@@ -3,7 +3,7 @@
 from . import reference
 from .augment import AugmentParameters, augment
 from .backend import available_backends, use_backend
-from .groups import group_cross_entropy, update_groups
+from .groups import assign_groups, group_cross_entropy, update_groups
 from .in_batch import nt_xent
 from .losses import consistency, info_nce, mean_shift, mixco, soft_cross_entropy, sup_con, unicon, unmix
 from .read import queue_read
@@ -12,6 +12,7 @@ from .rows import QueueRead
 __all__ = [
     "AugmentParameters",
     "QueueRead",
+    "assign_groups",
     "augment",
     "available_backends",
     "consistency",

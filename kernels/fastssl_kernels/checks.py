@@ -114,9 +114,12 @@ def check_temperature(temperature: float, name: str = "temperature") -> None:
         raise ValueError(f"{name} is {temperature}; it must be positive and finite")
 
 
-def check_momentum(momentum: float) -> None:
-    """A number in [0, 1]."""
-    if not 0 <= momentum <= 1:
+def check_momentum(momentum: float | Tensor) -> None:
+    """A number in [0, 1], or a tensor of one, whose value would have to be waited for."""
+    if isinstance(momentum, Tensor):
+        if momentum.ndim:
+            raise ValueError(f"momentum has shape {list(momentum.shape)}; it must be a number or a tensor of one, []")
+    elif not 0 <= momentum <= 1:
         raise ValueError(f"momentum is {momentum}; it must lie in [0, 1]")
 
 

@@ -33,17 +33,28 @@ def group_cross_entropy(
     return reduce_rows(loss, reduction)
 
 
+@or_reference(reference.assign_groups)
+def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
+    """The group nearest to each row: int64 [N], the number of the largest product; of equal ones the first.
+
+    `features`: [N, C]. `groups`: [G, C]. Neither needs a gradient. Dtypes and errors as in `info_nce`.
+    """
+    checks.check_rows(("groups",), features=features, groups=groups)
+    return ops.nearest(features.detach(), groups.detach(), 1, requested())[:, 0]
+
+
 @or_reference(reference.update_groups)
-def update_groups(features: Tensor, groups: Tensor, *, momentum: float) -> tuple[Tensor, Tensor]:
+def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor) -> tuple[Tensor, Tensor]:
     """Assign each row to its nearest group and move the groups: g <- normalize(m g + (1 - m) mean of its rows).
 
     `features`: [N, C], of all ranks. `groups`: [G, C], constant. A group without rows keeps its vector.
+    `momentum`: a number in [0, 1], or a tensor [] of one, which is not looked at.
     Returns unit groups [G, C] in float32 (float64 for float64), differentiable in `features`, and the
     assignment to the old groups, int64 [N].
     """
     checks.check_rows(features=features, groups=groups)
     checks.check_momentum(momentum)
-    assignment = ops.nearest(features.detach(), groups, 1, requested())[:, 0]
+    assignment = assign_groups(features, groups)
     sums, members = _group_sums(features, assignment, len(groups))
     old = float_rows(groups, features)
     moved = momentum * old + (1 - momentum) * sums / members.clamp(min=1)[:, None]
@@ -54,14 +65,14 @@ def update_groups(features: Tensor, groups: Tensor, *, momentum: float) -> tuple
 def _group_sums(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Sum of the rows of each group, and their number; a matrix product, because `index_add_` is not deterministic."""
     rows = float_rows(features, features)
-    sums, members = rows.new_empty(groups, rows.shape[1]), rows.new_empty(groups)
-    size = max(1, _MASK_ELEMENTS // len(rows))
+    sums, members = rows.new_zeros(groups, rows.shape[1]), rows.new_zeros(groups)
+    numbers = torch.arange(groups, device=rows.device)[:, None]
+    size = max(1, _MASK_ELEMENTS // groups)
     with torch.autocast(rows.device.type, enabled=False):
-        for start in range(0, groups, size):
-            numbers = torch.arange(start, min(start + size, groups), device=rows.device)
-            mask = (numbers[:, None] == assignment).to(rows.dtype)
-            sums[start : start + size] = mask @ rows
-            members[start : start + size] = mask.sum(1)
+        for part, chosen in zip(rows.split(size), assignment.split(size), strict=True):
+            mask = (numbers == chosen).to(rows.dtype)
+            sums.addmm_(mask, part)
+            members.add_(mask.sum(1))
     return sums, members
 
 

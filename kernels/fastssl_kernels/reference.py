@@ -173,11 +173,17 @@ def group_cross_entropy(
     return reduce_rows(rows.mean(0), reduction)
 
 
-def update_groups(features: Tensor, groups: Tensor, *, momentum: float) -> tuple[Tensor, Tensor]:
+def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
+    """The group nearest to each row."""
+    checks.check_rows(("groups",), features=features, groups=groups)
+    return _similarity(features, groups).argmax(1)
+
+
+def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor) -> tuple[Tensor, Tensor]:
     """Assign each row to its nearest group, move the groups towards the mean of their rows."""
     checks.check_rows(features=features, groups=groups)
     checks.check_momentum(momentum)
-    assignment = _similarity(features, groups).argmax(1)
+    assignment = assign_groups(features, groups)
     members = F.one_hot(assignment, len(groups)).T.to(accumulation_dtype(features.dtype))
     count = members.sum(1, keepdim=True)
     old = float_rows(groups, features)

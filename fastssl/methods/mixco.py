@@ -1,0 +1,82 @@
+"""MixCo (Kim et al., arXiv 2010.06300): mixed images with a soft target over their two keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastssl.methods.base import MethodConfig, MethodOutput, require
+from fastssl.methods.mixing import uniform_rows
+from fastssl.methods.momentum import MomentumConfig, MomentumMethod
+from fastssl.train.distributed import gather_rows, rank
+from fastssl_kernels import info_nce, mixco
+from fastssl_pipelines.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixCoConfig(MomentumConfig):
+    """Options of MixCo."""
+
+    name: ClassVar[str] = "mixco"
+    paper: ClassVar[str] = "arXiv 2010.06300"
+    batch_multiple: ClassVar[int] = 2
+
+    mix_temperature: float = 0.05
+    """Temperature of the mixed term; 0.05 is the official default, 1.0 that of the ImageNet script."""
+    mix_weight: float = 1.0
+    """Factor of the mixed term."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.mix_temperature > 0, "mix-temperature", self.mix_temperature, "above 0")
+        require(self.mix_weight >= 0, "mix-weight", self.mix_weight, "at least 0")
+
+
+class MixCo(MomentumMethod):
+    """MoCo v2 plus a term for mixed query images, each of which has two keys of the batch as soft targets.
+
+    Images 2i and 2i + 1 of the query view give one mixed image, w x_2i + (1 - w) x_2i+1 with w uniform. Its bank is the
+    keys of the batch and the queue. All 1.5 N images pass the encoder together; each mixed image stands behind its two
+    originals, so that any part of the batch (a batch norm split, a rank) has as many of each kind. The official code
+    pairs i with i + N/2 and puts only its own GPU's keys beside the queue; ours takes those of all ranks.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MixCoConfig
+    config: MixCoConfig
+
+    def forward(self, batch: Batch) -> MethodOutput:
+        config, images = self.config, batch.views[0]
+        pairs = len(images) // 2
+        weight = uniform_rows(pairs, images)
+        query, mixed = self._queries(images, weight)
+        key = self.keys(batch.views[1])
+        contrast, accuracy = cast(
+            tuple[Tensor, Tensor],
+            info_nce(query, key, self.queue.keys, temperature=config.temperature, return_accuracy=True),
+        )
+        first = len(images) * rank() + 2 * torch.arange(pairs, device=images.device)
+        mix = mixco(
+            mixed,
+            gather_rows(key),
+            self.queue.keys,
+            first=first,
+            second=first + 1,
+            weight=weight,
+            temperature=config.mix_temperature,
+        )
+        metrics = {"contrast_accuracy": accuracy, "mix_loss": mix.detach()}
+        return MethodOutput(contrast + config.mix_weight * mix, metrics, (batch.labels, key))
+
+    def _queries(self, images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit rows [N, C] of the images and [N/2, C] of their mixtures."""
+        first, second = images[0::2], images[1::2]
+        share = weight.to(images.dtype)[:, None, None, None]
+        mixed = share * first + (1 - share) * second
+        everything = torch.stack([first, second, mixed], 1).flatten(0, 1)
+        everything = everything.contiguous(memory_format=torch.channels_last)
+        rows = normalize(self.query_encoder(everything).float(), dim=1).unflatten(0, (-1, 3))
+        return rows[:, :2].flatten(0, 1), rows[:, 2].contiguous()

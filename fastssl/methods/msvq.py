@@ -1,0 +1,79 @@
+"""MSVQ (Peng et al.): self-supervised learning with multiple sample views and queues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from fastssl.methods.base import Clock, MethodConfig, MethodOutput, require
+from fastssl.methods.momentum import MomentumConfig, MomentumMethod, momentum_rows
+from fastssl.models.encoders import Encoder
+from fastssl.models.momentum import ema_update_, momentum_copy
+from fastssl.models.queue import KeyQueue
+from fastssl.train.distributed import gather_rows
+from fastssl_kernels import soft_cross_entropy
+from fastssl_pipelines.batch import Batch
+from fastssl_pipelines.views import ViewSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSVQConfig(MomentumConfig):
+    """Options of MSVQ; the defaults are those for CIFAR-10. `momentum` is that of the first teacher."""
+
+    name: ClassVar[str] = "msvq"
+    paper: ClassVar[str] = "arXiv 2305.05370"
+
+    temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    """Temperature of the teachers' softmax over their queue."""
+    queue_size: int = 4096
+    momentum: float = 0.99
+    second_momentum: float = 0.95
+    """Share of the second teacher that survives a step."""
+    hidden_dim: int | None = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.teacher_temperature > 0, "teacher-temperature", self.teacher_temperature, "above 0")
+        require(0 <= self.second_momentum <= 1, "second-momentum", self.second_momentum, "in [0, 1]")
+
+
+class MSVQ(MomentumMethod):
+    """ReSSL's loss with two teachers of different momentum, each with its queue, and four views.
+
+    View 0 is the student's strong one, views 1 and 2 the first teacher's and view 3 the second teacher's weak ones:
+    (ce(z2, Q1) + ce(z3, Q1) + ce(z4, Q2)) / 3. Q1 takes z2, Q2 takes z4; z3 is never kept. The official queues hold
+    raw projections and normalise them when read; ours hold unit rows, which is the same.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MSVQConfig
+    config: MSVQConfig
+    number_of_views = 4
+
+    def __init__(self, encoder: Encoder, config: MSVQConfig, views: tuple[ViewSpec, ...]):
+        super().__init__(encoder, config, views)
+        self.second_key_encoder = momentum_copy(self.query_encoder)
+        self.second_queue = KeyQueue(config.queue_size, config.dim)
+
+    def forward(self, batch: Batch) -> MethodOutput:
+        config = self.config
+        loss = partial(
+            soft_cross_entropy, temperature=config.temperature, teacher_temperature=config.teacher_temperature
+        )
+        student = self.queries(batch.views[0])
+        z2, z3 = self.keys(batch.views[1]), self.keys(batch.views[2])
+        z4 = momentum_rows(self.second_key_encoder, batch.views[3], shuffle=config.shuffle)
+        first = loss(student, torch.stack([z2, z3]), self.queue.keys)
+        second = loss(student, z4, self.second_queue.keys)
+        return MethodOutput((2 * first + second) / 3, {}, (batch.labels, z2, z4))
+
+    @torch.no_grad()
+    def after_step(self, output: MethodOutput, clock: Clock) -> None:
+        labels, z2, z4 = (gather_rows(rows) for rows in output.kept)
+        ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
+        ema_update_(self.second_key_encoder, self.query_encoder, self.config.second_momentum)
+        self.queue.enqueue(z2, labels, clock.step)
+        self.second_queue.enqueue(z4, labels, clock.step)

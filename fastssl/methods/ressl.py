@@ -1,0 +1,52 @@
+"""ReSSL (Zheng et al., arXiv 2107.09282): relations to the queue instead of positives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastssl.methods.base import MethodConfig, MethodOutput, require
+from fastssl.methods.momentum import MomentumConfig, MomentumMethod
+from fastssl_kernels import soft_cross_entropy
+from fastssl_pipelines.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReSSLConfig(MomentumConfig):
+    """Options of ReSSL; the defaults are those for ImageNet."""
+
+    name: ClassVar[str] = "ressl"
+    paper: ClassVar[str] = "arXiv 2107.09282"
+
+    temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    """Temperature of the teacher's softmax over the queue; below the student's, so that it is sharper."""
+    dim: int = 512
+    queue_size: int = 131072
+    hidden_dim: int | None = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.teacher_temperature > 0, "teacher-temperature", self.teacher_temperature, "above 0")
+
+
+class ReSSL(MomentumMethod):
+    """Cross-entropy between teacher's and student's softmax over a queue of teacher rows; no positive pair.
+
+    View 0 is the student's strong one, view 1 the teacher's weak one.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = ReSSLConfig
+    config: ReSSLConfig
+
+    def forward(self, batch: Batch) -> MethodOutput:
+        strong, weak = batch.views
+        teacher = self.keys(weak)
+        loss = soft_cross_entropy(
+            self.queries(strong),
+            teacher,
+            self.queue.keys,
+            temperature=self.config.temperature,
+            teacher_temperature=self.config.teacher_temperature,
+        )
+        return MethodOutput(loss, {}, (batch.labels, teacher))

@@ -1,0 +1,156 @@
+"""SMoG, synchronous momentum grouping (Pang et al., arXiv 2207.06167)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fastssl.errors import ConfigError
+from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput, require
+from fastssl.models.encoders import Encoder
+from fastssl.models.heads import MLPBatchNormHead, ProjectionHead
+from fastssl.models.kmeans import spherical_kmeans
+from fastssl.models.momentum import ema_update_, momentum_copy
+from fastssl.models.queue import KeyQueue
+from fastssl.train.distributed import gather_rows, gather_rows_with_gradient
+from fastssl_kernels import assign_groups, group_cross_entropy, update_groups
+from fastssl_pipelines.batch import Batch
+from fastssl_pipelines.views import ViewSpec
+
+BANKS = 2  # as in the official code: heads take turns between the projections of the first two crops
+
+
+@dataclass(frozen=True, kw_only=True)
+class SMoGConfig(MethodConfig):
+    """Options of SMoG; the defaults are those for ImageNet."""
+
+    name: ClassVar[str] = "smog"
+    paper: ClassVar[str] = "arXiv 2207.06167"
+
+    temperature: float = 0.1
+    groups: int = 3000
+    """Groups of one head."""
+    heads: int = 3
+    """Sets of groups; the loss is their mean."""
+    group_momentum: float = 0.99
+    """Share of a group that survives a step at the end of the run; it falls linearly from 1."""
+    groups_gradient: bool = True
+    """Let the gradient reach the encoder through the groups too, as in the paper; the official code stops it."""
+    reset_epochs: int = 1
+    """Epochs between two k-means resets of the groups."""
+    bank_size: int = 1281167
+    """Latest images whose projections the k-means sees; more than an epoch has is the same as an epoch."""
+    hidden_dim: int = 2048
+    """Width of projector and predictor."""
+    momentum: float = 0.999
+    """Share of the momentum encoder that survives a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("groups", "heads", "reset_epochs", "hidden_dim"):
+            require(getattr(self, name) >= 1, name.replace("_", "-"), getattr(self, name), "at least 1")
+        for name in ("group_momentum", "momentum"):
+            require(0 <= getattr(self, name) <= 1, name.replace("_", "-"), getattr(self, name), "in [0, 1]")
+        require(self.bank_size >= self.groups, "bank-size", self.bank_size, f"at least --method.groups {self.groups}")
+
+    def check_batch(self, batch_size: int) -> None:
+        super().check_batch(batch_size)
+        if self.bank_size < batch_size:
+            raise ConfigError(
+                f"--method.bank-size {self.bank_size} was given with --train.batch-size {batch_size}; "
+                "the bank must hold at least one batch"
+            )
+
+
+class SMoG(Method):
+    """Each crop's prediction is classified among groups that move with the projections of the same step.
+
+    Views 0 and 1 are the large crops of the encoder that learns, 2 and 3 those of the momentum encoder, whose nearest
+    old groups are the targets; further views are small crops of the former. Groups move before the logits are taken. At
+    the end of an epoch they are replaced by a spherical k-means of the latest projections, and the momentum encoder by
+    the encoder itself. Differs from the official code: batch norm sees one resolution at a time, as in SwAV, so the
+    momentum encoder needs no small crops.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = SMoGConfig
+    group_momentum: Tensor
+    groups: Tensor
+
+    def __init__(self, encoder: Encoder, config: SMoGConfig, views: tuple[ViewSpec, ...]):
+        super().__init__(encoder, config, views)
+        self.config = config
+        self.query_encoder = nn.Sequential(encoder, ProjectionHead(encoder.feature_dim, config.hidden_dim, config.dim))
+        self.predictor = MLPBatchNormHead(config.dim, config.hidden_dim, config.dim)
+        self.key_encoder = momentum_copy(self.query_encoder)
+        self.banks = nn.ModuleList([KeyQueue(config.bank_size, config.dim) for _ in range(BANKS)])
+        self.register_buffer("groups", normalize(torch.randn(config.heads, config.groups, config.dim), dim=2))
+        self.register_buffer("group_momentum", torch.ones(()))
+
+    @classmethod
+    def check_views(cls, views: tuple[ViewSpec, ...]) -> None:
+        sizes = [view.size for view in views]
+        if len(views) < 4 or len(set(sizes[:4])) > 1 or len(set(sizes[4:])) > 1:
+            raise ConfigError(
+                f"views of {sizes} pixels were given to smog, which takes four large ones of one size and any number "
+                "of small ones of one size; change `views` of the preset"
+            )
+
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """Fill the banks from one epoch and make the first groups of them."""
+        filled = 0
+        for batch in batches:
+            with torch.no_grad():
+                rows = normalize(self.query_encoder(torch.cat(batch.views[:BANKS])).float(), dim=1)
+            self._enqueue(rows.chunk(BANKS), batch.step)
+            filled += len(gather_rows(batch.ids))
+        self._reset_groups(filled)
+
+    def forward(self, batch: Batch) -> MethodOutput:
+        large, targets_from, small = batch.views[:2], batch.views[2:4], batch.views[4:]
+        projection = self.query_encoder(torch.cat(large))
+        predictions = [self.predictor(projection)]
+        if small:
+            predictions.append(self.predictor(self.query_encoder(torch.cat(small))))
+        prediction = normalize(torch.cat(predictions).float(), dim=1)
+        rows = normalize(projection.float(), dim=1).chunk(BANKS)
+        with torch.no_grad():
+            key = normalize(self.key_encoder(torch.cat(targets_from)).float(), dim=1)
+        losses, moved = [], []
+        for head, old in enumerate(self.groups):
+            target = assign_groups(key, old).unflatten(0, (2, -1)).repeat(1, len(large) + len(small))
+            features = gather_rows_with_gradient(rows[head % BANKS])
+            groups, _ = update_groups(features, old, momentum=self.group_momentum)
+            moved.append(groups.detach())
+            groups = groups if self.config.groups_gradient else groups.detach()
+            losses.append(group_cross_entropy(prediction, groups, target, temperature=self.config.temperature))
+        return MethodOutput(torch.stack(losses).mean(), {}, (torch.stack(moved), *(row.detach() for row in rows)))
+
+    @torch.no_grad()
+    def after_step(self, output: MethodOutput, clock: Clock) -> None:
+        moved, *rows = output.kept
+        self.groups.copy_(moved)
+        self._enqueue(rows, clock.step)
+        ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
+        if clock.ends_epoch and (clock.step + 1) // clock.steps_per_epoch % self.config.reset_epochs == 0:
+            self._reset_groups(clock.steps_per_epoch * len(gather_rows(rows[0])))
+            ema_update_(self.key_encoder, self.query_encoder, 0.0)
+        progress = (clock.step + 1) / clock.total_steps
+        self.group_momentum.fill_(1 - (1 - self.config.group_momentum) * progress)
+
+    def encoder(self) -> nn.Module:
+        return self.query_encoder[0]
+
+    def _enqueue(self, rows: tuple[Tensor, ...] | list[Tensor], step: int) -> None:
+        for bank, projections in zip(self.banks, rows, strict=True):
+            cast(KeyQueue, bank).enqueue(gather_rows(projections), None, step)
+
+    def _reset_groups(self, images_per_epoch: int) -> None:
+        """New groups from the banks, of which an epoch fills the first `images_per_epoch` rows."""
+        for head in range(self.config.heads):
+            rows = cast(KeyQueue, self.banks[head % BANKS]).keys[:images_per_epoch]
+            self.groups[head] = spherical_kmeans(rows, self.config.groups)
