@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> Path:
             report.show(measured)
             rows += measured
             # each time: what was measured is not lost where a later shape fails
-            path = report.write(options.out, facts, rows)
+            path = report.write(options.out, "losses", facts, rows)
     print(f"written: {path}")
     return path
 

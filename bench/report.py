@@ -99,10 +99,10 @@ def _output(*command: str) -> str:
     return run.stdout.strip()
 
 
-def write(folder: Path, facts: dict[str, Any], rows: Sequence[Row]) -> Path:
-    """The run as losses-<device>-<date>.json."""
+def write(folder: Path, name: str, facts: dict[str, Any], rows: Sequence[Any]) -> Path:
+    """The run as <name>-<device>-<date>.json; `rows` are dataclasses."""
     device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = folder / f"losses-{device}-{re.sub('[^0-9T]', '', facts['date'])}.json"
+    path = folder / f"{name}-{device}-{re.sub('[^0-9T]', '', facts['date'])}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2), encoding="utf-8")

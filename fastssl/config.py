@@ -38,6 +38,10 @@ class DataConfig:
     """What decodes, crops and resizes; auto keeps small data sets decoded in memory."""
     label_fraction: float = 1.0
     """Share of each class whose labels the method may see, 0 to 1."""
+    label_list: Path | None = None
+    """Text file of base names (or class/name), one a line: the method may see the labels of these images alone."""
+    unlabelled: Path | None = None
+    """Folder of images, at any depth, to train on without labels beside those of root."""
     workers: int = 2
     """Processes that decode for the torchvision pipeline, or threads for the others."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -47,8 +51,22 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.label_fraction <= 1, "--data.label-fraction", self.label_fraction, "in [0, 1]")
+        if self.label_list is not None and self.label_fraction < 1:
+            raise ConfigError(
+                f"--data.label-list {self.label_list} was given with a label fraction of {self.label_fraction}; the "
+                "list alone says which labels are known: add --data.label-fraction 1 or drop the list"
+            )
+        for option, path in (("label-list", self.label_list), ("unlabelled", self.unlabelled)):
+            if path is not None and self.root is None:
+                raise ConfigError(f"--data.{option} {path} was given without labelled images; add --data.root DIR")
         _require(self.pictures >= 0, "--data.pictures", self.pictures, "at least 0")
         _require(self.workers >= 0, "--data.workers", self.workers, "at least 0")
+
+    def absolute(self) -> DataConfig:
+        """The same with absolute paths, for a run that is resumed from another folder."""
+        given = {name: getattr(self, name) for name in ("root", "label_list", "unlabelled")}
+        paths: dict[str, Any] = {name: path.absolute() for name, path in given.items() if path is not None}
+        return dataclasses.replace(self, **paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +89,39 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """SGD with momentum, or LARS: the same with a rate for each parameter tensor, for large batches."""
     lr: float = 0.03
-    """Learning rate at the start, for the batch size as given (it is not rescaled)."""
+    """Learning rate after the warm-up, for the batch size as given (it is not rescaled)."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 1e-4
     """Weight decay, on all parameters as in the official MoCo code."""
+    decay_norm_and_bias: bool = True
+    """Let the weight decay act on batch norm and biases too."""
+    trust: float = 0.001
+    """Size of a LARS step in units of the parameter's norm, at learning rate 1."""
     schedule: Literal["cosine", "cosine-epoch", "step"] = "cosine"
     """Cosine every step, cosine every epoch (official MoCo), or times 0.1 at each milestone."""
+    final_lr: float = 0.0
+    """Learning rate at which the cosine ends."""
     milestones: tuple[int, ...] = (120, 160)
     """Epochs of the step schedule."""
     warmup_epochs: int = 0
-    """Epochs of linear warm-up from 0."""
+    """Epochs of linear warm-up from `warmup_lr` to `lr`."""
+    warmup_lr: float = 0.0
+    """Learning rate at which the warm-up starts."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "--optim.lr", self.lr, "above 0")
         _require(0 <= self.momentum < 1, "--optim.momentum", self.momentum, "in [0, 1)")
         _require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
+        _require(self.trust > 0, "--optim.trust", self.trust, "above 0")
         _require(self.warmup_epochs >= 0, "--optim.warmup-epochs", self.warmup_epochs, "at least 0")
+        for option, value in (("--optim.final-lr", self.final_lr), ("--optim.warmup-lr", self.warmup_lr)):
+            _require(0 <= value <= self.lr, option, value, f"in [0, {self.lr}], as --optim.lr is {self.lr}")
+        cosine = self.schedule != "step"
+        _require(cosine or self.final_lr == 0, "--optim.final-lr", self.final_lr, "0 with --optim.schedule step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,22 +182,24 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     preset: Annotated[str, tyro.conf.Suppress] = "custom"
     views: Annotated[tuple[ViewSpec, ...], tyro.conf.Suppress]
+    odd_views: Annotated[tuple[ViewSpec, ...], tyro.conf.Suppress] = ()
+    """Views of odd steps where they differ; the two view sets of SMoG swap their roles at every step."""
     eval_view: Annotated[ViewSpec, tyro.conf.Suppress]
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2**63)")
         batch, splits = self.train.batch_size, self.model.splits
-        if self.model.norm == "split" and batch % splits:
+        self.method.check_batch(batch)
+        multiple = splits * self.method.batch_multiple
+        if self.model.norm == "split" and batch % multiple:
             raise ConfigError(
                 f"--train.batch-size {batch} was given with --model.splits {splits}; split batch norm needs a batch "
-                "that is a multiple of the splits: change one of them or take --model.norm local"
+                f"that is a multiple of {multiple} for {self.method.name}: change one of them or take "
+                "--model.norm local"
             )
-        queue = getattr(self.method, "queue_size", batch)
-        if queue < batch:
-            raise ConfigError(
-                f"--method.queue-size {queue} was given with --train.batch-size {batch}; "
-                "the queue must hold at least one batch"
-            )
+        METHODS[self.method.name].check_views(self.views)
+        if self.odd_views and [view.size for view in self.odd_views] != [view.size for view in self.views]:
+            raise ConfigError("the views of odd steps must be as many and as large as the others; change the preset")
 
 
 def to_json(config: Config) -> str:

@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastssl.config import Config
 from fastssl.errors import ConfigError
+from fastssl_pipelines.labels import listed_labels
 from fastssl_pipelines.pictures import picture_source
-from fastssl_pipelines.sources import ImageFolder, Source, Subset
+from fastssl_pipelines.plan import partial_labels
+from fastssl_pipelines.sources import ImageFolder, JointSource, Source, Subset
 
 HELD_OUT = 10  # without a test split, every tenth image of a class is kept from training and used as one
 
 
 class Splits(NamedTuple):
-    """Images to train on and images to test on, with the same classes."""
+    """Images to train on, the unlabelled ones last, and images to test on, with the same classes."""
 
     train: Source
     test: Source
 
 
 def open_splits(config: Config) -> Splits:
-    """The images of --data.root, or the embedded pictures where the preset has some and no root is given."""
+    """The images of --data.root, or the embedded pictures where the preset has some and no root is given.
+
+    Those of --data.unlabelled stand behind the training images.
+    """
+    splits = _labelled_splits(config)
+    root, folder = config.data.root, config.data.unlabelled
+    if root is None or folder is None:
+        return splits
+    used = [path for path in (root / "train", _test_root(root)) if path] if (root / "train").is_dir() else [root]
+    for path in used:
+        if _overlap(path, folder):
+            raise ConfigError(
+                f"--data.unlabelled {folder} and {path}, which --data.root names, lie in one another, so images would "
+                "count twice; give a folder apart from it"
+            )
+    return splits._replace(train=JointSource(splits.train, ImageFolder(folder, labelled=False)))
+
+
+def known_labels(config: Config, source: Source, warn: Callable[[str], object]) -> NDArray[np.int64]:
+    """The labels that the method may see, int64 [n], -1 = unknown: by --data.label-list, else --data.label-fraction.
+
+    `warn` is called with a sentence where some names of the list are not found.
+    """
+    path = config.data.label_list
+    if path is None:
+        return partial_labels(source.labels, config.data.label_fraction, config.seed)
+    labels, unmatched = listed_labels(source, path)
+    if unmatched:
+        warn(f"{path}: {len(unmatched)} of its names belong to no labelled training image, as {unmatched[0]}")
+    return labels
+
+
+def _labelled_splits(config: Config) -> Splits:
     root = config.data.root
     if root is None:
         if not config.data.pictures:
@@ -60,3 +96,8 @@ def _hold_out(source: Source) -> Splits:
     held = np.zeros(len(source), bool)
     held[order[min(HELD_OUT, len(order)) - 1 :: HELD_OUT]] = True  # of a handful of images, one
     return Splits(Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held)))
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    one, other = one.resolve(), other.resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)

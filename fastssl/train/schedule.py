@@ -14,11 +14,12 @@ def learning_rate(optim: OptimConfig, step: int, *, total_steps: int, steps_per_
     """
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return optim.lr * step / warmup
+        return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup
     if optim.schedule == "step":
         passed = sum(step >= epoch * steps_per_epoch for epoch in optim.milestones)
         return optim.lr * 0.1**passed
     if optim.schedule == "cosine-epoch":
         step = step // steps_per_epoch * steps_per_epoch
     progress = (step - warmup) / max(1, total_steps - warmup)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))
+    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))
+    return optim.final_lr + (optim.lr - optim.final_lr) * fall

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fastssl.config import Config
-from fastssl.errors import TrainingError
+from fastssl.errors import ConfigError, TrainingError
 from fastssl.evaluate.online import OnlineKNN
-from fastssl.methods import METHODS, Method, MethodOutput
+from fastssl.methods import METHODS, Clock, Method, MethodOutput
 from fastssl.models.encoders import build_encoder
 from fastssl.models.norm import norm_layer
 from fastssl.observe.console import Console
 from fastssl.observe.log import MetricsLog
 from fastssl.observe.window import Window
 from fastssl.train import checkpoint
-from fastssl.train.data import open_splits
+from fastssl.train.data import known_labels, open_splits
 from fastssl.train.interrupt import EXIT_STOPPED, StopRequest
 from fastssl.train.optim import build_optimizer
 from fastssl.train.schedule import learning_rate
-from fastssl.train.step import TrainStep, choose_device, choose_dtype
+from fastssl.train.step import TrainStep, choose_device, choose_dtype, seed_step
 from fastssl_pipelines.executor import Executor, build_executor
-from fastssl_pipelines.plan import SamplePlan, TrainingSteps, partial_labels
+from fastssl_pipelines.plan import SamplePlan, TrainingSteps
 from fastssl_pipelines.sources import Source
 
 RAW_PIXELS_AT_MOST = 100_000  # images; beyond that the baseline costs more than it tells
@@ -42,13 +45,14 @@ def build_method(config: Config, device: torch.device) -> Method:
     return method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def training_steps(config: Config, source: Source) -> TrainingSteps:
-    """The sample plan of a run; the method sees the labels of --data.label-fraction of the images."""
+def training_steps(config: Config, source: Source, warn: Callable[[str], object] = warnings.warn) -> TrainingSteps:
+    """The sample plan of a run; the method sees the labels of `known_labels`, which explains `warn`."""
     plan = SamplePlan(
         widths=source.widths,
         heights=source.heights,
-        labels=partial_labels(source.labels, config.data.label_fraction, config.seed),
+        labels=known_labels(config, source, warn),
         views=config.views,
+        odd_views=config.odd_views,
         seed=config.seed,
     )
     return TrainingSteps(plan, batch_size=config.train.batch_size)
@@ -65,7 +69,8 @@ class Trainer:
         self.device = choose_device(config.train)
         self.dtype = choose_dtype(config.train, self.device)
         splits = open_splits(config)
-        self.steps = training_steps(config, splits.train)
+        self.notes: list[str] = []
+        self.steps = training_steps(config, splits.train, self.notes.append)
         self.total_steps = config.train.steps or config.train.epochs * self.steps.steps_per_epoch
         self.executor = self._executor(splits.train)
         self.knn = OnlineKNN(config, self.executor, self._executor(splits.test), dtype=self.dtype)
@@ -103,7 +108,8 @@ class Trainer:
             self._begin()
             window = Window()
             for batch in window.timed(self.executor.stream(self.steps, first, total)):
-                output = self.train_step(batch, self._learning_rate(batch.step))
+                clock = Clock(batch.step, total, self.steps.steps_per_epoch)
+                output = self.train_step(batch, clock, self._learning_rate(batch.step))
                 window.add(output)
                 done = batch.step + 1
                 last = done == total
@@ -136,23 +142,48 @@ class Trainer:
             f"{self.total_steps} steps of {self.steps.batch_size}, {self.device} {self.dtype}, "
             f"{self.executor.name} pipeline; run folder {self.folder}"
         )
+        for note in self.notes:
+            self.console.say(f"warning: {note}")
+        digest = zlib.crc32(plan.labels.tobytes())
+        self._require_the_labels_of_the_start(known, digest)
         self.log.rewind(first)
-        self.log.write("start", step=first, total_steps=self.total_steps, images=plan.num_samples, labels=known)
+        self.log.write(
+            "start",
+            step=first,
+            total_steps=self.total_steps,
+            images=plan.num_samples,
+            labels=known,
+            labels_crc32=digest,
+        )
         if first == 0:
             self._evaluate(0)
+            seed_step(self.config.seed, -1)
+            with self.train_step.autocast:
+                self.method.prepare(self.executor.stream(self.steps, 0, self.steps.steps_per_epoch))
         else:
             self.console.say(f"resumed after step {first}")
+
+    def _require_the_labels_of_the_start(self, known: int, digest: int) -> None:
+        starts = [record for record in self.log.read() if record["event"] == "start"]
+        if not (self.first_step and self.method.uses_labels and starts):
+            return
+        if starts[-1].get("labels_crc32", digest) != digest:
+            raise ConfigError(
+                f"the run in {self.folder} began with other labels ({starts[-1]['labels']} known then, {known} now); "
+                "put the file of --data.label-list and the images of --data.root back, or start a new run"
+            )
 
     def _report(self, done: int, window: Window) -> None:
         values = window.read()
         self._require_finite(values["loss"], done)
-        left_s = (self.total_steps - done) * self.steps.batch_size / values["images_per_s"]
-        self.log.write("train", step=done, lr=self._learning_rate(done - 1), **values)
+        speed = {name: values.pop(name) for name in ("images_per_s", "data_wait")}
+        left_s = (self.total_steps - done) * self.steps.batch_size / speed["images_per_s"]
+        self.log.write("train", step=done, lr=self._learning_rate(done - 1), **values, **speed)
         self.console.progress(
             step=done,
-            loss=values["loss"],
-            contrast_accuracy=values["contrast_accuracy"],
-            images_per_s=values["images_per_s"],
+            loss=values.pop("loss"),
+            metrics=values,
+            images_per_s=speed["images_per_s"],
             left_s=left_s,
         )
 

@@ -73,6 +73,7 @@ class SamplePlan:
     """Gives the samples of any stretch of any epoch, and all their random numbers, with no state.
 
     `widths`, `heights`: int [n], source pixels. `labels`: int [n], -1 = unknown, what the method may see.
+    `odd_views`: what TrainingSteps takes for odd steps in place of `views`, if anything.
     Equal arguments give equal plans on every machine and on any number of ranks.
     """
 
@@ -85,23 +86,27 @@ class SamplePlan:
         views: Sequence[ViewSpec],
         seed: int,
         shuffle: bool = True,
+        odd_views: Sequence[ViewSpec] = (),
     ) -> None:
         self.widths = np.asarray(widths, dtype=np.int64)
         self.heights = np.asarray(heights, dtype=np.int64)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.views = tuple(views)
+        self.odd_views = tuple(odd_views)
         self.seed = _checked_seed(seed)
         self.shuffle = shuffle
         if not self.widths.shape == self.heights.shape == self.labels.shape == (len(self.widths),):
             shapes = self.widths.shape, self.heights.shape, self.labels.shape
             raise ValueError(f"widths, heights and labels have shapes {shapes}; they must be [n], with one n")
+        if (self.labels < -1).any():
+            raise ValueError(f"label {self.labels.min()} was given; it must be -1 (unknown) or a class, from 0 on")
         self._latest_order: tuple[int, NDArray[np.int64]] | None = None
 
     @property
     def num_samples(self) -> int:
         return len(self.labels)
 
-    def batch(self, epoch: int, start: int, stop: int) -> BatchPlan:
+    def batch(self, epoch: int, start: int, stop: int, *, odd: bool = False) -> BatchPlan:
         """The plan of positions [start, stop) of an epoch; any sub-range gives the same numbers."""
         if not (epoch >= 0 and 0 <= start <= stop <= self.num_samples):
             raise ValueError(
@@ -117,7 +122,7 @@ class SamplePlan:
                 _centre_view(spec, widths, heights)
                 if spec.centre is not None
                 else _random_view(spec, widths, heights, self._draws(epoch, view, start, stop - start))
-                for view, spec in enumerate(self.views)
+                for view, spec in enumerate((self.odd_views if odd else ()) or self.views)
             ),
         )
 
@@ -170,7 +175,7 @@ class TrainingSteps:
             raise IndexError(f"step {step} was asked for; steps count from 0")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.global_batch_size + self.rank * self.batch_size
-        return self.plan.batch(epoch, start, start + self.batch_size)
+        return self.plan.batch(epoch, start, start + self.batch_size, odd=step % 2 == 1)
 
 
 class EvaluationSteps:
@@ -202,11 +207,9 @@ def partial_labels(labels: ArrayLike, fraction: float, seed: int) -> NDArray[np.
     labels = np.asarray(labels, dtype=np.int64)
     chance = _philox(_checked_seed(seed), _LABEL_STREAM, [0, 0, 0, 0]).random_raw(len(labels))
     by_class = np.lexsort((chance, labels))
-    _, first, class_index, count = np.unique(
-        labels[by_class], return_index=True, return_inverse=True, return_counts=True
-    )
-    rank_in_class = np.arange(len(labels)) - first[class_index]
-    kept = by_class[rank_in_class < np.rint(fraction * count)[class_index]]
+    _, first, group, count = np.unique(labels[by_class], return_index=True, return_inverse=True, return_counts=True)
+    rank_in_class = np.arange(len(labels)) - first[group]
+    kept = by_class[rank_in_class < np.rint(fraction * count)[group]]
     result = np.full_like(labels, -1)
     result[kept] = labels[kept]
     return result

@@ -183,6 +183,27 @@ def test_a_group_without_rows_stays_and_one_with_rows_is_their_mean(given: Input
         assert_same((groups[group],), (F.normalize(mean, dim=0),))
 
 
+def test_rows_are_assigned_to_the_nearest_group(given: Inputs) -> None:
+    query, groups = given.query.clone().requires_grad_(), given.queue.clone().requires_grad_()
+    assignment = fk.assign_groups(query, groups)
+    assert assignment.dtype == torch.int64
+    assert torch.equal(assignment, (given.query @ given.queue.T).argmax(1))
+
+
+def test_a_momentum_may_be_a_tensor(given: Inputs) -> None:
+    momentum = torch.tensor(0.75, device=given.query.device)
+    expected = fk.update_groups(given.query, given.queue, momentum=0.75)[0]
+    assert_same(fk.update_groups(given.query, given.queue, momentum=momentum)[:1], (expected,))
+    with pytest.raises(ValueError, match=r"momentum has shape \[9\]; it must be a number"):
+        fk.update_groups(given.query, given.queue, momentum=momentum.expand(9))
+
+
+def test_the_sums_of_groups_do_not_depend_on_the_block(given: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fk.update_groups(given.query, given.queue, momentum=0.7)[0]
+    monkeypatch.setattr("fastssl_kernels.groups._MASK_ELEMENTS", 4 * 70)  # 4 rows at a time, then 4, then 1
+    assert_same(fk.update_groups(given.query, given.queue, momentum=0.7)[:1], (expected,))
+
+
 def test_group_cross_entropy_is_info_nce_of_the_target(given: Inputs) -> None:
     target = given.target[0]
     rows, gradient = run(fk.group_cross_entropy, given.query, given.queue, target, temperature=T)

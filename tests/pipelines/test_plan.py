@@ -330,3 +330,15 @@ def test_partial_labels_depend_on_the_seed():
 def test_a_label_fraction_outside_the_range_is_refused(fraction):
     with pytest.raises(DataError, match=r"--data\.label-fraction"):
         partial_labels([0, 1], fraction, 0)
+
+
+def test_an_unlabelled_tail_leaves_the_kept_labels_alone():
+    labels = np.random.default_rng(0).integers(0, 5, 300)
+    joint = partial_labels(np.concatenate([labels, np.full(1000, -1)]), 0.2, seed=3)
+    np.testing.assert_array_equal(joint[:300], partial_labels(labels, 0.2, seed=3))
+    assert (joint[300:] == -1).all()
+
+
+def test_a_label_below_minus_one_is_refused():
+    with pytest.raises(ValueError, match="label -2 was given; it must be -1"):
+        SamplePlan(widths=[9] * 3, heights=[9] * 3, labels=[0, -1, -2], views=[STRONG], seed=0)

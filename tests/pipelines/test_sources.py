@@ -145,3 +145,38 @@ def test_a_subset_has_the_rows_in_order():
     assert (len(source), source.labels.tolist(), source.classes) == (2, [1, 1], ("a", "b"))
     np.testing.assert_array_equal(source.pixels(0), images[3])
     assert source.describe(1) == "image 0 of pictures"
+
+
+@pytest.mark.parametrize(
+    ("label", "classes"), [(2, ("a", "b")), (-2, ("a", "b")), (0, ())], ids=["above", "below", "no classes"]
+)
+def test_an_array_source_refuses_labels_outside_its_classes(label, classes):
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=rf"label {label} was given with {len(classes)} classes; a label must be -1"):
+        ArraySource("wrong", images, np.array([-1, label]), classes)
+    assert ArraySource("right", images, np.array([-1, len(classes) - 1]), classes).classes == classes
+
+
+def test_an_unlabelled_folder_is_read_at_any_depth(tmp_path):
+    for name in ("b.png", "cat/1.png", "cat/deep/2.JPG", "dog/1.jpeg"):
+        save(tmp_path / name, picture(4, 5))
+    (tmp_path / "cat" / ".1.png").write_bytes(b"left by another system")
+    (tmp_path / "empty").mkdir()
+    source = ImageFolder(tmp_path, labelled=False)
+    names = [source.name_of(index) for index in range(len(source))]
+    assert names == ["b.png", "cat/1.png", "cat/deep/2.JPG", "dog/1.jpeg"]
+    assert source.labels.tolist() == [-1] * 4
+    assert source.classes == ()
+    assert [source.describe(index) for index in range(4)] == [str(tmp_path / name) for name in names]
+
+
+def test_a_wrong_unlabelled_folder_is_explained(tmp_path):
+    with pytest.raises(DataError, match=r"none is not a folder; --data\.unlabelled"):
+        ImageFolder(tmp_path / "none", labelled=False)
+    with pytest.raises(DataError, match=r"holds no .*--data\.unlabelled"):
+        ImageFolder(tmp_path, labelled=False)
+    save(tmp_path / "a" / "good.png", picture(4, 4))
+    source = ImageFolder(tmp_path, labelled=False)
+    (tmp_path / "a" / "good.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"good\.png cannot be read .*--data\.unlabelled"):
+        source.pixels(0)

@@ -1,0 +1,167 @@
+"""`python -m bench learning`: what every method learns from CIFAR-10 photographs within one small budget."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastssl import cli
+from fastssl.config import Config, RunConfig, to_json
+from fastssl.errors import TrainingError, unknown_name
+from fastssl.methods.moco import MoCoV1Config
+from fastssl.methods.momentum import MomentumConfig
+from fastssl.observe.log import MetricsLog
+from fastssl.presets import load
+from fastssl.train.step import choose_device
+
+from . import report
+
+LABELLED = ("supcon", "unimoco")
+METHODS = ("mocov1", "mocov2", "mocov2-symmetric", "mixco", "unmix", "co2", "ressl", "msvq", "smog", *LABELLED)
+BUDGET = ("epochs", "batch_size", "width", "queue_size", "momentum", "lr", "warmup_epochs", "seed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train each method's CIFAR-10 preset with the same small encoder, batch, length, optimiser and seed; report kNN.
+
+    Finished runs in --runs are taken as they are, so that a long list can be cut into several calls.
+    """
+
+    root: Path
+    """Folder with CIFAR-10 as train/ and test/, a folder a class."""
+    methods: tuple[str, ...] = METHODS
+    fractions: tuple[float, ...] = (0.1,)
+    """Label fractions, for the methods that use labels."""
+    epochs: int = 5
+    batch_size: int = 128
+    width: float = 0.25
+    """Of the ResNet-18, whose stem gets a max-pool."""
+    queue_size: int = 1024
+    momentum: float = 0.98
+    """Of the momentum encoder."""
+    lr: float = 0.06
+    warmup_epochs: int = 1
+    seed: int = 0
+    runs: Path = Path("runs/learning")
+    """Folder for the run folders."""
+    out: Path = Path("bench/results")
+    """Folder for the JSON file."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: kNN top-1 in percent on the test images, k = 200, after each epoch that was evaluated."""
+
+    method: str
+    label_fraction: float | None
+    """None for a method that uses no labels."""
+    untrained_top1: float
+    knn_top1: float
+    raw_pixels_top1: float
+    epochs: dict[int, float]
+    steps: int
+    images_per_s: float
+    """Median over the log lines."""
+
+
+def main(arguments: Sequence[str]) -> Path:
+    """Run what the arguments ask for and has not been run yet; print the table, write the JSON, return its path."""
+    options = tyro.cli(Options, args=list(arguments), prog="python -m bench learning")
+    runs = list(variants(options))
+    facts = report.environment(["python -m bench learning", shlex.join(arguments)], choose_device(runs[0][1].train))
+    rows = [_row(name, config) for name, config in runs]
+    _show(rows)
+    budget = {field: getattr(options, field) for field in BUDGET}
+    path = report.write(options.out, "learning", {**facts, "budget": budget}, rows)
+    print(path)
+    return path
+
+
+def variants(options: Options) -> Iterator[tuple[str, Config]]:
+    """Name and configuration of every run."""
+    for name in options.methods:
+        if name not in METHODS:
+            raise unknown_name("method", name, METHODS)
+        for fraction in options.fractions if name in LABELLED else (1.0,):
+            folder = options.runs / (f"{name}-{fraction:g}" if name in LABELLED else name)
+            yield name, _cut(_preset(name), options, folder, fraction)
+
+
+def _preset(name: str) -> Config:
+    if name == "mocov1":  # which its authors have for ImageNet alone
+        return replace(load("mocov2-cifar10"), method=MoCoV1Config())
+    return load(f"{name}-cifar10")
+
+
+def _cut(preset: Config, options: Options, folder: Path, fraction: float) -> Config:
+    """The method, views and temperatures of a preset; all else is the same for every method."""
+    method = replace(preset.method, momentum=options.momentum)  # type: ignore[call-arg]
+    if isinstance(method, MomentumConfig):
+        # batch norm in the head gets a short run out of the collapse it starts in
+        method = replace(method, queue_size=options.queue_size, head="mlp-bn", hidden_dim=None)
+    return replace(
+        preset,
+        seed=options.seed,
+        run=RunConfig(dir=folder),
+        data=replace(preset.data, root=options.root.absolute(), label_fraction=fraction),
+        model=replace(preset.model, width=options.width, stem="small-pool", norm="local"),
+        method=method,
+        optim=replace(preset.optim, lr=options.lr, schedule="cosine", warmup_epochs=options.warmup_epochs),
+        train=replace(preset.train, epochs=options.epochs, batch_size=options.batch_size),
+        eval=replace(preset.eval, every_epochs=1),
+    )
+
+
+def _row(name: str, config: Config) -> Row:
+    records = _finished(config)
+    end, steps = records[-1], [record for record in records if record["event"] == "train"]
+    evaluations = {record["step"]: record["knn_top1"] for record in records if record["event"] == "eval"}
+    per_epoch = end["step"] // config.train.epochs
+    return Row(
+        method=name,
+        label_fraction=config.data.label_fraction if name in LABELLED else None,
+        untrained_top1=end["untrained_top1"],
+        knn_top1=end["knn_top1"],
+        raw_pixels_top1=end["raw_pixels_top1"],
+        epochs={step // per_epoch: top1 for step, top1 in evaluations.items()},
+        steps=end["step"],
+        images_per_s=median(record["images_per_s"] for record in steps),
+    )
+
+
+def _finished(config: Config) -> list[dict[str, Any]]:
+    """The records of a run that has come to its end, now or in an earlier call."""
+    folder = config.run.dir
+    assert folder is not None
+    log = MetricsLog(folder / "metrics.jsonl")
+    if not (records := log.read()) or records[-1].get("reason") != "finished":
+        with NamedTemporaryFile("w", suffix=".json") as file:
+            file.write(to_json(config))
+            file.flush()
+            started = (folder / "config.json").exists()
+            new = ["pretrain", "--config", file.name, "--run.dir", str(folder)]
+            code = cli.main(["resume", str(folder)] if started else new)
+        if code:
+            raise TrainingError(f"the run in {folder} ended with exit code {code}; call again to resume it")
+    return log.read()
+
+
+def _show(rows: Sequence[Row]) -> None:
+    table = Table(title="kNN top-1, % (k = 200, 10,000 test images)", title_justify="left")
+    for title in ("method", "labels", "untrained", "trained", "images/s"):
+        table.add_column(title, justify="left" if title == "method" else "right")
+    for row in rows:
+        labels = "" if row.label_fraction is None else f"{row.label_fraction:.0%}"
+        numbers = f"{row.untrained_top1:.2f}", f"{row.knn_top1:.2f}", f"{row.images_per_s:.0f}"
+        table.add_row(row.method, labels, *numbers)
+    Console().print(table)

@@ -1,0 +1,6 @@
+"""The recipes, by name: Python functions that return a configuration."""
+
+from fastssl.presets import builtin, cifar, imagenet, stl_tiny
+from fastssl.presets.registry import PRESETS, Preset, load, preset
+
+__all__ = ["PRESETS", "Preset", "builtin", "cifar", "imagenet", "load", "preset", "stl_tiny"]

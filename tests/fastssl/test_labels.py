@@ -1,0 +1,213 @@
+"""Which labels a method sees: a share of each class, a list of names, unlabelled images beside the labelled ones."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.cli import main, parse
+from fastssl.config import from_json, to_json
+from fastssl.errors import ConfigError
+from fastssl.train.data import open_splits
+from fastssl.train.trainer import training_steps
+
+SIZE = {"labelled": (12, 12), "more": (10, 15)}
+
+
+def write_images(folder, names):
+    rng = np.random.default_rng(len(names))
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*SIZE[folder.name], 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """10 cats and 10 dogs to train on, 2 and 2 to test, 7 unlabelled images, and a list of two cats and a dog."""
+    names = [f"train/{name}/{name}_{number}.png" for name in ("cat", "dog") for number in range(10)]
+    names += [f"test/{name}/{name}_{number}.png" for name in ("cat", "dog") for number in range(10, 12)]
+    write_images(tmp_path / "labelled", names)
+    write_images(tmp_path / "more", [*(f"{number}.png" for number in range(4)), *(f"cat/{n}.png" for n in range(3))])
+    (tmp_path / "list.txt").write_text("cat_3.png\ndog/dog_0.png\ncat_9.png\n")
+    return tmp_path
+
+
+def arguments(data, *more):
+    text = f"--data.root {data}/labelled --data.workers 0 --model.width 0.0625 --model.splits 2 --method.queue-size 16"
+    text += " --train.batch-size 8 --train.steps 2 --train.device cpu"
+    return [*text.split(), *(part.format(data=data) for part in " ".join(more).split())]
+
+
+def seen(data, *more):
+    """Label by file name, as one epoch of training steps gives them to the method."""
+    config = parse(["unimoco-cifar10", *arguments(data, "--train.batch-size 1 --model.norm local", *more)])
+    source = open_splits(config).train
+    steps = training_steps(config, source)
+    batches = [steps[step] for step in range(steps.steps_per_epoch)]
+    labels = {source.describe(int(batch.ids[0])): int(batch.labels[0]) for batch in batches}
+    assert len(labels) == len(source)
+    return labels
+
+
+def known(labels):
+    return {name.rsplit("/", 1)[1]: label for name, label in labels.items() if label != -1}
+
+
+def test_a_list_shows_the_labels_of_its_names_alone(data):
+    labels = seen(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
+    assert len(labels) == 20
+    assert known(labels) == {"cat_3.png": 0, "cat_9.png": 0, "dog_0.png": 1}
+
+
+@pytest.mark.parametrize("more", ["", "--data.unlabelled {data}/more"])
+def test_at_fraction_0_and_with_an_empty_list_all_labels_are_unknown(data, more):
+    (data / "empty.txt").write_text("\n")
+    count = 27 if more else 20
+    for labels in (
+        seen(data, "--data.label-fraction 0", more),
+        seen(data, "--data.label-fraction 1 --data.label-list {data}/empty.txt", more),
+    ):
+        assert list(labels.values()) == [-1] * count
+
+
+def test_a_fraction_is_taken_of_each_class(data):
+    labels = seen(data, "--data.label-fraction 0.3")
+    assert sorted(known(labels).values()) == [0] * 3 + [1] * 3
+    everything = known(seen(data, "--data.label-fraction 1"))
+    assert everything == {f"{name}_{n}.png": label for label, name in enumerate(("cat", "dog")) for n in range(10)}
+    assert known(labels).items() <= everything.items()
+
+
+@pytest.mark.parametrize(
+    "labels", ["--data.label-fraction 0.3", "--data.label-fraction 1 --data.label-list {data}/list.txt"]
+)
+def test_an_unlabelled_folder_adds_images_and_no_labels(data, labels):
+    joint = seen(data, labels, "--data.unlabelled {data}/more")
+    assert len(joint) == 27
+    assert sum("/more/" in name for name in joint) == 7
+    assert known(joint) == known(seen(data, labels))
+    assert all(label == -1 for name, label in joint.items() if "/more/" in name)
+
+
+def test_unlabelled_images_stand_last_and_only_in_training(data):
+    train, test = open_splits(parse(["unimoco-cifar10", *arguments(data, "--data.unlabelled {data}/more")]))
+    assert train.labels.tolist() == [0] * 10 + [1] * 10 + [-1] * 7
+    assert test.labels.tolist() == [0, 0, 1, 1]
+    # without a test split, the images kept from training are labelled ones
+    options = f"--data.root {data}/labelled/train --data.unlabelled {data}/more"
+    train, test = open_splits(parse(["unimoco-cifar10", *options.split()]))
+    assert train.labels.tolist() == [0] * 9 + [1] * 9 + [-1] * 7
+    assert test.labels.tolist() == [0, 1]
+
+
+def test_names_that_are_not_found_are_counted(data):
+    (data / "list.txt").write_text("cat_3.png\nbird_1.png\ncat_11.png\n")
+    with pytest.warns(UserWarning, match=r"list\.txt: 2 of its names .* as bird_1\.png"):
+        labels = seen(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
+    assert known(labels) == {"cat_3.png": 0}
+
+
+def test_the_new_paths_survive_json(data):
+    options = "--data.label-fraction 1 --data.label-list {data}/list.txt --data.unlabelled {data}/more"
+    config = parse(["unimoco-cifar10", *arguments(data, options)])
+    assert from_json(to_json(config)) == config
+    assert (config.data.label_list, config.data.unlabelled) == (data / "list.txt", data / "more")
+
+
+def run(data, *more, preset="unimoco-cifar10"):
+    """A run's exit code, its folder and the labels in the queue at its end."""
+    folder = data / "run"
+    code = main(["pretrain", preset, *arguments(data, f"--run.dir {folder}", *more)])
+    (checkpoint,) = (folder / "checkpoints").glob("*2.pt")
+    return code, folder, torch.load(checkpoint, weights_only=True)["method"]["queue.labels"].tolist()
+
+
+def start(folder):
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_a_run_with_a_list_and_unlabelled_images_from_another_folder(data, monkeypatch, capsys):
+    (data / "list.txt").write_text("\n".join(f"cat_{number}.png" for number in range(11)))
+    monkeypatch.chdir(data)
+    options = "--data.label-fraction 1 --data.label-list list.txt --data.unlabelled more --train.steps 2"
+    code, folder, queue = run(data, options)
+    assert code == 0
+    config = from_json((folder / "config.json").read_text())
+    assert (config.data.label_list, config.data.unlabelled) == (data / "list.txt", data / "more")
+    assert (start(folder)["images"], start(folder)["labels"]) == (27, 10)
+    assert "warning" in capsys.readouterr().out
+    assert "1 of its names belong to no labelled training image, as cat_10.png" in (folder / "console.log").read_text()
+    # two steps of 8 fill the queue of 16
+    steps = training_steps(config, open_splits(config).train, print)
+    assert queue == [*steps[0].labels, *steps[1].labels]
+    assert set(queue) == {-1, 0}
+
+
+def test_a_run_without_labels_never_sees_one(data):
+    code, folder, queue = run(data, "--data.label-fraction 0 --data.unlabelled {data}/more")
+    assert (code, queue, start(folder)["labels"]) == (0, [-1] * 16, 0)
+
+
+def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
+    code, folder, _ = run(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
+    assert code == 0
+    before = (folder / "metrics.jsonl").read_text()
+    assert main(["resume", str(folder)]) == 0
+    good = (data / "list.txt").read_text()
+    (data / "list.txt").write_text(good.replace("cat_9", "cat_8"))
+    assert main(["resume", str(folder)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    for word in ("other labels (3 known then, 3 now)", "--data.label-list", str(folder)):
+        assert word in error
+    (data / "list.txt").write_text(good)
+    assert main(["resume", str(folder)]) == 0
+    assert (folder / "metrics.jsonl").read_text().splitlines()[0] == before.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--data.label-list {data}/none.txt", ["{data}/none.txt cannot be read", "--data.label-list"]),
+        ("--data.label-list {data}", ["{data} cannot be read", "--data.label-list"]),
+        ("--data.label-list {data}/other.txt", ["it has a.png and the data set cat/cat_0.png", "--data.label-list"]),
+        ("--data.label-list {data}/several.txt", ["x.png", "cat/x.png and dog/x.png", "--data.label-list"]),
+        ("--data.label-list {data}/list.txt --data.root {data}/more/cat", ["has no labels", "--data.label-list"]),
+        (
+            "--data.label-list {data}/list.txt --data.label-fraction 0.5",
+            ["--data.label-list {data}/list.txt", "fraction of 0.5", "--data.label-fraction 1"],
+        ),
+        ("--data.unlabelled {data}/none", ["{data}/none is not a folder", "--data.unlabelled"]),
+        ("--data.unlabelled {data}/list.txt", ["list.txt is not a folder", "--data.unlabelled"]),
+        ("--data.unlabelled {data}/nothing", ["{data}/nothing holds no", "--data.unlabelled"]),
+        ("--data.unlabelled {data}/labelled", ["--data.unlabelled {data}/labelled", "in one another"]),
+        ("--data.unlabelled {data}/labelled/test/cat", ["--data.unlabelled {data}/labelled/test/cat", "one another"]),
+    ],
+)
+def test_bad_label_options_are_one_sentence_and_leave_no_run(data, capsys, options, words):
+    (data / "nothing").mkdir()
+    (data / "other.txt").write_text("b.png\na.png\n")
+    (data / "several.txt").write_text("x.png\n")
+    write_images(data / "labelled", ["train/cat/x.png", "train/dog/x.png"])
+    folder = data / "run"
+    code = main(
+        ["pretrain", "unimoco-cifar10", *arguments(data, f"--run.dir {folder} --data.label-fraction 1", options)]
+    )
+    error = capsys.readouterr().err.strip()
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    for word in words:
+        assert word.format(data=data) in error
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("option", ["--data.label-list", "--data.unlabelled"])
+def test_embedded_pictures_take_neither_a_list_nor_more_images(option):
+    with pytest.raises(ConfigError, match=rf"{option} /some/where was given without .*--data\.root") as raised:
+        parse(["--data.label-fraction", "1", option, "/some/where"])
+    assert "\n" not in str(raised.value)
