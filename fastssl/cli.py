@@ -19,7 +19,7 @@ from fastssl import __version__
 from fastssl.config import Config, RunConfig, from_json, to_json
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl.methods import METHODS
-from fastssl.presets import PRESETS, load
+from fastssl.presets import load
 from fastssl_pipelines.errors import DataError
 
 EXIT_BAD_INPUT, EXIT_FAILED = 2, 1
@@ -32,6 +32,7 @@ usage: fastssl COMMAND [...]
   pretrain [PRESET] [--section.field VALUE ...]   train an encoder; alone: on embedded pictures, in minutes
   pretrain --config FILE [...]                    the same from the config.json of an earlier run
   resume RUN                                      go on with a stopped run
+  eval knn|linear RUN [...]                       accuracy of the frozen encoder, by neighbours or a linear classifier
   methods                                         the methods and their papers
   presets                                         the recipes and their published results
   verify [LOSS]                                   how far every loss is from its definition, on this machine
@@ -58,6 +59,7 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": pretrain,
         "resume": resume,
+        "eval": evaluate,
         "methods": methods,
         "presets": presets,
         "verify": verify,
@@ -78,9 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
 def pretrain(arguments: list[str]) -> int:
     """`fastssl pretrain [PRESET | --config FILE] [--section.field VALUE ...]`."""
     config = parse(arguments)
-    if config.data.root is not None:
-        # resume may be called from another folder
-        config = replace(config, data=replace(config.data, root=config.data.root.absolute()))
+    # resume may be called from another folder
+    config = replace(config, data=config.data.absolute())
     folder = config.run.dir or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     if (folder / "config.json").exists():
         raise _taken(folder)
@@ -173,6 +174,18 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read ({error})") from None
 
 
+def evaluate(arguments: list[str]) -> int:
+    """`fastssl eval knn|linear RUN [--option VALUE ...]`."""
+    from fastssl.evaluate.command import KNNOptions, LinearOptions, eval_knn, eval_linear
+
+    protocol, *rest = arguments or [""]
+    if protocol == "knn":
+        return eval_knn(_options(KNNOptions(), rest, "fastssl eval knn"))
+    if protocol == "linear":
+        return eval_linear(_options(LinearOptions(), rest, "fastssl eval linear"))
+    raise unknown_name("evaluation", protocol, ["knn", "linear"])
+
+
 def methods(arguments: list[str]) -> int:
     """`fastssl methods`."""
     _no_arguments(arguments)
@@ -183,12 +196,10 @@ def methods(arguments: list[str]) -> int:
 
 def presets(arguments: list[str]) -> int:
     """`fastssl presets`."""
+    from fastssl.presets.listing import listing
+
     _no_arguments(arguments)
-    for name, preset in PRESETS.items():
-        config = preset.build()
-        print(f"{name:<18} {config.method.name} on {preset.data}, {config.train.epochs} epochs")
-        print(f"{'':<18} published: {preset.published}")
-        print(f"{'':<18} here: {preset.differs}")
+    sys.stdout.write(listing())  # at once, so that `| head` does not break it off
     return 0
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastssl.config import Config
-from fastssl.evaluate.knn import extract_features, knn_accuracy
+from fastssl.evaluate.knn import knn_of_encoder
 from fastssl_pipelines.executor import Executor
-from fastssl_pipelines.plan import EvaluationSteps, SamplePlan
 from fastssl_pipelines.views import ViewSpec
 
-BATCH_SIZE = 256
 RAW_PIXELS_SIDE = 32  # raw pixels are compared at this size: 3072 numbers an image
 
 
@@ -38,21 +36,5 @@ class OnlineKNN:
         return self._top1(nn.Flatten(), replace(self.config.eval_view, size=side), torch.float32)
 
     def _top1(self, encoder: nn.Module, view: ViewSpec, dtype: torch.dtype) -> float:
-        bank = self._features(encoder, self.train, view, dtype)
-        queries = self._features(encoder, self.test, view, dtype)
-        return knn_accuracy(*bank, *queries, k=self.config.eval.k, temperature=self.config.eval.temperature)
-
-    def _features(
-        self, encoder: nn.Module, executor: Executor, view: ViewSpec, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        source = executor.source
-        plan = SamplePlan(
-            widths=source.widths,
-            heights=source.heights,
-            labels=source.labels,
-            views=(view,),
-            seed=self.config.seed,
-            shuffle=False,
-        )
-        steps = EvaluationSteps(plan, batch_size=BATCH_SIZE)
-        return extract_features(encoder, executor.stream(steps, 0, len(steps)), dtype=dtype)
+        k, temperature = self.config.eval.k, self.config.eval.temperature
+        return knn_of_encoder(encoder, self.train, self.test, view, k=k, temperature=temperature, dtype=dtype).top1

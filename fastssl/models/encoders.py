@@ -28,7 +28,9 @@ _RESNETS = {
     "resnet34": _Architecture(BasicBlock, (3, 4, 6, 3)),
     "resnet50": _Architecture(Bottleneck, (3, 4, 6, 3)),
     "resnet101": _Architecture(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": _Architecture(Bottleneck, (3, 8, 36, 3)),
     "wide_resnet50_2": _Architecture(Bottleneck, (3, 4, 6, 3), base_width=128),
+    "wide_resnet101_2": _Architecture(Bottleneck, (3, 4, 23, 3), base_width=128),
 }
 _STEMS = ("imagenet", "small", "small-pool")
 

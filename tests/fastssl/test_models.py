@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -97,15 +98,20 @@ class TestEncoders:
         with pytest.raises(ValueError, match="a timm model has its own"):
             build_encoder("timm/vit_small_patch16_224", stem="small")
 
-    @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-    def test_missing_timm_names_the_extra(self) -> None:
+    def test_missing_timm_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "timm", None)
         with pytest.raises(ConfigError, match=r"install fastssl\[timm\]"):
             build_encoder("timm/vit_small_patch16_224")
 
-    def test_timm_model(self) -> None:
-        pytest.importorskip("timm")
-        encoder = build_encoder("timm/resnet10t")
-        assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, encoder.feature_dim)
+    @pytest.mark.parametrize(
+        ("name", "side"), [("resnet10t", 64), ("test_vit", 160), ("test_efficientnet", 64), ("test_convnext", 64)]
+    )
+    def test_timm_model(self, name: str, side: int) -> None:
+        encoder = build_encoder(f"timm/{name}")
+        assert encoder(torch.randn(2, 3, side, side)).shape == (2, encoder.feature_dim)
+        assert shapes(encoder) == shapes(timm.create_model(name, num_classes=0))
+        with pytest.raises(ConfigError, match=r"unknown timm model 'resnet10x'.*did you mean"):
+            build_encoder("timm/resnet10x")
 
 
 def notebook_split_batch_norm(

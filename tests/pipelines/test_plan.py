@@ -107,6 +107,24 @@ def test_adding_a_view_leaves_the_others_alone():
     assert_equal(one, replace(two, views=two.views[:1]))
 
 
+def test_odd_steps_take_the_odd_views():
+    flat = replace(STRONG, solarize=0.0, blur=0.0)
+    plan = make_plan()
+    swapping = SamplePlan(
+        widths=plan.widths,
+        heights=plan.heights,
+        labels=plan.labels,
+        views=(STRONG, WEAK),
+        odd_views=(flat, WEAK),
+        seed=0,
+    )
+    usual, ours = TrainingSteps(plan, batch_size=30), TrainingSteps(swapping, batch_size=30)
+    for step in range(6):
+        assert (ours[step].views[0].blur_sigma > 0).any() == (step % 2 == 0)
+        np.testing.assert_array_equal(ours[step].views[0].boxes, usual[step].views[0].boxes)
+        assert_equal(replace(ours[step], views=ours[step].views[1:]), replace(usual[step], views=usual[step].views[1:]))
+
+
 def test_changing_one_augmentation_leaves_the_other_numbers_alone():
     plain = make_plan(views=(replace(STRONG, blur=0.0, solarize=0.0),)).batch(0, 0, 100).views[0]
     strong = make_plan(views=(STRONG,)).batch(0, 0, 100).views[0]

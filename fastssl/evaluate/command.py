@@ -1,0 +1,246 @@
+"""`fastssl eval knn|linear`: what the encoder of a run is worth, on the images of the run."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import nn
+
+from fastssl.config import Config, from_json
+from fastssl.errors import ConfigError
+from fastssl.evaluate.accuracy import Accuracy, percent
+from fastssl.evaluate.features import extract_features
+from fastssl.evaluate.frozen import train_on_crops
+from fastssl.evaluate.knn import knn_of_encoder
+from fastssl.evaluate.linear import RATES, Classifiers, Recipe, Schedule, train_probe
+from fastssl.train import checkpoint
+from fastssl.train.data import open_splits
+from fastssl.train.step import choose_device, choose_dtype
+from fastssl.train.trainer import build_method
+from fastssl_pipelines.executor import Executor, build_executor
+from fastssl_pipelines.sources import Source
+
+MOCO_RATE = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What both protocols ask for."""
+
+    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """run folder"""
+    checkpoint: Path | None = None
+    """file to evaluate in place of the run's newest checkpoint"""
+    data: Path | None = None
+    """folder of the images in place of the run's --data.root"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch finds it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNNOptions(Options):
+    """Weighted vote of the nearest training images; every training label is used."""
+
+    k: int | None = None
+    """neighbours that vote; None: the run's --eval.k"""
+    temperature: float | None = None
+    """of the votes; None: the run's --eval.temperature"""
+
+    def __post_init__(self) -> None:
+        _require(self.k is None or self.k >= 1, "--k", self.k, "at least 1")
+        _require(self.temperature is None or self.temperature > 0, "--temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(Options):
+    """Linear classifier on the frozen encoder, trained with all training labels; its last epoch is tested."""
+
+    protocol: Literal["cached", "full"] = "cached"
+    """cached: on features computed once, without augmentation; full: on new random crops in each epoch, as in MoCo"""
+    lr: tuple[float, ...] = ()
+    """cached: rates to choose from on held-out training images, 0.03 to 30 if none is given; full: the rate, 30"""
+    schedule: Schedule | None = None
+    """times 0.1 at 60 and 80 % of the epochs, or cosine to 0; None: cosine for cached, step for full"""
+    epochs: int = 100
+    """passes over the training images"""
+    batch_size: int = 256
+    """images a step"""
+
+    def __post_init__(self) -> None:
+        _require(all(rate > 0 for rate in self.lr), "--lr", " ".join(f"{rate:g}" for rate in self.lr), "above 0")
+        if self.protocol == "full" and len(self.lr) > 1:
+            raise ConfigError(
+                f"{len(self.lr)} rates were given with --protocol full, which trains with one; give one --lr, or take "
+                "--protocol cached to choose"
+            )
+        _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
+        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+
+
+class FrozenRun(NamedTuple):
+    """The encoder of a checkpoint, and the images to train and test a classifier on."""
+
+    config: Config
+    encoder: nn.Module
+    step: int
+    train: Executor
+    test: Executor
+    dtype: torch.dtype
+
+
+def eval_knn(options: KNNOptions) -> int:
+    """Print the kNN accuracy of a run and write it to the run's eval-knn.json."""
+    started = time.perf_counter()
+    run = open_run(options)
+    k, temperature = options.k or run.config.eval.k, options.temperature or run.config.eval.temperature
+    view = run.config.eval_view
+    accuracy = knn_of_encoder(run.encoder, run.train, run.test, view, k=k, temperature=temperature, dtype=run.dtype)
+    result = _summary(run, accuracy, started) | {"k": k, "temperature": temperature}
+    _write(options.run / "eval-knn.json", result)
+    print(f"kNN {_sentence(result)}; k = {k}, temperature {temperature:g}")
+    return 0
+
+
+def eval_linear(options: LinearOptions) -> int:
+    """Print the accuracy of a linear classifier on the encoder of a run and write it to the run's eval-linear.json."""
+    started = time.perf_counter()
+    run, cached = open_run(options), options.protocol == "cached"
+    schedule: Schedule = options.schedule or ("cosine" if cached else "step")
+    # of fewer images than that, one batch is all of them
+    batch_size = min(options.batch_size, _labelled(run.train))
+    recipe = Recipe(epochs=options.epochs, batch_size=batch_size, schedule=schedule, seed=run.config.seed)
+    accuracy, chosen = (_cached if cached else _full)(run, options, recipe)
+    result = _summary(run, accuracy, started) | {"protocol": options.protocol} | asdict(recipe) | chosen
+    _write(options.run / "eval-linear.json", result)
+    print(f"linear {_sentence(result)}; {options.protocol} protocol, {_rate(result)}")
+    return 0
+
+
+def _cached(run: FrozenRun, options: LinearOptions, recipe: Recipe) -> tuple[Accuracy, dict[str, Any]]:
+    view = run.config.eval_view
+    train = extract_features(run.encoder, run.train, view, dtype=run.dtype)
+    probe = train_probe(train, options.lr or RATES, recipe)
+    accuracy = probe.test(extract_features(run.encoder, run.test, view, dtype=run.dtype))
+    tried = {f"{rate:g}": top1 for rate, top1 in probe.held_out_top1.items()}
+    return accuracy, {"lr": probe.lr, "held_out_top1": tried, "feature_scale": probe.scale}
+
+
+def _full(run: FrozenRun, options: LinearOptions, recipe: Recipe) -> tuple[Accuracy, dict[str, Any]]:
+    lr = options.lr[0] if options.lr else MOCO_RATE
+    view = run.config.eval_view
+    layer = train_on_crops(run.encoder, run.train, size=view.size, lr=lr, recipe=recipe, dtype=run.dtype, say=print)
+    test = extract_features(run.encoder, run.test, view, dtype=run.dtype)
+    hits = Classifiers(layer.weight.detach()[None], layer.bias.detach()[None]).hits(test)
+    return percent(hits[:, 0], len(test.labels)), {"lr": lr}
+
+
+def open_run(options: Options) -> FrozenRun:
+    """The newest or chosen checkpoint of a run on the run's images; ConfigError for what is missing or does not fit."""
+    config, path = _configuration(options), _checkpoint(options)
+    device = choose_device(config.train)
+    dtype = choose_dtype(config.train, device)
+    state = checkpoint.load(path)
+    method = build_method(config, device)
+    try:
+        method.load_state_dict(state["method"])
+    except RuntimeError:
+        raise ConfigError(
+            f"the weights in {path} do not fit the encoder of {options.run / 'config.json'}; give a checkpoint of "
+            "that run with --checkpoint"
+        ) from None
+    train, test = open_splits(config)
+    for name, source in (("training", train), ("test", test)):
+        if not (source.labels >= 0).any():
+            raise ConfigError(
+                f"the {name} images ({source.name}) have no labels, and an evaluation needs some; give class folders "
+                "with --data DIR"
+            )
+    return FrozenRun(
+        config=config,
+        encoder=method.encoder(),
+        step=state["step"],
+        train=_executor(config, train, device, dtype),
+        test=_executor(config, test, device, dtype),
+        dtype=dtype,
+    )
+
+
+def _configuration(options: Options) -> Config:
+    """The run's, with the folder and the device that the options name."""
+    path = options.run / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{options.run} holds no config.json, so it is no run folder; give one that pretrain named")
+    config = from_json(path.read_text(encoding="utf-8"))
+    root = options.data or config.data.root
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"the images were looked for in {root}, which is no folder; name theirs with --data DIR")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda was given and torch finds no GPU here; `fastssl doctor` tells more")
+    # images without labels would be decoded for nothing
+    data = replace(config.data, root=root, unlabelled=None)
+    return replace(config, data=data, train=replace(config.train, device=options.device))
+
+
+def _checkpoint(options: Options) -> Path:
+    if options.checkpoint is not None:
+        return options.checkpoint
+    paths = checkpoint.checkpoints(options.run / "checkpoints")
+    if not paths:
+        raise ConfigError(
+            f"{options.run} holds no checkpoint yet; train on with `fastssl resume {options.run}`, or give one with "
+            "--checkpoint FILE"
+        )
+    return paths[-1]
+
+
+def _executor(config: Config, source: Source, device: torch.device, dtype: torch.dtype) -> Executor:
+    data = config.data
+    return build_executor(
+        data.pipeline, source, mean=data.mean, std=data.std, device=device, dtype=dtype, workers=data.workers
+    )
+
+
+def _summary(run: FrozenRun, accuracy: Accuracy, started: float) -> dict[str, Any]:
+    return {
+        **accuracy._asdict(),
+        "step": run.step,
+        "train_images": _labelled(run.train),
+        "test_images": _labelled(run.test),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _labelled(executor: Executor) -> int:
+    return int((executor.source.labels >= 0).sum())
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=2), encoding="utf-8")
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    return (
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % after step {result['step']}: "
+        f"{result['train_images']} training and {result['test_images']} test images, {result['seconds']:.1f} s"
+    )
+
+
+def _rate(result: dict[str, Any]) -> str:
+    rates = list(result.get("held_out_top1", ()))
+    text = f"rate {result['lr']:g}"
+    if not rates:
+        return text
+    text += f", the best of {rates[0]} to {rates[-1]} on held-out training images"
+    edge = f"{result['lr']:g}" in (rates[0], rates[-1])
+    return text + (" (the end of the range: try more with --lr)" if edge else "")
+
+
+def _require(holds: bool, option: str, given: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{option} {given} was given; it must be {allowed}")

@@ -1,0 +1,63 @@
+"""Features of a frozen encoder on the labelled images of a split."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.plan import EvaluationSteps, SamplePlan
+from fastssl_pipelines.sources import Source
+from fastssl_pipelines.views import ViewSpec
+
+BATCH_SIZE = 256
+
+
+class Features(NamedTuple):
+    """`rows` [n, F] float32, as the encoder gives them; `labels` int64 [n], at least 0."""
+
+    rows: Tensor
+    labels: Tensor
+
+
+def evaluation_plan(source: Source, view: ViewSpec, *, seed: int = 0, shuffle: bool = False) -> SamplePlan:
+    """One view of the images of `source` with their true labels, without the unlabelled images that stand last."""
+    known = np.flatnonzero(source.labels >= 0)
+    count = int(known[-1]) + 1 if len(known) else 0
+    return SamplePlan(
+        widths=source.widths[:count],
+        heights=source.heights[:count],
+        labels=source.labels[:count],
+        views=(view,),
+        seed=seed,
+        shuffle=shuffle,
+    )
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, images: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Float32 features [B, F] of images [B, 3, H, W], computed under autocast to `dtype`."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return encoder(images).float().flatten(1)
+
+
+def extract_features(encoder: nn.Module, executor: Executor, view: ViewSpec, *, dtype: torch.dtype) -> Features:
+    """The features of all labelled images of an executor, with batch norm in eval mode; ValueError if there are none.
+
+    Only a `view` with a centre gives the same features every time, whatever the seed of a run.
+    """
+    steps = EvaluationSteps(evaluation_plan(executor.source, view), batch_size=BATCH_SIZE)
+    if not len(steps):
+        raise ValueError(f"{executor.source.name} has no labelled image; features are taken from those alone")
+    was_training = encoder.training
+    encoder.eval()
+    rows, labels = [], []
+    for batch in executor.stream(steps, 0, len(steps)):
+        known = batch.labels >= 0
+        rows.append(encode(encoder, batch.views[0], dtype=dtype)[known])
+        labels.append(batch.labels[known])
+    encoder.train(was_training)
+    return Features(torch.cat(rows), torch.cat(labels))
