@@ -42,14 +42,14 @@ class Options:
     methods: tuple[str, ...] = METHODS
     fractions: tuple[float, ...] = (0.1,)
     """Label fractions, for the methods that use labels."""
-    epochs: int = 5
+    epochs: int = 6
     batch_size: int = 128
     width: float = 0.25
     """Of the ResNet-18, whose stem gets a max-pool."""
-    queue_size: int = 1024
+    queue_size: int = 512
     momentum: float = 0.98
     """Of the momentum encoder."""
-    lr: float = 0.06
+    lr: float = 0.2
     warmup_epochs: int = 1
     seed: int = 0
     runs: Path = Path("runs/learning")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -128,6 +129,8 @@ def _sentence(message: str) -> str:
         if line.startswith("╭") or (text and set(text) <= {"─", "-"}):
             paragraphs.append([])
     _title, error, *rest = paragraphs
+    # our own sentences name the option themselves
+    error[0] = re.sub(r"^Error parsing [^-]\S*: ", "", error[0])
     hint = next((p[1].split()[0] for p in rest if p and p[0].startswith("Perhaps you meant")), None)
     return " ".join(error) + (f"; did you mean {hint}?" if hint else "")
 

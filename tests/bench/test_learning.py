@@ -44,7 +44,7 @@ def test_every_method_is_in_the_table_with_one_budget(root: Path) -> None:
         )
         assert config.data == replace(first.data, label_fraction=config.data.label_fraction)
         assert (config.method.momentum, config.seed) == (0.98, 0)
-        assert getattr(config.method, "queue_size", 1024) == 1024
+        assert getattr(config.method, "queue_size", 512) == 512
     fractions = {name: config.data.label_fraction for name, config in runs if name == "unimoco"}
     assert fractions == {"unimoco": 0.5}
 
