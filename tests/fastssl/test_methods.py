@@ -6,100 +6,31 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import normalize
 
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS, Clock
-from fastssl.models.encoders import Encoder
-from fastssl.models.norm import NormLayer, norm_layer
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
+from tests.fastssl.small_methods import (
+    BATCH,
+    LR,
+    MOMENTUM,
+    QUEUE,
+    STEPS_PER_EPOCH,
+    TOTAL_STEPS,
+    VARIANTS,
+    SmallEncoder,
+    a_batch,
+    a_step,
+    build,
+    follow,
+    one_loss,
+    sgd,
+    sizes,
+)
 from tests.fastssl.transcriptions import STEPS, rows
-
-BATCH, DIM, QUEUE, MOMENTUM, LR = 16, 24, 40, 0.9, 0.05
-STEPS_PER_EPOCH, TOTAL_STEPS = 5, 50
-VARIANTS = {
-    **{name: (name, {}) for name in METHODS},
-    "mocov2 symmetric": ("mocov2", {"symmetric": True}),
-    "unimoco symmetric": ("unimoco", {"symmetric": True}),
-    "mocov2 head with batch norm": ("mocov2", {"head": "mlp-bn", "hidden_dim": 20}),
-    "co2 alone": ("co2", {"consistency_weight": 10.0, "consistency_temperature": 0.2}),
-    "unmix global": ("unmix", {"global_probability": 1.0}),
-    "unmix region": ("unmix", {"global_probability": 0.0}),
-    "unmix symmetric": ("unmix", {"symmetric": True}),
-    "smog official": ("smog", {"groups_gradient": False}),
-}
-
-
-class SmallEncoder(Encoder):
-    """Two convolutions with batch norm: what a method needs of an encoder, at a tenth of a ResNet's time."""
-
-    feature_dim = 20
-
-    def __init__(self, layer: NormLayer) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 12, 3, stride=2, bias=False), nn.Conv2d(12, 20, 3, bias=False)
-        self.bn1, self.bn2 = layer(12), layer(20)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.bn2(self.conv2(self.bn1(self.conv1(images)).relu())).relu().mean((2, 3))
-
-
-def sizes(name):
-    return (16,) * METHODS[name].number_of_views if name != "smog" else (16, 16, 16, 16, 8, 8, 8)
-
-
-def build(name: str, norm: str = "split", splits: int = 4, **options) -> nn.Module:
-    """A small method as it may be in the middle of a run."""
-    torch.manual_seed(7)
-    encoder = SmallEncoder(norm_layer(norm, splits))
-    small = {"dim": DIM, "momentum": MOMENTUM, "temperature": 0.15}
-    small |= {"groups": 6, "bank_size": QUEUE, "hidden_dim": 32} if name == "smog" else {"queue_size": QUEUE}
-    method_class = METHODS[name]
-    views = tuple(ViewSpec(size=size) for size in sizes(name))
-    method = method_class(encoder, method_class.Config(**{**small, **options}), views)
-    with torch.no_grad():
-        for module_name, module in method.named_children():
-            if "key_encoder" in module_name:
-                for parameter in module.parameters():
-                    parameter.add_(0.02 * torch.randn_like(parameter))
-            elif "queue" in module_name:
-                module.labels.copy_(torch.arange(QUEUE) % 5 - 1)
-        if name == "smog":
-            method.group_momentum.fill_(0.8)
-    return method
-
-
-def a_batch(name: str, step: int = 3, count: int = BATCH) -> Batch:
-    generator = torch.Generator().manual_seed(step)
-    views = tuple(
-        torch.randn(count, 3, size, size, generator=generator).to(memory_format=torch.channels_last)
-        for size in sizes(name)
-    )
-    labels = torch.randint(-1, 4, (count,), generator=generator)
-    return Batch(views=views, labels=labels, ids=torch.arange(count), step=step)
-
-
-def sgd(method):
-    return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=LR)
-
-
-def a_step(method, optimizer, batch):
-    """As TrainStep does it; returns the output and the gradient of the encoder's first layer."""
-    torch.manual_seed(batch.step)
-    output = method(batch)
-    output.loss.backward()
-    gradient = method.encoder().conv1.weight.grad.clone()
-    optimizer.step()
-    optimizer.zero_grad()
-    method.after_step(output, Clock(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH))
-    return output, gradient
-
-
-def follow(target, source, momentum):
-    for old, new in zip(target.parameters(), source.parameters(), strict=True):
-        old.mul_(momentum).add_(new, alpha=1 - momentum)
 
 
 @pytest.mark.parametrize("norm", ["local", "split"])
@@ -198,15 +129,6 @@ def test_forward_compiles_without_a_graph_break(variant):
         compiled(a_batch(name, 4))
 
 
-def run(name, seed=5, **options):
-    """Loss of one batch and gradient of the first layer, from the same weights and random numbers."""
-    method = build(name, **options)
-    torch.manual_seed(seed)
-    loss = method(a_batch(name)).loss
-    loss.backward()
-    return loss.detach(), method.encoder().conv1.weight.grad
-
-
 @pytest.mark.parametrize("name", ["unimoco", "supcon"])
 def test_without_labels_the_step_is_mocos(name):
     method, moco_v2, batch = build(name), build("mocov2"), a_batch(name)
@@ -220,17 +142,17 @@ def test_without_labels_the_step_is_mocos(name):
 
 
 def test_co2_without_its_term_is_moco():
-    (ours, gradient), (theirs, expected) = run("co2", consistency_weight=0.0), run("mocov2")
+    (ours, gradient), (theirs, expected) = one_loss("co2", consistency_weight=0.0), one_loss("mocov2")
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_co2_with_the_positive_is_another_loss():
-    assert run("co2", include_positive=True)[0] != run("co2")[0]
+    assert one_loss("co2", include_positive=True)[0] != one_loss("co2")[0]
 
 
 def test_mixco_without_its_term_is_moco_on_a_batch_with_mixed_images():
-    (one, _), (two, _) = run("mixco", mix_weight=0.0), run("mixco", mix_weight=1.0)
+    (one, _), (two, _) = one_loss("mixco", mix_weight=0.0), one_loss("mixco", mix_weight=1.0)
     assert one < two
 
 
@@ -243,54 +165,6 @@ def test_msvq_with_equal_teachers_queues_and_views_is_ressl():
     batch = a_batch("ressl")
     four = Batch(views=(view[0], view[1], view[1], view[1]), labels=batch.labels, ids=batch.ids, step=batch.step)
     torch.testing.assert_close(msvq(four).loss, ressl(batch).loss, rtol=1e-6, atol=0)
-
-
-def test_the_gradient_through_smogs_groups_is_a_switch():
-    (with_groups, through), (without, stopped) = run("smog"), run("smog", groups_gradient=False)
-    assert torch.equal(with_groups, without)
-    assert (through - stopped).norm() > 1e-3 * stopped.norm()
-
-
-def test_smogs_groups_that_keep_their_momentum_do_not_move():
-    method = build("smog")
-    method.group_momentum.fill_(1.0)
-    before = method.groups.clone()
-    a_step(method, sgd(method), a_batch("smog", 3))
-    torch.testing.assert_close(method.groups, before, rtol=0, atol=1e-6)
-
-
-def test_smog_makes_new_groups_at_the_end_of_an_epoch():
-    method = build("smog", momentum=0.5)
-    for number in range(STEPS_PER_EPOCH):
-        a_step(method, sgd(method), a_batch("smog", number))
-    for query, key in zip(method.query_encoder.parameters(), method.key_encoder.parameters(), strict=True):
-        assert torch.equal(query, key)
-    for head, groups in enumerate(method.groups):
-        bank = method.banks[head % 2].keys
-        assigned = (bank @ groups.T).argmax(1)
-        for number in assigned.unique():
-            # ten rounds are enough for 40 rows and 6 groups to settle
-            torch.testing.assert_close(groups[number], normalize(bank[assigned == number].mean(0), dim=0))
-
-
-def test_smog_prepares_its_banks_and_groups_from_one_epoch():
-    method = build("smog", bank_size=100)
-    torch.manual_seed(0)
-    method.prepare(iter([a_batch("smog", number) for number in range(3)]))
-    twin = build("smog", bank_size=100)
-    with torch.no_grad():
-        for number in range(3):  # the same passes, as they move the batch norm's statistics
-            expected = rows(twin.query_encoder, torch.cat(a_batch("smog", number).views[:2])).split(BATCH)
-    for bank, row in zip(method.banks, expected, strict=True):
-        torch.testing.assert_close(bank.keys[2 * BATCH : 3 * BATCH], row, rtol=1e-5, atol=1e-6)
-    for groups in method.groups:
-        torch.testing.assert_close(groups.norm(dim=1), torch.ones(6))
-
-
-def test_smog_refuses_more_groups_than_an_epoch_has_images():
-    method = build("smog", groups=30, bank_size=100)
-    with pytest.raises(ConfigError, match=r"30 groups were asked for and there are 16 images.*--method.groups"):
-        method.prepare(iter([a_batch("smog", 0)]))
 
 
 def test_only_the_query_encoder_learns_and_it_is_what_is_exported():
@@ -330,11 +204,6 @@ def test_a_view_list_that_does_not_fit_is_refused(name):
     views = (ViewSpec(size=16),) * 3
     with pytest.raises(ConfigError, match=r"(3 views|views of \[16, 16, 16\] pixels) were given to"):
         METHODS[name].check_views(views)
-
-
-def test_smog_refuses_views_of_mixed_sizes():
-    with pytest.raises(ConfigError, match=r"views of \[16, 16, 16, 8\] pixels were given to smog.*`views`"):
-        METHODS["smog"].check_views(tuple(ViewSpec(size=size) for size in (16, 16, 16, 8)))
 
 
 @pytest.mark.parametrize(

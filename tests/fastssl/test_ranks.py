@@ -10,7 +10,7 @@ import torch.multiprocessing
 from fastssl.methods import METHODS, Clock
 from fastssl.train.distributed import gather_rows, gather_rows_with_gradient, local_rows, rank, world_size
 from fastssl_pipelines.batch import Batch
-from tests.fastssl.test_methods import LR, a_batch, build
+from tests.fastssl.small_methods import LR, a_batch, build
 
 RANKS, STEPS = 2, 3
 VARIANTS = {
