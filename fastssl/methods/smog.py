@@ -40,7 +40,7 @@ class SMoGConfig(MethodConfig):
     group_momentum: float = 0.99
     """Share of a group that survives a step at the end of the run; it falls linearly from 1."""
     groups_gradient: bool = True
-    """Let the gradient reach the encoder through the groups too, as in the paper; the official code stops it."""
+    """Let the gradient reach the encoder through the groups too, as the authors' README says; their code stops it."""
     reset_epochs: int = 1
     """Epochs between two k-means resets of the groups."""
     bank_size: int = 1281167
@@ -73,8 +73,9 @@ class SMoG(Method):
     Views 0 and 1 are the large crops of the encoder that learns, 2 and 3 those of the momentum encoder, whose nearest
     old groups are the targets; further views are small crops of the former. Groups move before the logits are taken. At
     the end of an epoch they are replaced by a spherical k-means of the latest projections, and the momentum encoder by
-    the encoder itself. Differs from the official code: batch norm sees one resolution at a time, as in SwAV, so the
-    momentum encoder needs no small crops.
+    the encoder itself. Before the first step one epoch passes the encoder to fill the banks. Written from the official
+    code and its README, as the paper's body could not be read. It differs from that code in that batch norm sees one
+    resolution at a time, as in SwAV, so that the momentum encoder needs no small crops.
     """
 
     Config: ClassVar[type[MethodConfig]] = SMoGConfig
