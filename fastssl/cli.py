@@ -105,6 +105,10 @@ def parse(arguments: list[str]) -> Config:
         named = bool(arguments) and not arguments[0].startswith("-")
         name = arguments[0] if named else "quickstart"
         default, rest, prog = load(name), arguments[named:], f"fastssl pretrain {name}"
+    given = {argument.split("=")[0].replace("_", "-") for argument in rest}
+    if "--data.label-list" in given and "--data.label-fraction" not in given:
+        # the list takes the place of the preset's share
+        default = replace(default, data=replace(default.data, label_fraction=1.0))
     return _options(default, rest, prog)
 
 

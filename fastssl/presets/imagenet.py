@@ -71,8 +71,8 @@ def mocov2_imagenet() -> Config:
     data="ImageNet",
     source="dddzg/unimoco",
     published="linear top-1 72.0 at 800 epochs with 10 % of the labels, 76.4 with all (its README)",
-    differs=f"{ONE_DEVICE}; a class-balanced tenth of the labels: give the authors' list of names with "
-    "--data.label-list and --data.label-fraction 1",
+    differs=f"{ONE_DEVICE}; a class-balanced tenth of the labels, unless the authors' list of names is given "
+    "with --data.label-list",
 )
 def unimoco_imagenet() -> Config:
     """The official UniMoCo command: MoCo v2 for 800 epochs with the UniCon loss."""

@@ -105,6 +105,11 @@ def test_unlabelled_images_stand_last_and_only_in_training(data):
     assert test.labels.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("form", ["--data.label-list {data}/list.txt", "--data.label_list={data}/list.txt"])
+def test_a_list_takes_the_place_of_the_presets_fraction(data, form):
+    assert known(seen(data, form)) == {"cat_3.png": 0, "cat_9.png": 0, "dog_0.png": 1}
+
+
 def test_names_that_are_not_found_are_counted(data):
     (data / "list.txt").write_text("cat_3.png\nbird_1.png\ncat_11.png\n")
     with pytest.warns(UserWarning, match=r"list\.txt: 2 of its names .* as bird_1\.png"):
