@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ BUDGET = ("epochs", "batch_size", "width", "queue_size", "momentum", "lr", "warm
 
 @dataclass(frozen=True)
 class Options:
-    """Train each method's CIFAR-10 preset with the same small encoder, batch, length, optimiser and seed; report kNN.
+    """Train each method's CIFAR-10 preset with the same small encoder, batch, length, optimiser and seed; evaluate it.
 
     Finished runs in --runs are taken as they are, so that a long list can be cut into several calls.
     """
@@ -60,13 +61,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One run: kNN top-1 in percent on the test images, k = 200, after each epoch that was evaluated."""
+    """One run: top-1 in percent on the test images, by kNN with k = 200 after each epoch, and of the linear probe."""
 
     method: str
     label_fraction: float | None
     """None for a method that uses no labels."""
     untrained_top1: float
     knn_top1: float
+    linear_top1: float
     raw_pixels_top1: float
     epochs: dict[int, float]
     steps: int
@@ -132,6 +134,7 @@ def _row(name: str, config: Config) -> Row:
         label_fraction=config.data.label_fraction if name in LABELLED else None,
         untrained_top1=end["untrained_top1"],
         knn_top1=end["knn_top1"],
+        linear_top1=_linear_top1(config),
         raw_pixels_top1=end["raw_pixels_top1"],
         epochs={step // per_epoch: top1 for step, top1 in evaluations.items()},
         steps=end["step"],
@@ -156,12 +159,21 @@ def _finished(config: Config) -> list[dict[str, Any]]:
     return log.read()
 
 
+def _linear_top1(config: Config) -> float:
+    """Of the cached protocol of `fastssl eval linear`, measured now or in an earlier call."""
+    assert config.run.dir is not None
+    path = config.run.dir / "eval-linear.json"
+    if not path.exists() and (code := cli.main(["eval", "linear", str(config.run.dir)])):
+        raise TrainingError(f"the linear evaluation of {config.run.dir} ended with exit code {code}")
+    return json.loads(path.read_text(encoding="utf-8"))["top1"]
+
+
 def _show(rows: Sequence[Row]) -> None:
-    table = Table(title="kNN top-1, % (k = 200, 10,000 test images)", title_justify="left")
-    for title in ("method", "labels", "untrained", "trained", "images/s"):
+    table = Table(title="top-1 on the test images, %", title_justify="left")
+    for title in ("method", "labels", "kNN untrained", "kNN", "linear", "images/s"):
         table.add_column(title, justify="left" if title == "method" else "right")
     for row in rows:
         labels = "" if row.label_fraction is None else f"{row.label_fraction:.0%}"
-        numbers = f"{row.untrained_top1:.2f}", f"{row.knn_top1:.2f}", f"{row.images_per_s:.0f}"
-        table.add_row(row.method, labels, *numbers)
+        numbers = [f"{value:.2f}" for value in (row.untrained_top1, row.knn_top1, row.linear_top1)]
+        table.add_row(row.method, labels, *numbers, f"{row.images_per_s:.0f}")
     Console().print(table)

@@ -63,6 +63,8 @@ def test_numbers_are_those_of_the_runs_and_finished_ones_are_kept(
     end = json.loads(log.splitlines()[-1])
     row = result["rows"][0]
     assert (row["knn_top1"], row["untrained_top1"], row["steps"]) == (end["knn_top1"], end["untrained_top1"], 3)
+    linear = json.loads((tmp_path / "runs" / "mocov2" / "eval-linear.json").read_text())
+    assert row["linear_top1"] == linear["top1"]
     assert row["epochs"] == {"0": end["untrained_top1"], "1": end["knn_top1"]}
     assert "unimoco" in capsys.readouterr().out
     assert main(arguments) == 0
