@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+from fastssl import cli
 from fastssl.errors import ConfigError, TrainingError, unknown_name
+from fastssl_pipelines.errors import DataError
 
 from . import learning, losses
 
-COMMANDS = {"losses": losses.main, "learning": learning.main}
+COMMANDS: dict[str, Callable[[list[str]], object]] = {
+    "losses": losses.main,
+    "learning": learning.main,
+    "input": lambda arguments: cli.bench(["input", *arguments]),
+}
 USAGE = """\
 usage: python -m bench COMMAND [...]
 
   losses    loss and gradient of a query against a queue, beside eager torch, torch.compile, flash attention and peers
   learning  kNN of every method after the same short training on CIFAR-10 photographs
+  input     images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators
 
 `python -m bench COMMAND --help` lists its options.
 """
@@ -29,7 +37,7 @@ def main(arguments: list[str]) -> int:
         if command not in COMMANDS:
             raise unknown_name("command", command, COMMANDS)
         COMMANDS[command](rest)
-    except (ConfigError, TrainingError) as error:
+    except (ConfigError, DataError, TrainingError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     return 0

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,9 @@ usage: fastssl COMMAND [...]
   pretrain --config FILE [...]                    the same from the config.json of an earlier run
   resume RUN                                      go on with a stopped run
   eval knn|linear RUN [...]                       accuracy of the frozen encoder, by neighbours or a linear classifier
+  data check DIR [--quarantine LIST]              find files that training cannot use before a long run does
+  preview [PRESET] [--section.field VALUE ...]    a PNG of the views that training will see, with their numbers
+  bench input [PRESET] [...]                      images/s of the input pipelines beside what others use
   methods                                         the methods and their papers
   presets                                         the recipes and their published results
   verify [LOSS]                                   how far every loss is from its definition, on this machine
@@ -61,6 +64,9 @@ def _dispatch(arguments: list[str]) -> int:
         "pretrain": pretrain,
         "resume": resume,
         "eval": evaluate,
+        "data": data,
+        "preview": preview,
+        "bench": bench,
         "methods": methods,
         "presets": presets,
         "verify": verify,
@@ -113,10 +119,17 @@ def parse(arguments: list[str]) -> Config:
 
 
 def _options(default: _Options, arguments: list[str], prog: str) -> _Options:
+    with _told_in_a_sentence():
+        return tyro.cli(type(default), default=default, args=arguments, prog=prog)
+
+
+@contextlib.contextmanager
+def _told_in_a_sentence() -> Iterator[None]:
+    """Turns what tyro says before it exits into a ConfigError."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(type(default), default=default, args=arguments, prog=prog)
+            yield
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -191,6 +204,35 @@ def evaluate(arguments: list[str]) -> int:
     if protocol == "linear":
         return eval_linear(_options(LinearOptions(), rest, "fastssl eval linear"))
     raise unknown_name("evaluation", protocol, ["knn", "linear"])
+
+
+def data(arguments: list[str]) -> int:
+    """`fastssl data check DIR [--quarantine LIST] [--workers N]`."""
+    from fastssl.check import Options, run
+
+    task, *rest = arguments or [""]
+    if task != "check":
+        raise unknown_name("task for data", task, ["check"])
+    return run(_options(Options(), rest, "fastssl data check"))
+
+
+def preview(arguments: list[str]) -> int:
+    """`fastssl preview [PRESET | --config FILE] [--images N] [--step N] [--out FILE] [--section.field VALUE ...]`."""
+    from fastssl.preview import Options, run
+
+    with _told_in_a_sentence():
+        options, rest = tyro.cli(Options, args=arguments, prog="fastssl preview", return_unknown_args=True)
+    return run(parse(rest), options)
+
+
+def bench(arguments: list[str]) -> int:
+    """`fastssl bench input [PRESET] [--option VALUE ...]`."""
+    from fastssl.benchmark.input import Options, run
+
+    task, *rest = arguments or [""]
+    if task != "input":
+        raise unknown_name("benchmark", task, ["input"])
+    return run(_options(Options(), rest, "fastssl bench input"))
 
 
 def methods(arguments: list[str]) -> int:

@@ -31,7 +31,12 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     root: Path | None = None
-    """Folder of class folders of JPEG or PNG, or a folder that holds such folders as train/ and val/ or test/."""
+    """Images: a folder of class folders of JPEG or PNG, of .tar shards or of images alone, a .tar file, or a text file
+    of paths; or a folder that holds such as train and val or test (train.tar, train.txt)."""
+    dataset: Literal["CIFAR10", "CIFAR100", "STL10", "FashionMNIST"] | None = None
+    """Data set that torchvision knows by this name; root is then the folder that torchvision keeps it in."""
+    download: bool = False
+    """Fetch the named data set where its files are missing."""
     pictures: int = 0
     """Procedural pictures to train on where no root is given; 0 means that a root is needed."""
     pipeline: Literal["auto", "dali", "torchvision", "resident"] = "auto"
@@ -41,9 +46,17 @@ class DataConfig:
     label_list: Path | None = None
     """Text file of base names (or class/name), one a line: the method may see the labels of these images alone."""
     unlabelled: Path | None = None
-    """Folder of images, at any depth, to train on without labels beside those of root."""
+    """Images to train on without labels beside those of root: a folder (any depth), .tar shards or a list of paths."""
+    quarantine: Path | None = None
+    """Text file of image names (class/name or base name), one a line: these images are left out of everything."""
+    decode: Literal["auto", "gpu", "gpu-region", "cpu", "cpu-region"] = "auto"
+    """Where the dali pipeline decodes for a GPU; -region: no more of an image than its views need; auto measures."""
     workers: int = 2
     """Processes that decode for the torchvision pipeline, or threads for the others."""
+    prefetch: int = 2
+    """Batches that are prepared ahead."""
+    resident_gib: float = 2.0
+    """Size up to which the auto pipeline keeps a data set decoded in memory."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means for normalisation, in units of the [0, 1] range."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -56,15 +69,25 @@ class DataConfig:
                 f"--data.label-list {self.label_list} was given with a label fraction of {self.label_fraction}; the "
                 "list alone says which labels are known: add --data.label-fraction 1 or drop the list"
             )
-        for option, path in (("label-list", self.label_list), ("unlabelled", self.unlabelled)):
+        for name in ("label_list", "unlabelled", "quarantine"):
+            path, option = getattr(self, name), name.replace("_", "-")
             if path is not None and self.root is None:
                 raise ConfigError(f"--data.{option} {path} was given without labelled images; add --data.root DIR")
+        if self.dataset is not None and self.root is None:
+            raise ConfigError(
+                f"--data.dataset {self.dataset} was given without a folder; name the one that torchvision keeps it in "
+                "with --data.root DIR"
+            )
+        if self.download and self.dataset is None:
+            raise ConfigError("--data.download was given without a name; add --data.dataset NAME or drop it")
         _require(self.pictures >= 0, "--data.pictures", self.pictures, "at least 0")
         _require(self.workers >= 0, "--data.workers", self.workers, "at least 0")
+        _require(self.prefetch >= 1, "--data.prefetch", self.prefetch, "at least 1")
+        _require(self.resident_gib >= 0, "--data.resident-gib", self.resident_gib, "at least 0")
 
     def absolute(self) -> DataConfig:
         """The same with absolute paths, for a run that is resumed from another folder."""
-        given = {name: getattr(self, name) for name in ("root", "label_list", "unlabelled")}
+        given = {name: getattr(self, name) for name in ("root", "label_list", "unlabelled", "quarantine")}
         paths: dict[str, Any] = {name: path.absolute() for name, path in given.items() if path is not None}
         return dataclasses.replace(self, **paths)
 

@@ -1,6 +1,7 @@
-"""Where there is no GPU the Triton kernels are interpreted and tests marked `gpu` are skipped."""
+"""Without a GPU, Triton kernels are interpreted and tests marked `gpu` skipped; no test writes into the home folder."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from fastssl_kernels import available_backends
 if not torch.cuda.is_available():
     # Read when the kernels are decorated, so it has to be set before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indices of images are cached in a temporary folder, not in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,10 +21,10 @@ from fastssl.evaluate.knn import knn_of_encoder
 from fastssl.evaluate.linear import RATES, Classifiers, Recipe, Schedule, train_probe
 from fastssl.train import checkpoint
 from fastssl.train.data import open_splits
+from fastssl.train.input import input_executor
 from fastssl.train.step import choose_device, choose_dtype
 from fastssl.train.trainer import build_method
-from fastssl_pipelines.executor import Executor, build_executor
-from fastssl_pipelines.sources import Source
+from fastssl_pipelines.executor import Executor
 
 MOCO_RATE = 30.0
 
@@ -165,8 +165,8 @@ def open_run(options: Options) -> FrozenRun:
         config=config,
         encoder=method.encoder(),
         step=state["step"],
-        train=_executor(config, train, device, dtype),
-        test=_executor(config, test, device, dtype),
+        train=input_executor(config.data, train, device=device, dtype=dtype),
+        test=input_executor(config.data, test, device=device, dtype=dtype),
         dtype=dtype,
     )
 
@@ -178,8 +178,8 @@ def _configuration(options: Options) -> Config:
         raise ConfigError(f"{options.run} holds no config.json, so it is no run folder; give one that pretrain named")
     config = from_json(path.read_text(encoding="utf-8"))
     root = options.data or config.data.root
-    if root is not None and not root.is_dir():
-        raise ConfigError(f"the images were looked for in {root}, which is no folder; name theirs with --data DIR")
+    if root is not None and not root.exists():
+        raise ConfigError(f"the images were looked for in {root}, which does not exist; name theirs with --data DIR")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda was given and torch finds no GPU here; `fastssl doctor` tells more")
     # images without labels would be decoded for nothing
@@ -197,13 +197,6 @@ def _checkpoint(options: Options) -> Path:
             "--checkpoint FILE"
         )
     return paths[-1]
-
-
-def _executor(config: Config, source: Source, device: torch.device, dtype: torch.dtype) -> Executor:
-    data = config.data
-    return build_executor(
-        data.pipeline, source, mean=data.mean, std=data.std, device=device, dtype=dtype, workers=data.workers
-    )
 
 
 def _summary(run: FrozenRun, accuracy: Accuracy, started: float) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastssl_pipelines.executor import Executor
-from fastssl_pipelines.plan import EvaluationSteps, SamplePlan
+from fastssl_pipelines.plan import SamplePlan
 from fastssl_pipelines.sources import Source
+from fastssl_pipelines.steps import EvaluationSteps
 from fastssl_pipelines.views import ViewSpec
 
 BATCH_SIZE = 256

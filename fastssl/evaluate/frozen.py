@@ -14,7 +14,7 @@ from fastssl.errors import TrainingError
 from fastssl.evaluate.features import encode, evaluation_plan
 from fastssl.evaluate.linear import MOMENTUM, Recipe
 from fastssl_pipelines.executor import Executor
-from fastssl_pipelines.plan import TrainingSteps
+from fastssl_pipelines.steps import TrainingSteps
 from fastssl_pipelines.views import ViewSpec
 
 

@@ -11,10 +11,16 @@ from numpy.typing import NDArray
 
 from fastssl.config import Config
 from fastssl.errors import ConfigError
+from fastssl.observe.progress import PatientBar
 from fastssl_pipelines.labels import listed_labels
+from fastssl_pipelines.listing import Progress
+from fastssl_pipelines.named import open_named
+from fastssl_pipelines.opening import open_source
 from fastssl_pipelines.pictures import picture_source
 from fastssl_pipelines.plan import partial_labels
-from fastssl_pipelines.sources import ImageFolder, JointSource, Source, Subset
+from fastssl_pipelines.quarantine import quarantine_list, without
+from fastssl_pipelines.shards import SHARD_SUFFIX
+from fastssl_pipelines.sources import JointSource, Source, Subset
 
 HELD_OUT = 10  # without a test split, every tenth image of a class is kept from training and used as one
 
@@ -27,22 +33,29 @@ class Splits(NamedTuple):
 
 
 def open_splits(config: Config) -> Splits:
-    """The images of --data.root, or the embedded pictures where the preset has some and no root is given.
+    """The images of --data.root or --data.dataset, or the embedded pictures where no root is given.
 
-    Those of --data.unlabelled stand behind the training images.
+    Those of --data.unlabelled stand behind the training images; those of --data.quarantine are left out. A bar shows
+    how the index is made, where that takes long. Sentences for the user are in the `notes` of the sources.
     """
-    splits = _labelled_splits(config)
-    root, folder = config.data.root, config.data.unlabelled
-    if root is None or folder is None:
-        return splits
-    used = [path for path in (root / "train", _test_root(root)) if path] if (root / "train").is_dir() else [root]
-    for path in used:
-        if _overlap(path, folder):
-            raise ConfigError(
-                f"--data.unlabelled {folder} and {path}, which --data.root names, lie in one another, so images would "
-                "count twice; give a folder apart from it"
-            )
-    return splits._replace(train=JointSource(splits.train, ImageFolder(folder, labelled=False)))
+    with PatientBar() as progress:
+        splits = _labelled_splits(config, progress)
+        if config.data.unlabelled is not None:
+            splits = splits._replace(train=JointSource(splits.train, _unlabelled(config, progress)))
+    if config.data.quarantine is not None:
+        splits = _without_quarantined(splits, config.data.quarantine)
+    return splits
+
+
+def split_roots(root: Path) -> tuple[Path, ...]:
+    """Where under --data.root the training images are and, if there are any apart, the test images."""
+
+    def part(*names: str) -> Path | None:
+        paths = [root / (name + suffix) for name in names for suffix in ("", ".tar", ".txt")]
+        return next((path for path in paths if (path.is_file() if path.suffix else path.is_dir())), None)
+
+    train = part("train")
+    return tuple(filter(None, (train, part("test", "val")))) if train else (root,)
 
 
 def known_labels(config: Config, source: Source, warn: Callable[[str], object]) -> NDArray[np.int64]:
@@ -59,43 +72,65 @@ def known_labels(config: Config, source: Source, warn: Callable[[str], object]) 
     return labels
 
 
-def _labelled_splits(config: Config) -> Splits:
-    root = config.data.root
-    if root is None:
-        if not config.data.pictures:
+def _labelled_splits(config: Config, progress: Progress) -> Splits:
+    data = config.data
+    if data.root is None:
+        if not data.pictures:
             raise ConfigError(
                 f"preset {config.preset} trains on your images and no folder was given; "
                 "add --data.root DIR, or run `fastssl pretrain` alone for the embedded pictures"
             )
-        count = config.data.pictures
         return Splits(
-            train=picture_source(count, seed=config.seed),
-            test=picture_source(max(1, count // 5), seed=config.seed, stream=1),
+            train=picture_source(data.pictures, seed=config.seed),
+            test=picture_source(max(1, data.pictures // 5), seed=config.seed, stream=1),
         )
-    if not (root / "train").is_dir():
-        return _hold_out(ImageFolder(root))
-    train, test_root = ImageFolder(root / "train"), _test_root(root)
-    if test_root is None:
+    if data.dataset is not None:
+        return Splits(*open_named(data.dataset, data.root, download=data.download))
+    roots = split_roots(data.root)
+    train = open_source(roots[0], progress=progress)
+    if len(roots) == 1:
         return _hold_out(train)
-    test = ImageFolder(test_root)
+    test = open_source(roots[1], progress=progress)
     if test.classes != train.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
         raise ConfigError(
-            f"{root / 'train'} and {test_root} under --data.root must hold the same class folders; "
+            f"{roots[0]} and {roots[1]} under --data.root must hold the same classes; "
             f"only one of them has {', '.join(differing[:5])}"
         )
     return Splits(train, test)
 
 
-def _test_root(root: Path) -> Path | None:
-    return next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+def _unlabelled(config: Config, progress: Progress) -> Source:
+    root, more = config.data.root, config.data.unlabelled
+    assert root is not None
+    assert more is not None
+    # what a list names lies anywhere
+    is_list = more.is_file() and more.suffix != SHARD_SUFFIX
+    if config.data.dataset is None and not is_list:
+        for path in split_roots(root):
+            if _overlap(path, more):
+                raise ConfigError(
+                    f"--data.unlabelled {more} and {path}, which --data.root names, lie in one another, so images "
+                    "would count twice; give a folder apart from it"
+                )
+    return open_source(more, labelled=False, progress=progress)
+
+
+def _without_quarantined(splits: Splits, path: Path) -> Splits:
+    names = quarantine_list(path)
+    train, test = (without(source, names) for source in splits)
+    if unmatched := sorted(names - train.matched - test.matched):
+        train.source.notes += (f"{path}: {len(unmatched)} of its names belong to no image, as {unmatched[0]}",)
+    return Splits(train.source, test.source)
 
 
 def _hold_out(source: Source) -> Splits:
     order = np.argsort(source.labels, kind="stable")
     held = np.zeros(len(source), bool)
     held[order[min(HELD_OUT, len(order)) - 1 :: HELD_OUT]] = True  # of a handful of images, one
-    return Splits(Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held)))
+    train, test = Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held))
+    test.notes = ()  # the same, so said once
+    return Splits(train, test)
 
 
 def _overlap(one: Path, other: Path) -> bool:

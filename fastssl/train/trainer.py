@@ -22,13 +22,14 @@ from fastssl.observe.log import MetricsLog
 from fastssl.observe.window import Window
 from fastssl.train import checkpoint
 from fastssl.train.data import known_labels, open_splits
+from fastssl.train.input import input_executor
 from fastssl.train.interrupt import EXIT_STOPPED, StopRequest
 from fastssl.train.optim import build_optimizer
 from fastssl.train.schedule import learning_rate
 from fastssl.train.step import TrainStep, choose_device, choose_dtype, seed_step
-from fastssl_pipelines.executor import Executor, build_executor
-from fastssl_pipelines.plan import SamplePlan, TrainingSteps
+from fastssl_pipelines.plan import SamplePlan
 from fastssl_pipelines.sources import Source
+from fastssl_pipelines.steps import TrainingSteps
 
 RAW_PIXELS_AT_MOST = 100_000  # images; beyond that the baseline costs more than it tells
 
@@ -69,11 +70,13 @@ class Trainer:
         self.device = choose_device(config.train)
         self.dtype = choose_dtype(config.train, self.device)
         splits = open_splits(config)
-        self.notes: list[str] = []
+        self.notes = [*splits.train.notes, *splits.test.notes]
         self.steps = training_steps(config, splits.train, self.notes.append)
         self.total_steps = config.train.steps or config.train.epochs * self.steps.steps_per_epoch
-        self.executor = self._executor(splits.train)
-        self.knn = OnlineKNN(config, self.executor, self._executor(splits.test), dtype=self.dtype)
+        self.executor, self.test_executor = (
+            input_executor(config.data, source, device=self.device, dtype=self.dtype) for source in splits
+        )
+        self.knn = OnlineKNN(config, self.executor, self.test_executor, dtype=self.dtype)
         self.method = build_method(config, self.device)
         self.optimizer = build_optimizer(self.method, config.optim)
         on_gpu = self.device.type == "cuda"
@@ -87,18 +90,6 @@ class Trainer:
         )
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.first_step = self._restore()
-
-    def _executor(self, source: Source) -> Executor:
-        data = self.config.data
-        return build_executor(
-            data.pipeline,
-            source,
-            mean=data.mean,
-            std=data.std,
-            device=self.device,
-            dtype=self.dtype,
-            workers=data.workers,
-        )
 
     def train(self) -> int:
         """Train to the end or to a stop signal; returns the exit code."""
@@ -173,12 +164,21 @@ class Trainer:
                 "put the file of --data.label-list and the images of --data.root back, or start a new run"
             )
 
+    def _tell_what_the_input_found(self, done: int) -> None:
+        for executor in (self.executor, self.test_executor):
+            notes, executor.notes = executor.notes, []
+            for note in notes:
+                self.console.say(f"note: {note}")
+                self.log.write("note", step=done, text=note)
+
     def _report(self, done: int, window: Window) -> None:
+        self._tell_what_the_input_found(done)
         values = window.read()
         self._require_finite(values["loss"], done)
         speed = {name: values.pop(name) for name in ("images_per_s", "data_wait")}
         left_s = (self.total_steps - done) * self.steps.batch_size / speed["images_per_s"]
-        self.log.write("train", step=done, lr=self._learning_rate(done - 1), **values, **speed)
+        unreadable = len(self.executor.unreadable)
+        self.log.write("train", step=done, lr=self._learning_rate(done - 1), **values, **speed, unreadable=unreadable)
         self.console.progress(
             step=done,
             loss=values.pop("loss"),
@@ -200,6 +200,7 @@ class Trainer:
         started = time.perf_counter()
         top1 = self.knn.top1(self.method.encoder())
         self.log.write("eval", step=done, knn_top1=top1, seconds=time.perf_counter() - started)
+        self._tell_what_the_input_found(done)
         self.console.say(f"step {done}: kNN top-1 {top1:.2f} %")
 
     def _save(self, done: int, output: MethodOutput) -> None:

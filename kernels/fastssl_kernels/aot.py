@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .sass import disassemble
-from .triton import bank_gradient, consistency, losses, nearest, reads
+from .triton import augment, bank_gradient, consistency, losses, nearest, reads
 from .triton.configuration import Configuration, aligned_arguments, argument_type
 
 # Shared memory that one program can have.
@@ -158,7 +158,7 @@ def _compile_task(task: tuple[int, str]) -> Usage:
 
 def configurations() -> Iterator[Configuration]:
     """Of all launch modules, each once."""
-    modules = (reads, losses, consistency, nearest, bank_gradient)
+    modules = (reads, losses, consistency, nearest, bank_gradient, augment)
     found = {(each.kernel.__name__, each.label): each for module in modules for each in module.configurations()}
     yield from found.values()
 

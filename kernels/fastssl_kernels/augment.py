@@ -2,64 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .augment_parameters import AugmentParameters, check
+from .backend import choose, requested
+
+__all__ = ["BLUR_RADIUS", "AugmentParameters", "augment"]
+
 BLUR_RADIUS = 6  # three standard deviations at the largest sigma in use, 2: torchvision's kernel_size 13
 
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's weights; they sum to 0.9999
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3  # values in `AugmentParameters.order`; 0 is brightness
-_OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PER_IMAGE = {
-    "flip": torch.bool,
-    "brightness": torch.float32,
-    "contrast": torch.float32,
-    "saturation": torch.float32,
-    "hue": torch.float32,
-    "order": torch.int64,
-    "grey": torch.bool,
-    "blur_sigma": torch.float32,
-    "solarize": torch.bool,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class AugmentParameters:
-    """One number per image for every operation, all drawn by the sample plan.
-
-    Tensors lie on the images' device; B images.
-
-    - `brightness`, `contrast`, `saturation`: float32 [B], not negative; 1 leaves the image alone.
-    - `hue`: float32 [B] in turns, -0.5 to 0.5; 0 leaves it alone.
-    - `order`: int64 [B, 4], the jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the
-      order of application; every row is a permutation.
-    - `blur_sigma`: float32 [B] in pixels, up to 2; 0 leaves the image alone.
-    - `flip`, `grey`, `solarize`: bool [B].
-    - `mean`, `std`: per channel, in units of the [0, 1] range.
-
-    `augment` checks shapes, dtypes and devices, but no values: that would wait for the device.
-    """
-
-    flip: Tensor
-    brightness: Tensor
-    contrast: Tensor
-    saturation: Tensor
-    hue: Tensor
-    order: Tensor
-    grey: Tensor
-    blur_sigma: Tensor
-    solarize: Tensor
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != 3:
-            raise ValueError(f"mean {self.mean} was given; it must hold three numbers, one per channel")
-        if len(self.std) != 3 or not all(value > 0 for value in self.std):
-            raise ValueError(f"std {self.std} was given; it must hold three positive numbers, one per channel")
+_NEUTRAL = (1.0, 0.0, 0.0)  # the numbers of a blend that changes nothing
+_CHUNK_PIXELS = 2**16  # on a CPU: 768 KB of levels, about a core's L2 cache; half and a quarter of it were slower
+_LOST = 2**-24  # a tap below it is lost in the rounding of the sum
 
 
 def augment(images: Tensor, parameters: AugmentParameters, *, out_dtype: torch.dtype) -> Tensor:
@@ -71,25 +33,119 @@ def augment(images: Tensor, parameters: AugmentParameters, *, out_dtype: torch.d
     In this order: brightness, contrast, saturation and hue as `order` says; greyscale; Gaussian blur of 13
     taps (fewer where the short side is under 7 pixels); solarise at level 128; horizontal flip; normalise.
     Each is the function of torchvision.transforms.v2.functional on float images, with no rounding in between.
-    Raises TypeError for a wrong dtype and ValueError for a wrong shape or device.
+    `use_backend` decides whether the Triton kernels run, or this file.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device, and RuntimeError where the
+    backend "triton" was named and cannot run.
     """
-    _check(images, parameters, out_dtype)
+    check(images, parameters, out_dtype)
+    backend = requested()
+    if backend == "auto" and torch.compiler.is_compiling():
+        backend = "blockwise"  # the compiler fuses plain operations by itself
+    if choose(backend, images.device) == "triton":
+        from .triton import augment as fused  # Triton exists on Linux only
+
+        return fused.augment(images, parameters, out_dtype)
+    numbers = _Numbers(
+        blends=_blends(parameters),
+        turns=_per_image(parameters.hue),
+        grey=parameters.grey,
+        taps=_taps(parameters, min(BLUR_RADIUS, images.shape[1] - 1, images.shape[2] - 1)),
+        solarize=parameters.solarize,
+        flip=parameters.flip,
+    )
+    out = images.new_empty(images.shape, dtype=out_dtype)
+    run = _in_chunks if _host_may_read(images) else _apply
+    run(images, numbers, parameters, out)
+    return out.permute(0, 3, 1, 2)
+
+
+class _Numbers(NamedTuple):
+    """What `_apply` does to each image; B is the first axis of every tensor.
+
+    `blends`: [B, 6, 3, 1, 1], see `_blend`: three of them before hue and three after it. `turns`: [B, 1, 1],
+    of the hue. `taps`: [B, radius + 1], of the blur by distance. `grey`, `solarize`, `flip`: bool [B].
+    """
+
+    blends: Tensor
+    turns: Tensor
+    grey: Tensor
+    taps: Tensor
+    solarize: Tensor
+    flip: Tensor
+
+
+def _in_chunks(images: Tensor, numbers: _Numbers, parameters: AugmentParameters, out: Tensor) -> None:
+    """`_apply` on a CPU, in chunks that stay in its cache; images with the same needs share a chunk."""
+    order, sizes = _alike(numbers, max(1, _CHUNK_PIXELS // (images.shape[1] * images.shape[2])))
+    result, pixels = torch.empty_like(out[: max(sizes)]), out.view(torch.uint8).numpy()
+    for rows, *values in zip(order.split(sizes), *(v[order].split(sizes) for v in numbers), strict=True):
+        done = result[: len(rows)]
+        _apply(images.index_select(0, rows), _Numbers(*values), parameters, done)
+        pixels[rows.numpy()] = done.view(torch.uint8).numpy()  # half the time of index_copy_
+
+
+def _alike(numbers: _Numbers, count: int) -> tuple[Tensor, list[int]]:
+    """An order of the images, int64 [B], and how to cut it, such that a chunk has jitter in the same slots.
+
+    A chunk holds at most `count` images. Those that turn grey are neighbours in it, and so are those that flip.
+    """
+    slots = ((numbers.blends[:, :, 0].flatten(1) != 1) * 2 ** torch.arange(6)).sum(1)
+    order = (4 * slots + 2 * numbers.grey + numbers.flip).argsort()
+    groups = slots[order].unique_consecutive(return_counts=True)[1].tolist()
+    return order, [min(count, group - start) for group in groups for start in range(0, group, count)]
+
+
+def _apply(images: Tensor, numbers: _Numbers, parameters: AugmentParameters, out: Tensor) -> None:
+    """Augment uint8 [B, H, W, 3] into `out`, of the same shape."""
     # Planes of grey levels 0..255: contiguous channels vectorise, and whole levels are exact in float32.
     levels = images.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    levels = _jitter(levels, parameters)
-    levels = torch.where(_per_image(parameters.grey), _grey(levels), levels)
-    levels = _blur(levels, parameters.blur_sigma)
-    levels = torch.where(_per_image(parameters.solarize) & (levels >= 128), 255 - levels, levels)
-    levels = torch.where(_per_image(parameters.flip), levels.flip(-1), levels)
-    channels = [
-        plane * (1 / (255 * std)) - mean / std
-        for plane, mean, std in zip(levels.unbind(0), parameters.mean, parameters.std, strict=True)
-    ]
-    return torch.stack(channels, 1).to(out_dtype, memory_format=torch.channels_last)
+    needed, blends = _needed(numbers.blends), numbers.blends.unbind(1)
+    for i in (0, 1, 2):
+        levels = _blend(levels, blends[i], needed[i])
+    levels = _where((numbers.turns != 0).flatten(), levels, _shift_hue, numbers.turns)
+    for i in (3, 4, 5):
+        levels = _blend(levels, blends[i], needed[i])
+    levels = _where(numbers.grey, levels, lambda chosen: _grey(chosen)[None])
+    if numbers.taps.shape[1] > 1:
+        levels = _where(numbers.taps[:, 0] != 1, levels, _blur, numbers.taps)
+    levels = _where(numbers.solarize, levels, lambda chosen: torch.where(chosen >= 128, 255 - chosen, chosen))
+    levels = _where(numbers.flip, levels, lambda chosen: chosen.flip(-1))
+    for i, plane in enumerate(levels.expand(3, -1, -1, -1).unbind(0)):
+        mean, std = parameters.mean[i], parameters.std[i]
+        out[..., i] = (plane * (1 / (255 * std))).sub_(mean / std).to(out.dtype)
 
 
-def _jitter(levels: Tensor, parameters: AugmentParameters) -> Tensor:
-    """Apply the four colour operations to [3, B, H, W], each image in its own order.
+def _where(mask: Tensor, levels: Tensor, function: Callable[..., Tensor], *numbers: Tensor) -> Tensor:
+    """`function(levels, *numbers)` for the images of `mask` [B], `levels` [3, B, H, W] as they are for the others.
+
+    `function` may return one plane for all three channels. On a CPU it sees the images of `mask` alone.
+    """
+    if not _host_may_read(mask):
+        return torch.where(_per_image(mask), function(levels, *numbers), levels)
+    chosen = mask.tolist()
+    if all(chosen):
+        return function(levels, *numbers)
+    for run in _runs(chosen):
+        levels[:, run] = function(levels[:, run], *(values[run] for values in numbers))
+    return levels
+
+
+def _runs(chosen: list[bool]) -> Iterator[slice]:
+    """The stretches of True; indexing with rows instead copies one number at a time."""
+    stop = 0
+    for value, run in groupby(chosen):
+        start, stop = stop, stop + len(list(run))
+        if value:
+            yield slice(start, stop)
+
+
+def _host_may_read(values: Tensor) -> bool:
+    """Whether what is done may depend on the values: on another device that would wait for it."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _blends(parameters: AugmentParameters) -> Tensor:
+    """Brightness, contrast and saturation as `_blend` takes them, [B, 6, 3, 1, 1].
 
     Hue is far dearer than the others, so it runs once: the others take the slots before it and the slots
     after it, with factor 1 (no change) in a slot that lies on the wrong side of an image's hue.
@@ -99,66 +155,100 @@ def _jitter(levels: Tensor, parameters: AugmentParameters) -> Tensor:
     factor = torch.stack((*factors, torch.ones_like(parameters.hue)), 1).gather(1, order)
     slot = torch.arange(4, device=order.device)
     hue_slot = (order == _HUE).to(torch.int64).argmax(1, keepdim=True)
-    before = torch.where(slot < hue_slot, factor, 1.0)
-    after = torch.where(slot > hue_slot, factor, 1.0)
-    for i in (0, 1, 2):
-        levels = _blend(levels, order[:, i], before[:, i])
-    levels = torch.where(_per_image(parameters.hue != 0), _shift_hue(levels, parameters.hue), levels)
-    for i in (1, 2, 3):
-        levels = _blend(levels, order[:, i], after[:, i])
-    return levels
-
-
-def _blend(levels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """factor * image + (1 - factor) * other, with other black, the image's mean grey or its grey image."""
-    grey = _grey(levels)
+    before = torch.where(slot < hue_slot, factor, 1.0)[:, :3]
+    after = torch.where(slot > hue_slot, factor, 1.0)[:, 1:]
+    factor, operation = torch.cat((before, after), 1), torch.cat((order[:, :3], order[:, 1:]), 1)
     rest = 1 - factor
-    constant = grey.mean((1, 2)) * rest * (operation == _CONTRAST)
-    other = torch.addcmul(_per_image(constant), grey, _per_image(rest * (operation == _SATURATION)))
-    return torch.addcmul(other, levels, _per_image(factor)).clamp_(0, 255)
+    numbers = torch.stack((factor, rest * (operation == _CONTRAST), rest * (operation == _SATURATION)), 2)
+    return numbers[..., None, None]
+
+
+def _needed(blends: Tensor) -> list[list[bool]]:
+    """Which of the numbers of which blend, [6][3], change an image; all of them where the host may not know."""
+    if not _host_may_read(blends):
+        return [[True] * 3] * 6
+    return (blends.flatten(2).numpy() != _NEUTRAL).any(0).tolist()
+
+
+def _blend(levels: Tensor, numbers: Tensor, needed: list[bool]) -> Tensor:
+    """factor * image + about_mean * mean of its grey image + about_grey * its grey image, clipped, in place.
+
+    `numbers`: [B, 3, 1, 1], these three; the last two are 1 - factor or, where the operation is another one, 0.
+    """
+    if not needed[0]:
+        return levels
+    factor, about_mean, about_grey = numbers.unbind(1)
+    if not (needed[1] or needed[2]):
+        return levels.mul_(factor).clamp_(0, 255)
+    other = _grey(levels)
+    mean = other.mean((1, 2), keepdim=True).mul_(about_mean)
+    other = other.mul_(about_grey).add_(mean) if needed[2] else mean
+    return levels.mul_(factor).add_(other).clamp_(0, 255)
 
 
 def _shift_hue(levels: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of [3, B, H, W] in HSV space; value and saturation stay."""
+    """Turn the hue of [3, B, H, W] in HSV space by [B, 1, 1]; value and saturation stay."""
     red, green, blue = levels.unbind(0)
-    low = torch.minimum(torch.minimum(red, green), blue)
-    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(green, blue).minimum(red)
+    high = torch.maximum(green, blue).maximum(red)
     chroma = high - low
-    scale = chroma.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()  # grey pixels: 0 * finite, never NaN
-    hue = torch.where(
-        high == red,
-        (green - blue) * scale,
-        torch.where(high == green, (blue - red) * scale + 2, (red - green) * scale + 4),
+    # In sixths of a turn: 1 + (green + blue - red - low) / chroma from red, in all six sectors, towards green or blue.
+    hue = (green - red).add_(blue - low)
+    hue.div_(chroma.clamp_min(torch.finfo(torch.float32).tiny))  # grey pixels: 0 / tiny, never NaN
+    hue.add_(1).copysign_(green - blue).add_(6 * turns)
+    hue.sub_((hue * (1 / 6)).floor_(), alpha=6)
+    # The share of the chroma in each channel is a trapezium over the six sectors: with its clamp(distance, 1, 2)
+    # it is distance - 1 for red and 2 - distance for the others.
+    below, above = low - chroma, torch.add(low, chroma, alpha=2)
+    return torch.stack(
+        [
+            torch.addcmul(below, chroma, (hue - 3).abs_().clamp_(1, 2)),
+            torch.addcmul(above, chroma, (hue - 2).abs_().clamp_(1, 2), value=-1),
+            torch.addcmul(above, chroma, (hue - 4).abs_().clamp_(1, 2), value=-1),
+        ]
     )
-    hue = (hue + _per_image(6 * turns)).remainder(6)
-    # The share of the chroma in each channel is a trapezium over the six sectors of the hue circle.
-    shares = ((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs())
-    return torch.stack([torch.addcmul(low, chroma, share.clamp(0, 1)) for share in shares])
 
 
-def _blur(levels: Tensor, sigma: Tensor) -> Tensor:
-    """Blur [3, B, H, W] along both axes, each image with its own sigma, reflecting at the borders.
+def _taps(parameters: AugmentParameters, radius: int) -> Tensor:
+    """Weights of the Gaussian by distance, [B, radius + 1]; exactly (1, 0, 0, ...) for sigma 0, [B, 1] for None."""
+    sigma = parameters.blur_sigma
+    if sigma is None:
+        return torch.ones_like(parameters.hue)[:, None]
+    distance = torch.arange(radius + 1, device=sigma.device)
+    weight = torch.exp(-0.5 * (distance / sigma.clamp_min(1e-3)[:, None]) ** 2)
+    return weight / (2 * weight.sum(1, keepdim=True) - 1)
+
+
+def _blur(levels: Tensor, taps: Tensor) -> Tensor:
+    """Blur [C, B, H, W] along both axes, each image with its own taps, reflecting at the borders.
 
     A sum of shifted slices: on CPU several times faster than products with banded matrices or grouped
     convolutions, and exempt from autocast and TF32.
     """
-    height, width = levels.shape[-2:]
-    radius = min(BLUR_RADIUS, height - 1, width - 1)
-    distance = torch.arange(radius + 1, device=sigma.device)
-    weight = torch.exp(-0.5 * (distance / sigma.clamp_min(1e-3)[:, None]) ** 2)  # sigma 0: exactly (1, 0, 0, ...)
-    weight = weight / (2 * weight.sum(1, keepdim=True) - 1)
-    levels = _convolve(pad(levels, (0, 0, radius, radius), mode="reflect"), weight, -2)
-    return _convolve(pad(levels, (radius, radius, 0, 0), mode="reflect"), weight, -1)
+    if _host_may_read(taps):
+        images = zip(levels.unbind(1), taps.tolist(), strict=True)
+        return torch.stack([_blur_planes(image, [tap for tap in row if tap > _LOST]) for image, row in images], 1)
+    return _blur_planes(levels, [_per_image(tap) for tap in taps.unbind(1)])
 
 
-def _convolve(padded: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """Correlate along `dim` with symmetric taps given by distance, [B, radius + 1]."""
-    radius = weight.shape[1] - 1
+def _blur_planes(levels: Tensor, taps: Sequence[float | Tensor]) -> Tensor:
+    radius = len(taps) - 1
+    levels = _convolve(pad(levels, (0, 0, radius, radius), mode="reflect"), taps, -2)
+    return _convolve(pad(levels, (radius, radius, 0, 0), mode="reflect"), taps, -1)
+
+
+def _convolve(padded: Tensor, taps: Sequence[float | Tensor], dim: int) -> Tensor:
+    """Correlate along `dim` with symmetric taps given by distance."""
+    radius = len(taps) - 1
     size = padded.shape[dim] - 2 * radius
-    out = padded.narrow(dim, radius, size) * _per_image(weight[:, 0])
-    for i in range(1, radius + 1):
-        out.addcmul_(padded.narrow(dim, radius - i, size), _per_image(weight[:, i]))
-        out.addcmul_(padded.narrow(dim, radius + i, size), _per_image(weight[:, i]))
+    out = padded.narrow(dim, radius, size) * taps[0]
+    for i, tap in enumerate(taps[1:], 1):
+        for start in (radius - i, radius + i):
+            shifted = padded.narrow(dim, start, size)
+            if isinstance(tap, float):
+                out.add_(shifted, alpha=tap)
+            else:
+                out.addcmul_(shifted, tap)
     return out
 
 
@@ -170,27 +260,3 @@ def _grey(levels: Tensor) -> Tensor:
 def _per_image(values: Tensor) -> Tensor:
     """[B] -> [B, 1, 1], which broadcasts over planes [B, H, W] and [3, B, H, W]."""
     return values[:, None, None]
-
-
-def _check(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype) -> None:
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images of dtype {images.dtype} were given; augment takes torch.uint8")
-    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise ValueError(f"images of shape {list(images.shape)} were given; augment takes [B, H, W, 3], not empty")
-    if out_dtype not in _OUT_DTYPES:
-        raise TypeError(f"out_dtype {out_dtype} was given; allowed are {', '.join(map(str, _OUT_DTYPES))}")
-    for name, dtype in _PER_IMAGE.items():
-        value = getattr(parameters, name)
-        shape = (images.shape[0], 4) if name == "order" else (images.shape[0],)
-        if value.dtype != dtype:
-            raise TypeError(f"parameters.{name} of dtype {value.dtype} was given; it must be {dtype}")
-        if value.shape != shape:
-            raise ValueError(
-                f"parameters.{name} of shape {list(value.shape)} was given; "
-                f"it must be {list(shape)} for {images.shape[0]} images"
-            )
-        if value.device != images.device:
-            raise ValueError(
-                f"parameters.{name} on {value.device} was given; the images lie on {images.device}, "
-                "and the parameters must too"
-            )

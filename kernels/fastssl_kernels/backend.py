@@ -24,13 +24,14 @@ _chosen: str | None = None  # not a ContextVar: torch 2.11 cannot trace one
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the losses called inside the `with` block on backend `name`.
+    """Run the losses, and `augment`, called inside the `with` block on backend `name`.
 
     "auto" (the default): triton for CUDA tensors where it can, else blockwise. "triton": CUDA tensors, and
-    CPU tensors under TRITON_INTERPRET=1. "blockwise": any device. "reference": the definition, with N x K
-    logits in memory. Outside of any block the environment variable FASTSSL_BACKEND decides. A backend named
-    here or there that cannot run raises; nothing falls back silently. Compiled code recompiles when the
-    choice made here changes, and reads the environment variable once, while it is traced.
+    CPU tensors under TRITON_INTERPRET=1. "blockwise": any device, plain torch. "reference": the definition,
+    with N x K logits in memory; for `augment`, which has none, the same as "blockwise". Outside of any block
+    the environment variable FASTSSL_BACKEND decides. A backend named here or there that cannot run raises;
+    nothing falls back silently. Compiled code recompiles when the choice made here changes, and reads the
+    environment variable once, while it is traced; `augment` in it is plain torch unless "triton" was named.
     """
     global _chosen
     previous, _chosen = _chosen, _known(name, "use_backend")
@@ -70,10 +71,17 @@ def resolve(name: str, *banks: Tensor) -> str:
 
     Raises RuntimeError where triton was named and cannot run.
     """
+    return choose(name, banks[0].device, next(filter(None, map(_why_not_these, banks)), None))
+
+
+def choose(name: str, device: torch.device, reason: str | None = None) -> str:
+    """The implementation that `name` means on `device`: `resolve` without banks.
+
+    `reason`: why Triton cannot run, other than the device. Raises RuntimeError as `resolve` does.
+    """
     if name == "blockwise":
         return name
-    device = banks[0].device
-    reason = _why_not_triton(device) or next(filter(None, map(_why_not_these, banks)), None)
+    reason = _why_not_triton(device) or reason
     if name == "triton" and reason:
         raise RuntimeError(f'backend "triton" was chosen, but {reason}; choose "auto" or "blockwise" with use_backend')
     return "triton" if device.type == "cuda" and not reason else name.replace("auto", "blockwise")

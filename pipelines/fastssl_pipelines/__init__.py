@@ -1,17 +1,19 @@
 """The input path: plans of samples, sources of images and the executors that turn both into batches."""
 
 from fastssl_pipelines.batch import Batch
-from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.errors import DataError, UnreadableImages
 from fastssl_pipelines.executor import Executor, available_executors, build_executor
+from fastssl_pipelines.folder import ImageFolder, ListedImages
+from fastssl_pipelines.opening import list_images, open_source
 from fastssl_pipelines.plan import (
     BatchPlan,
-    EvaluationSteps,
     SamplePlan,
-    TrainingSteps,
     ViewPlan,
     partial_labels,
 )
-from fastssl_pipelines.sources import ArraySource, ImageFolder, Source
+from fastssl_pipelines.shards import TarShards
+from fastssl_pipelines.sources import ArraySource, Source
+from fastssl_pipelines.steps import EvaluationSteps, TrainingSteps
 from fastssl_pipelines.views import ViewSpec
 
 __all__ = [
@@ -22,12 +24,17 @@ __all__ = [
     "EvaluationSteps",
     "Executor",
     "ImageFolder",
+    "ListedImages",
     "SamplePlan",
     "Source",
+    "TarShards",
     "TrainingSteps",
+    "UnreadableImages",
     "ViewPlan",
     "ViewSpec",
     "available_executors",
     "build_executor",
+    "list_images",
+    "open_source",
     "partial_labels",
 ]

@@ -5,3 +5,11 @@ from __future__ import annotations
 
 class DataError(ValueError):
     """The data cannot be used: what was found, what is allowed and which option to change, in a sentence."""
+
+
+class UnreadableImages(DataError):
+    """Images that cannot be decoded: `reasons`, a sentence by image number."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__(next(iter(reasons.values())))
+        self.reasons = reasons

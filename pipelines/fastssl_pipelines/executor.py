@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
 from importlib import import_module
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl_kernels.augment import AugmentParameters, augment
+from fastssl_pipelines.augmentation import Augmentation
 from fastssl_pipelines.batch import Batch
-from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.plan import BatchPlan, ViewPlan
+from fastssl_pipelines.errors import DataError, UnreadableImages
+from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sources import Source
+from fastssl_pipelines.steps import Steps
 
-_RESIDENT_LIMIT_BYTES = 2 * 2**30
-_CONSTANTS = ("mean", "std")
+UNREADABLE_AT_MOST = 0.01  # of the images of a source
+
 _REQUIREMENTS = {
     "dali": ("nvidia.dali", "install fastssl[dali]"),
     "torchvision": ("torchvision", "install torchvision"),
@@ -29,17 +29,13 @@ _REQUIREMENTS = {
 }
 
 
-class Steps(Protocol):
-    """`steps[step]` is the BatchPlan of a step: TrainingSteps or EvaluationSteps."""
-
-    def __getitem__(self, step: int) -> BatchPlan: ...
-
-
 class Executor(ABC):
     """Decodes, cuts and resizes the images of a plan, augments them and hands over batches on `device`.
 
     `mean`, `std`: of the normalisation, in units of the [0, 1] range. `dtype`: of the views.
     `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead.
+    `unreadable`: a sentence by the number of each image that could not be decoded so far. `notes`: what the executor
+    chose and found, for the user; whoever shows a sentence takes it out.
     """
 
     name: ClassVar[str]
@@ -58,31 +54,36 @@ class Executor(ABC):
         if workers < 0 or prefetch < 1:
             raise ValueError(
                 f"{workers} workers and a prefetch of {prefetch} were given; --data.workers must be at"
-                " least 0 and prefetch at least 1"
+                " least 0 and --data.prefetch at least 1"
             )
         self.source = source
-        self.mean = mean
-        self.std = std
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             # Every thread has a current GPU of its own, so the stream's thread needs the number.
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.dtype = dtype
+        self.augmentation = Augmentation(mean=mean, std=std, device=self.device, dtype=dtype)
         self.workers = workers
         self.prefetch = prefetch
+        self.notes: list[str] = []
+        self.unreadable: dict[int, str] = {}
+        self._is_unreadable = np.zeros(len(source), np.bool_)
+        self._threads = ThreadPoolExecutor(max(1, workers), "fastssl-work", _one_torch_thread)
+        self._exclude(source.defects)
 
     @abstractmethod
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """The boxes of every view, resized: uint8 [B, size, size, 3]; DataError for a broken file."""
+        """The boxes of every view, resized: uint8 [B, size, size, 3]; UnreadableImages for broken files."""
 
     def batch(self, plan: BatchPlan, step: int) -> Batch:
-        """The finished batch of one plan."""
-        return self._augmented(plan, self.crops(plan), step)
+        """The finished batch of one plan; UnreadableImages for broken files."""
+        return self._finished(plan, self.crops(plan), step)
 
     def stream(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
         """The batches of steps first, ..., last - 1, prepared ahead by one background thread.
 
-        An error of the input path is raised where the consumer asks for the batch it belongs to.
+        An image that cannot be read is excluded: the next one in plan order takes its place, with a sentence in
+        `notes`. Where more than 1 % of the images are excluded, DataError ends the stream. An error of the input
+        path is raised where the consumer asks for the batch it belongs to.
         """
         batches = self._batches(steps, first, last)
         pool = ThreadPoolExecutor(1, thread_name_prefix="fastssl-input", initializer=self._enter_thread)
@@ -100,29 +101,63 @@ class Executor(ABC):
 
     def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
         for step in range(first, last):
-            yield self.batch(steps[step], step)
+            yield self._readable_batch(steps, step)
+
+    def _readable_batch(self, steps: Steps, step: int) -> Batch:
+        return self._finished(*self._readable_crops(steps, step), step)
+
+    def _readable_crops(self, steps: Steps, step: int) -> tuple[BatchPlan, tuple[Tensor, ...]]:
+        while True:
+            plan = self._plan(steps, step)
+            try:
+                return plan, self.crops(plan)
+            except UnreadableImages as error:
+                self._exclude(error.reasons)
+
+    def _plan(self, steps: Steps, step: int) -> BatchPlan:
+        return steps.at(step, self._is_unreadable if self.unreadable else None)
+
+    def _exclude(self, reasons: Mapping[int, str]) -> None:
+        new = {index: reason for index, reason in reasons.items() if index not in self.unreadable}
+        self.unreadable.update(new)
+        self._is_unreadable[list(new)] = True
+        self.notes += [f"{reason}; the next image takes its place" for reason in new.values()]
+        count, total = len(self.unreadable), len(self.source)
+        if count > UNREADABLE_AT_MOST * total:
+            raise DataError(
+                f"{count} of the {total} images of {self.source.name} cannot be read, which is more than"
+                f" {UNREADABLE_AT_MOST:.0%}: {next(iter(self.unreadable.values()))}; `fastssl data check` finds all"
+                " of them and --data.quarantine leaves them out"
+            )
 
     def _enter_thread(self) -> None:
-        # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
-        torch.set_num_threads(1)
+        _one_torch_thread()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def _augmented(self, plan: BatchPlan, crops: tuple[Tensor, ...], step: int) -> Batch:
-        views = tuple(
-            augment(crop.to(self.device, non_blocking=True), self._augment_parameters(view), out_dtype=self.dtype)
-            for crop, view in zip(crops, plan.views, strict=True)
-        )
+    def _by_rows(self, work: Callable[[int, int], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
+        """`work` on rows [0, count): in one piece on a GPU, in a stretch for each worker on a CPU."""
+        parts = min(self.workers, count) if self.device.type == "cpu" else 1
+        if parts <= 1:
+            return work(0, count)
+        bounds = [count * part // parts for part in range(parts + 1)]
+        done = self._threads.map(work, bounds[:-1], bounds[1:])
+        return tuple(torch.cat(views) for views in zip(*done, strict=True))
+
+    def _finished(self, plan: BatchPlan, crops: tuple[Tensor, ...], step: int) -> Batch:
+        def views(start: int, stop: int) -> tuple[Tensor, ...]:
+            return self.augmentation(plan.rows(start, stop), tuple(crop[start:stop] for crop in crops))
+
+        return self._with_views(plan, self._by_rows(views, len(plan.ids)), step)
+
+    def _with_views(self, plan: BatchPlan, views: tuple[Tensor, ...], step: int) -> Batch:
         labels, ids = (torch.from_numpy(numbers).to(self.device) for numbers in (plan.labels, plan.ids))
         return Batch(views=views, labels=labels, ids=ids, step=step)
 
-    def _augment_parameters(self, view: ViewPlan) -> AugmentParameters:
-        numbers = {
-            field.name: torch.from_numpy(getattr(view, field.name)).to(self.device, non_blocking=True)
-            for field in fields(AugmentParameters)
-            if field.name not in _CONSTANTS
-        }
-        return AugmentParameters(**numbers, mean=self.mean, std=self.std)
+
+def _one_torch_thread() -> None:
+    # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
+    torch.set_num_threads(1)
 
 
 def available_executors() -> dict[str, str | None]:
@@ -140,27 +175,30 @@ def build_executor(
     dtype: torch.dtype = torch.float32,
     workers: int = 4,
     prefetch: int = 2,
+    decode: str = "auto",
+    resident_gib: float = 2.0,
 ) -> Executor:
     """The executor called `name`: "dali", "torchvision", "resident" or "auto".
 
-    "auto" is "resident" for a data set that decodes to at most 2 GiB; else "dali" for a GPU, where it is
-    installed, and "torchvision", which leaves the cores more time to train, for a CPU.
+    "auto" is "resident" for a data set that decodes to at most `resident_gib` GiB; else "dali" for a GPU, where it is
+    installed, and "torchvision", which leaves the cores more time to train, for a CPU. `decode` is the DALI executor's.
     DataError for an unknown name or one that does not work here; the other arguments are those of Executor.
     """
     if name == "auto":
-        name = _automatic(source, torch.device(device))
+        name = _automatic(source, torch.device(device), resident_gib)
     if name not in _REQUIREMENTS:
         raise DataError(f"the input pipeline {name} was asked for; --data.pipeline is auto, {', '.join(_REQUIREMENTS)}")
     if reason := _missing(name):
         raise DataError(f"the input pipeline {name} does not work here: {reason}, or change --data.pipeline")
     module = import_module(f"fastssl_pipelines.{name}")
     kind: type[Executor] = getattr(module, f"{name.capitalize()}Executor")
-    return kind(source, mean=mean, std=std, device=device, dtype=dtype, workers=workers, prefetch=prefetch)
+    own = {"decode": decode} if name == "dali" else {}
+    return kind(source, mean=mean, std=std, device=device, dtype=dtype, workers=workers, prefetch=prefetch, **own)
 
 
-def _automatic(source: Source, device: torch.device) -> str:
+def _automatic(source: Source, device: torch.device, resident_gib: float) -> str:
     decoded_bytes = len(source) * int(np.max(source.heights)) * int(np.max(source.widths)) * 3
-    if decoded_bytes <= _RESIDENT_LIMIT_BYTES:
+    if decoded_bytes <= resident_gib * 2**30:
         return "resident"
     return "dali" if device.type == "cuda" and not _missing("dali") else "torchvision"
 

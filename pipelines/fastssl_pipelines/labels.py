@@ -29,7 +29,7 @@ def listed_labels(source: Source, path: Path) -> ListedLabels:
     several images have.
     """
     labels = np.full(len(source), -1, np.int64)
-    names = _names(path)
+    names = read_names(path, "--data.label-list")
     if not names:
         return ListedLabels(labels, ())
     row_of: dict[str, int] = {}
@@ -56,11 +56,12 @@ def listed_labels(source: Source, path: Path) -> ListedLabels:
     return ListedLabels(labels, unmatched)
 
 
-def _names(path: Path) -> set[str]:
+def read_names(path: Path, option: str) -> set[str]:
+    """The names in a UTF-8 text file, one a line; DataError that names `option` where it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); --data.label-list must be a text file") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); {option} must be a text file") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; --data.label-list must be a text file, one name a line") from None
+        raise DataError(f"{path} is not UTF-8 text; {option} must be a text file, one name a line") from None
     return {os.path.normpath(line.strip()) for line in lines if line.strip()}

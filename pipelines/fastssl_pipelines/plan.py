@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,11 +62,24 @@ class ViewPlan:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What to load for one batch: `ids` and `labels` int64 [B] (-1 = unknown) and one ViewPlan a view."""
+    """What to load for one batch: `ids` and `labels` int64 [B] (-1 = unknown) and one ViewPlan a view.
+
+    `replaced`: bool [B], where the next readable image stands for one that cannot be read.
+    """
 
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
+    replaced: NDArray[np.bool_]
     views: tuple[ViewPlan, ...]
+
+    def rows(self, start: int, stop: int) -> BatchPlan:
+        """The plan of these rows alone."""
+        part = slice(start, stop)
+        views = tuple(
+            replace(view, **{f.name: getattr(view, f.name)[part] for f in fields(view) if f.name != "size"})
+            for view in self.views
+        )
+        return BatchPlan(ids=self.ids[part], labels=self.labels[part], replaced=self.replaced[part], views=views)
 
 
 class SamplePlan:
@@ -106,18 +119,25 @@ class SamplePlan:
     def num_samples(self) -> int:
         return len(self.labels)
 
-    def batch(self, epoch: int, start: int, stop: int, *, odd: bool = False) -> BatchPlan:
-        """The plan of positions [start, stop) of an epoch; any sub-range gives the same numbers."""
+    def batch(
+        self, epoch: int, start: int, stop: int, *, odd: bool = False, unreadable: NDArray[np.bool_] | None = None
+    ) -> BatchPlan:
+        """The plan of positions [start, stop) of an epoch; any sub-range gives the same numbers.
+
+        `unreadable`: bool [n], True for images that cannot be decoded. In their positions stands the next readable
+        image of the epoch's order, so a plan depends on the files and not on when a bad one was found.
+        """
         if not (epoch >= 0 and 0 <= start <= stop <= self.num_samples):
             raise ValueError(
                 f"positions {start} to {stop} of epoch {epoch} were asked for;"
                 f" epochs count from 0 and hold {self.num_samples} samples"
             )
-        ids = self._order(epoch)[start:stop].copy()
+        ids, replaced = self._ids(epoch, start, stop, unreadable)
         widths, heights = self.widths[ids], self.heights[ids]
         return BatchPlan(
             ids=ids,
             labels=self.labels[ids],
+            replaced=replaced,
             views=tuple(
                 _centre_view(spec, widths, heights)
                 if spec.centre is not None
@@ -125,6 +145,19 @@ class SamplePlan:
                 for view, spec in enumerate((self.odd_views if odd else ()) or self.views)
             ),
         )
+
+    def _ids(
+        self, epoch: int, start: int, stop: int, unreadable: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        order = self._order(epoch)
+        ids = order[start:stop].copy()
+        if unreadable is None:
+            return ids, np.zeros(len(ids), np.bool_)
+        replaced = unreadable[ids]
+        for row in np.flatnonzero(replaced):
+            after = (order[(start + row + offset) % self.num_samples] for offset in range(1, self.num_samples))
+            ids[row] = next((other for other in after if not unreadable[other]), ids[row])
+        return ids, replaced
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if not self.shuffle:
@@ -144,57 +177,6 @@ class SamplePlan:
         counter = [start * _BLOCKS_PER_POSITION, 0, view, epoch]
         raw = _philox(self.seed, _VIEW_STREAM, counter).random_raw(count * _Column.COUNT)
         return (raw >> np.uint64(11)).reshape(count, _Column.COUNT) * np.float64(2.0**-53)
-
-
-class TrainingSteps:
-    """`steps[step]` is this rank's BatchPlan of any training step; the incomplete last batch is dropped.
-
-    The ranks of a step take consecutive stretches of the global batch, so the samples of a step do not depend
-    on the number of ranks.
-    """
-
-    def __init__(self, plan: SamplePlan, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch size {batch_size} on rank {rank} of {world_size} was given; --train.batch-size must"
-                " be at least 1 and the rank below the number of ranks"
-            )
-        self.plan = plan
-        self.batch_size = batch_size
-        self.rank = rank
-        self.global_batch_size = batch_size * world_size
-        self.steps_per_epoch = plan.num_samples // self.global_batch_size
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"--train.batch-size {batch_size} on {world_size} ranks needs {self.global_batch_size} images"
-                f" and the data set has {plan.num_samples}; give a smaller one"
-            )
-
-    def __getitem__(self, step: int) -> BatchPlan:
-        if step < 0:
-            raise IndexError(f"step {step} was asked for; steps count from 0")
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = step_in_epoch * self.global_batch_size + self.rank * self.batch_size
-        return self.plan.batch(epoch, start, start + self.batch_size, odd=step % 2 == 1)
-
-
-class EvaluationSteps:
-    """`steps[step]` walks the plan once, in order; the last batch holds what is left."""
-
-    def __init__(self, plan: SamplePlan, *, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch size {batch_size} was given; it must be at least 1")
-        self.plan = plan
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-self.plan.num_samples // self.batch_size)
-
-    def __getitem__(self, step: int) -> BatchPlan:
-        if not 0 <= step < len(self):
-            raise IndexError(f"step {step} was asked for; there are {len(self)}")
-        start = step * self.batch_size
-        return self.plan.batch(0, start, min(start + self.batch_size, self.plan.num_samples))
 
 
 def partial_labels(labels: ArrayLike, fraction: float, seed: int) -> NDArray[np.int64]:

@@ -1,13 +1,11 @@
-"""Where images come from: an indexed collection of JPEG or PNG files with sizes and labels."""
+"""Where images come from: numbered images with known sizes and labels, in memory or put together from others."""
 
 from __future__ import annotations
 
 import io
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +13,10 @@ from PIL import Image, UnidentifiedImageError
 
 from fastssl_pipelines.errors import DataError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
-_FORMATS = ("JPEG", "PNG")
-_SCAN_THREADS = 8  # they wait for the disk; a header takes the CPU 30 microseconds
-_SCAN_CHUNK = 256  # a future for every file would cost more than reading its header
+FORMATS = ("JPEG", "PNG")
 
 # What PIL raises on broken files; a SyntaxError is a broken PNG chunk.
-_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Source(ABC):
@@ -29,6 +24,8 @@ class Source(ABC):
 
     `labels`: int64 [n], the true labels, -1 = unknown, else an index into `classes`.
     `widths`, `heights`: int32 [n], pixels as stored; an EXIF orientation is not applied.
+    `defects`: a sentence by the number of each image that is known to be unreadable; its width and height are 0.
+    `notes`: sentences that the user should see.
     """
 
     name: str
@@ -37,13 +34,15 @@ class Source(ABC):
     classes: tuple[str, ...]
     widths: NDArray[np.int32]
     heights: NDArray[np.int32]
+    defects: Mapping[int, str] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The bytes of a JPEG or PNG file."""
+        """The bytes of a JPEG or PNG file; DataError for an image of `defects` and where they cannot be read."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
@@ -51,68 +50,32 @@ class Source(ABC):
 
     def name_of(self, index: int) -> str:
         """The path of image `index` relative to the data set's folder; DataError for images that are no files."""
-        raise DataError(f"the images of {self.name} have no file names; --data.label-list needs those of --data.root")
+        raise DataError(
+            f"the images of {self.name} have no file names; --data.label-list and --data.quarantine need those of "
+            "--data.root"
+        )
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
-        """The decoded image, uint8 [H, W, 3], RGB; DataError if it cannot be decoded."""
+        """The decoded image, uint8 [H, W, 3], RGB; DataError if it cannot be decoded or has another size by now."""
         encoded = self.encoded(index)
+        known = int(self.widths[index]), int(self.heights[index])
         try:
-            with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                if image.size != known:
+                    raise ValueError(f"it has {image.size} pixels and had {known} when the index was made")
                 if image.mode == "I;16":
                     # PIL would clip 16-bit grey at 255, which makes nearly every pixel white.
                     return np.repeat(np.array(image)[:, :, None] >> 8, 3, axis=2).astype(np.uint8)
                 return np.array(image.convert("RGB"))
-        except _BROKEN_IMAGE as error:
-            raise self._broken_image(self.describe(index), error) from error
-
-    def _broken_image(self, name: str, error: Exception) -> DataError:
-        reason = "it is neither JPEG nor PNG" if isinstance(error, UnidentifiedImageError) else str(error)
-        return DataError(f"{name} cannot be read as an image ({reason}); remove or replace it in {self.option}")
+        except BROKEN_IMAGE as error:
+            raise broken_image(self.describe(index), error, self.option) from error
 
 
-class ImageFolder(Source):
-    """JPEG and PNG files under `root`, one folder a class in sorted order; files at any depth of it count.
-
-    Without class folders, the files directly in `root` are the images and every label is -1. With `labelled` False
-    (--data.unlabelled) all files at any depth are images with label -1, whatever folders they are in.
-    Names that start with a dot are ignored. The headers of all files are read once, for the sizes.
-    """
-
-    def __init__(self, root: str | os.PathLike[str], *, labelled: bool = True) -> None:
-        self.name = os.fspath(root)
-        if not labelled:
-            self.option = "--data.unlabelled"
-        self._files, labels, self.classes = _listing(Path(root)) if labelled else _unlabelled_listing(Path(root))
-        self.labels = np.array(labels, dtype=np.int64)
-        chunks = [range(len(self))[start : start + _SCAN_CHUNK] for start in range(0, len(self), _SCAN_CHUNK)]
-        with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            sizes = np.concatenate(list(pool.map(self._sizes, chunks)))
-        self.widths, self.heights = sizes[:, 0].copy(), sizes[:, 1].copy()
-
-    def encoded(self, index: int) -> bytes:
-        path = self.describe(index)
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); check {self.option}") from error
-
-    def describe(self, index: int) -> str:
-        return os.path.join(self.name, self._files[index])
-
-    def name_of(self, index: int) -> str:
-        return self._files[index]
-
-    def _sizes(self, indices: range) -> NDArray[np.int32]:
-        return np.array([self._size(index) for index in indices], dtype=np.int32)
-
-    def _size(self, index: int) -> tuple[int, int]:
-        path = self.describe(index)
-        try:
-            with Image.open(path, formats=_FORMATS) as image:
-                return image.size
-        except _BROKEN_IMAGE as error:
-            raise self._broken_image(path, error) from error
+def broken_image(name: str, error: Exception, option: str) -> DataError:
+    """The DataError for an image called `name` on which PIL raised `error`."""
+    unknown = isinstance(error, UnidentifiedImageError)  # its own message shows the address of an object
+    reason = "it is neither JPEG nor PNG" if unknown else " ".join(str(error).split())
+    return DataError(f"{name} cannot be read as an image ({reason}); remove or replace it in {option}")
 
 
 class ArraySource(Source):
@@ -161,6 +124,9 @@ class Subset(Source):
         self.name = f"{len(rows)} images of {source.name}"
         self.labels, self.classes = source.labels[rows], source.classes
         self.widths, self.heights = source.widths[rows], source.heights[rows]
+        broken = np.flatnonzero(np.isin(rows, list(source.defects))).tolist()
+        self.defects = {row: source.defects[int(rows[row])] for row in broken}
+        self.option, self.notes = source.option, source.notes
         self._source, self._rows = source, rows
 
     def encoded(self, index: int) -> bytes:
@@ -188,6 +154,8 @@ class JointSource(Source):
         self.labels = np.concatenate([labelled.labels, np.full(len(unlabelled), -1, np.int64)])
         self.widths = np.concatenate([labelled.widths, unlabelled.widths])
         self.heights = np.concatenate([labelled.heights, unlabelled.heights])
+        self.defects = {**labelled.defects, **{len(labelled) + row: why for row, why in unlabelled.defects.items()}}
+        self.notes = labelled.notes + unlabelled.notes
         self._labelled, self._unlabelled = labelled, unlabelled
 
     def encoded(self, index: int) -> bytes:
@@ -209,51 +177,3 @@ class JointSource(Source):
     def _part(self, index: int) -> tuple[Source, int]:
         count = len(self._labelled)
         return (self._labelled, index) if index < count else (self._unlabelled, index - count)
-
-
-def _listing(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Paths relative to `root`, a label for each, and the class names."""
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; --data.root must be a folder of images or of class folders")
-    entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
-    classes = tuple(name for name in entries if (root / name).is_dir())
-    loose = [name for name in entries if name.lower().endswith(_SUFFIXES) and name not in classes]
-    if not classes:
-        if not loose:
-            raise DataError(f"{root} holds no {', '.join(_SUFFIXES)} file and no class folder; check --data.root")
-        return loose, [-1] * len(loose), ()
-    if loose:
-        raise DataError(
-            f"{root} holds class folders and also {loose[0]} beside them, so its label is unclear;"
-            " --data.root must hold either images or class folders"
-        )
-    files: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = list(_images_under(root / name, root))
-        if not found:
-            raise DataError(
-                f"the class folder {root / name} holds no {', '.join(_SUFFIXES)} file; remove it or check --data.root"
-            )
-        files += found
-        labels += [label] * len(found)
-    return files, labels, classes
-
-
-def _unlabelled_listing(root: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """As `_listing`, of all images at any depth, without labels and classes."""
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; --data.unlabelled must be a folder of images")
-    files = list(_images_under(root, root))
-    if not files:
-        raise DataError(f"{root} holds no {', '.join(_SUFFIXES)} file at any depth; check --data.unlabelled")
-    return files, [-1] * len(files), ()
-
-
-def _images_under(folder: Path, root: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = "" if parent == os.fspath(root) else os.path.relpath(parent, root)
-        for name in sorted(names):
-            if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
-                yield os.path.join(relative, name)

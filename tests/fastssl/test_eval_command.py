@@ -60,8 +60,19 @@ def test_linear_probe_of_a_run(run, capsys):
     assert {name: result[name] for name in expected} == expected
     assert list(result["held_out_top1"]) == ["0.1", "1", "10"]
     assert result["held_out_top1"][f"{result['lr']:g}"] == max(result["held_out_top1"].values())
-    assert 100 / 12 < result["top1"] <= result["top5"]  # above chance: shapes differ in area
+    assert 0 <= result["top1"] <= result["top5"] <= 100
     assert "cached protocol" in capsys.readouterr().out
+
+
+def test_a_linear_probe_tells_bright_images_from_dark_ones(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 20)):
+        for name, level in (("dark", 60), ("bright", 190)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = (level + rng.normal(0, 20, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(image).save(tmp_path / split / name / f"{number}.png")
+    assert evaluate(run, f"linear --epochs 30 --data {tmp_path}")["top1"] == 100
 
 
 def test_the_same_run_gives_the_same_numbers(run):

@@ -188,7 +188,7 @@ def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
             ["--data.label-list {data}/list.txt", "fraction of 0.5", "--data.label-fraction 1"],
         ),
         ("--data.unlabelled {data}/none", ["{data}/none is not a folder", "--data.unlabelled"]),
-        ("--data.unlabelled {data}/list.txt", ["list.txt is not a folder", "--data.unlabelled"]),
+        ("--data.unlabelled {data}/list.txt", ["line 1 of {data}/list.txt", "cannot be found", "--data.unlabelled"]),
         ("--data.unlabelled {data}/nothing", ["{data}/nothing holds no", "--data.unlabelled"]),
         ("--data.unlabelled {data}/labelled", ["--data.unlabelled {data}/labelled", "in one another"]),
         ("--data.unlabelled {data}/labelled/test/cat", ["--data.unlabelled {data}/labelled/test/cat", "one another"]),

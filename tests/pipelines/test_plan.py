@@ -53,13 +53,6 @@ def assert_equal(first: BatchPlan, second: BatchPlan) -> None:
             np.testing.assert_array_equal(values, getattr(other, name), err_msg=name)
 
 
-def rows(plan: BatchPlan, start: int, stop: int) -> BatchPlan:
-    views = tuple(
-        replace(view, **{name: values[start:stop] for name, values in arrays(view).items()}) for view in plan.views
-    )
-    return BatchPlan(ids=plan.ids[start:stop], labels=plan.labels[start:stop], views=views)
-
-
 def test_shapes_and_dtypes_are_the_contract():
     batch = make_plan().batch(0, 0, 5)
     assert (batch.ids.dtype, batch.labels.dtype) == (np.int64, np.int64)
@@ -74,7 +67,7 @@ def test_a_sub_range_has_the_numbers_of_the_whole():
     whole = make_plan().batch(3, 0, 100)
     assert_equal(make_plan().batch(3, 0, 100), whole)
     for start, stop in [(0, 1), (17, 60), (99, 100), (40, 40)]:
-        assert_equal(make_plan().batch(3, start, stop), rows(whole, start, stop))
+        assert_equal(make_plan().batch(3, start, stop), whole.rows(start, stop))
 
 
 def test_the_cached_order_cannot_be_changed_through_a_batch():
@@ -138,8 +131,8 @@ def test_two_ranks_of_16_have_the_samples_of_one_rank_of_32():
     two = [TrainingSteps(make_plan(), batch_size=16, rank=rank, world_size=2) for rank in (0, 1)]
     assert one.steps_per_epoch == two[0].steps_per_epoch == 3
     for step in (0, 2, 3, 7):
-        assert_equal(two[0][step], rows(one[step], 0, 16))
-        assert_equal(two[1][step], rows(one[step], 16, 32))
+        assert_equal(two[0][step], one[step].rows(0, 16))
+        assert_equal(two[1][step], one[step].rows(16, 32))
 
 
 def test_starting_at_a_step_equals_running_to_it():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastssl_pipelines import ArraySource, DataError, ImageFolder
-from fastssl_pipelines.sources import Subset
+from fastssl_pipelines.sources import JointSource, Subset
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -79,12 +80,50 @@ def test_a_wrong_root_is_explained(tmp_path, make, message):
         ImageFolder(root)
 
 
-def test_a_file_without_a_readable_header_is_named(tmp_path):
-    save(tmp_path / "a" / "good.png", picture(4, 4))
-    (tmp_path / "a" / "garbage.jpg").write_bytes(b"hello" * 50)
-    with pytest.raises(DataError, match=r"garbage\.jpg cannot be read .*neither JPEG nor PNG.*--data\.root") as raised:
+@pytest.fixture
+def with_garbage(tmp_path) -> ImageFolder:
+    """Numbers 1 and 2 of four images have no readable header."""
+    for name in ("a/0.png", "b/3.png"):
+        save(tmp_path / name, picture(4, 5))
+    (tmp_path / "a" / "1.jpg").write_bytes(b"hello" * 50)
+    (tmp_path / "a" / "2.jpg").write_bytes(b"")
+    return ImageFolder(tmp_path)
+
+
+def test_files_without_a_readable_header_keep_their_numbers(with_garbage):
+    assert with_garbage.labels.tolist() == [0, 0, 0, 1]
+    assert with_garbage.widths.tolist() == [5, 0, 0, 5]
+    assert with_garbage.heights.tolist() == [4, 0, 0, 4]
+    assert list(with_garbage.defects) == [1, 2]
+    for number, name in ((1, "1.jpg"), (2, "2.jpg")):
+        for read in (with_garbage.pixels, with_garbage.encoded):
+            with pytest.raises(
+                DataError, match=rf"{name} cannot be read .*neither JPEG nor PNG.*--data\.root"
+            ) as raised:
+                read(number)
+            assert str(raised.value) == with_garbage.defects[number]
+            assert "\n" not in str(raised.value)
+
+
+def test_defects_and_notes_of_subsets_and_joint_sources(with_garbage):
+    with_garbage.notes = ("a note",)
+    subset = Subset(with_garbage, np.array([3, 2, 0, 2]))
+    assert subset.defects == {1: with_garbage.defects[2], 3: with_garbage.defects[2]}
+    joint = JointSource(subset, with_garbage)
+    assert list(joint.defects) == [1, 3, 5, 6]
+    assert joint.notes == ("a note", "a note")
+    for source in (subset, joint):
+        for number, reason in source.defects.items():
+            assert source.widths[number] == 0
+            with pytest.raises(DataError, match=re.escape(reason)):
+                source.encoded(number)
+
+
+def test_a_data_set_without_any_readable_image_is_refused(tmp_path):
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"hello")
+    with pytest.raises(DataError, match=r"none of the 2 images of .*; the first: .*1\.jpg .*--data\.root"):
         ImageFolder(tmp_path)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_file_that_breaks_or_goes_after_the_scan_is_named(tmp_path):

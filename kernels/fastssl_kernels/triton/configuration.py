@@ -10,9 +10,13 @@ import torch
 from .launch import Plan, Tiles, make_plan
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_OPERANDS = ("queue", "bank", "stream")
-_LONGS = ("index", "limit", "kept")
-_COUNTS = ("rows", "entries", "features", "boundary", "share", "splits", "targets")
+_OPERANDS = ("queue", "bank", "stream", "result")
+_LONGS = ("index", "limit", "kept", "order")
+_SWITCHES = ("grey", "solarize", "flip")
+_COUNTS = (
+    *("rows", "entries", "features", "boundary", "share", "splits", "targets"),
+    *("pixels", "height", "width", "radius", "across", "parts"),
+)
 _FACTORS = ("scale", "inverse_temperature")
 
 
@@ -21,7 +25,7 @@ class Configuration(NamedTuple):
 
     kernel: Any  # the @triton.jit function
     constants: dict[str, Any]  # its tl.constexpr arguments
-    dtype: torch.dtype  # of the queue or bank
+    dtype: torch.dtype  # of the queue or bank; of augment's result
     options: dict[str, int]  # num_warps, num_stages
     logits: int  # per tile, 0 for a kernel without
     label: str  # such as "bf16 C=128 full online accuracy"
@@ -81,16 +85,23 @@ def _describe(dtype: torch.dtype, constants: dict[str, Any]) -> str:
 def argument_type(name: str, dtype: torch.dtype) -> str:
     """Triton's type of a kernel argument, by the one naming convention that all kernels keep.
 
-    `queue`, `bank` and `stream` point to `dtype`; `index`, `limit`, `kept` and names that end in `labels` to int64;
-    counts and strides are int32 and factors float32 values; all else points to float32.
+    `queue`, `bank`, `stream` and `result` point to `dtype`, `levels` to float16 or, with it, float32; `images` to
+    uint8, switches to bool; `index`, `limit`, `kept`, `order` and names that end in `labels` to int64; counts and
+    strides are int32 and factors float32 values; all else points to float32.
     """
     if name in _OPERANDS:
         return f"*{_TYPES[dtype]}"
+    if name == "levels":
+        return "*fp32" if dtype == torch.float32 else "*fp16"
+    if name == "images":
+        return "*u8"
+    if name in _SWITCHES:
+        return "*u1"
     if name in _LONGS or name.endswith("labels"):
         return "*i64"
     if name in _COUNTS or name.endswith(("_rows", "_stride")):
         return "i32"
-    return "fp32" if name in _FACTORS or name.endswith("_scale") else "*fp32"
+    return "fp32" if name in _FACTORS or name.endswith(("_scale", "_shift")) else "*fp32"
 
 
 def aligned_arguments(configuration: Configuration) -> list[str]:

@@ -1,0 +1,173 @@
+"""The colours of uint8 images: jitter in each image's own order, greyscale, and what finishes an unblurred image.
+
+A program works on a part of one image, whose numbers are scalars to it: what an image does not need is skipped by
+a branch that all its threads take.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import round_to
+
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_BRIGHTNESS, _CONTRAST, _SATURATION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # in `order`; 3 is hue
+
+
+@triton.jit
+def grey_of(red, green, blue):
+    """The grey level of each pixel, with torchvision's weights."""
+    return red * 0.2989 + green * 0.587 + blue * 0.114
+
+
+@triton.jit
+def clip(level):
+    """To the levels there are."""
+    return tl.minimum(tl.maximum(level, 0.0), 255.0)
+
+
+@triton.jit
+def blend(red, green, blue, factor, other):
+    """factor * image + other, clipped."""
+    return clip(red * factor + other), clip(green * factor + other), clip(blue * factor + other)
+
+
+@triton.jit
+def shift_hue(red, green, blue, turns):
+    """Turn the hue in HSV space; value and saturation stay."""
+    low = tl.minimum(tl.minimum(red, green), blue)
+    high = tl.maximum(tl.maximum(red, green), blue)
+    chroma = high - low
+    scale = 1.0 / tl.maximum(chroma, _TINY)  # grey pixels: 0 * finite, never NaN
+    hue = tl.where(high == green, (blue - red) * scale + 2.0, (red - green) * scale + 4.0)
+    hue = tl.where(high == red, (green - blue) * scale, hue) + 6.0 * turns
+    hue -= 6.0 * tl.floor(hue * (1.0 / 6.0))
+    # The share of the chroma in each channel is a trapezium over the six sectors of the hue circle.
+    red = low + chroma * tl.clamp(tl.abs(hue - 3.0) - 1.0, 0.0, 1.0)
+    green = low + chroma * tl.clamp(2.0 - tl.abs(hue - 2.0), 0.0, 1.0)
+    return red, green, low + chroma * tl.clamp(2.0 - tl.abs(hue - 4.0), 0.0, 1.0)
+
+
+@triton.jit
+def jitter(red, green, blue, order, slots, brightness, contrast, saturation, turns, mean):
+    """Apply the operations in the first `slots` places of the order; `mean`: of the grey image before contrast."""
+    for slot in range(slots):  # not unrolled: hue alone is most of the code
+        operation = tl.load(order + slot)
+        if operation == _BRIGHTNESS:
+            red, green, blue = blend(red, green, blue, brightness, 0.0)
+        elif operation == _CONTRAST:
+            red, green, blue = blend(red, green, blue, contrast, mean * (1.0 - contrast))
+        elif operation == _SATURATION:
+            grey = grey_of(red, green, blue)
+            red, green, blue = blend(red, green, blue, saturation, grey * (1.0 - saturation))
+        elif turns != 0.0:
+            red, green, blue = shift_hue(red, green, blue, turns)
+    return red, green, blue
+
+
+@triton.jit
+def load_pixels(images, first, mask):
+    """Three channels of interleaved levels, in float32."""
+    red = tl.load(images + first, mask=mask, other=0).to(tl.float32)
+    green = tl.load(images + first + 1, mask=mask, other=0).to(tl.float32)
+    return red, green, tl.load(images + first + 2, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_finished(result, level, solarize, scale, shift, mask):
+    """Solarise, normalise and round one channel."""
+    if solarize:
+        level = tl.where(level >= 128.0, 255.0 - level, level)
+    tl.store(result, round_to(level * scale - shift, result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def grey_sum_kernel(
+    images,  # [B, pixels, 3] contiguous uint8
+    brightness,  # [B], as all that follow
+    contrast,
+    saturation,
+    hue,
+    order,  # [B, 4] int64
+    grey_sum,  # [B, parts]: of the image as it comes to contrast; not written where contrast changes nothing
+    pixels,
+    parts,
+    PIXELS: tl.constexpr,
+):
+    image = tl.program_id(0) // parts
+    if tl.load(contrast + image) == 1.0:
+        return
+    pixel = tl.program_id(0) % parts * PIXELS + tl.arange(0, PIXELS)
+    slots = 0
+    for slot in tl.static_range(1, 4):
+        slots = tl.where(tl.load(order + image * 4 + slot) == _CONTRAST, slot, slots)
+    red, green, blue = load_pixels(images + tl.cast(image, tl.int64) * pixels * 3, pixel * 3, pixel < pixels)
+    red, green, blue = jitter(
+        red, green, blue, order + image * 4, slots,
+        tl.load(brightness + image), 1.0, tl.load(saturation + image), tl.load(hue + image), 0.0,
+    )  # fmt: skip
+    total = tl.sum(grey_of(red, green, blue), 0)  # pixels beyond the image are black, whatever the jitter
+    tl.store(grey_sum + tl.program_id(0), total)
+
+
+@triton.jit
+def colour_kernel(
+    images,  # [B, pixels, 3] contiguous uint8
+    brightness,  # [B], as all that follow
+    contrast,
+    saturation,
+    hue,
+    order,  # [B, 4] int64
+    grey,
+    blur_sigma,  # not read unless BLUR
+    solarize,
+    flip,
+    grey_sum,  # [B, parts]
+    levels,  # [B, pixels, 3]: of the images to be blurred
+    result,  # [B, pixels, 3]: all others
+    red_scale,
+    green_scale,
+    blue_scale,
+    red_shift,
+    green_shift,
+    blue_shift,
+    pixels,
+    width,
+    parts,
+    PIXELS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLUR: tl.constexpr,
+):
+    image = tl.program_id(0) // parts
+    base = tl.cast(image, tl.int64) * pixels * 3
+    pixel = tl.program_id(0) % parts * PIXELS + tl.arange(0, PIXELS)
+    mask = pixel < pixels
+    contrast_factor = tl.load(contrast + image)
+    mean = 0.0
+    if contrast_factor != 1.0:
+        part = tl.arange(0, PARTS)
+        mean = tl.sum(tl.load(grey_sum + image * parts + part, mask=part < parts, other=0.0), 0) / pixels
+    red, green, blue = load_pixels(images + base, pixel * 3, mask)
+    red, green, blue = jitter(
+        red, green, blue, order + image * 4, 4,
+        tl.load(brightness + image), contrast_factor, tl.load(saturation + image), tl.load(hue + image), mean,
+    )  # fmt: skip
+    if tl.load(grey + image):
+        red = grey_of(red, green, blue)
+        green = red
+        blue = red
+    if BLUR and tl.load(blur_sigma + image) > 0.0:
+        kept = levels + base + pixel * 3
+        tl.store(kept, red.to(levels.dtype.element_ty), mask=mask)
+        tl.store(kept + 1, green.to(levels.dtype.element_ty), mask=mask)
+        tl.store(kept + 2, blue.to(levels.dtype.element_ty), mask=mask)
+        return
+    if tl.load(flip + image):
+        pixel += width - 1 - 2 * (pixel % width)
+    solarized = tl.load(solarize + image)
+    finished = result + base + pixel * 3
+    store_finished(finished, red, solarized, red_scale, red_shift, mask)
+    store_finished(finished + 1, green, solarized, green_scale, green_shift, mask)
+    store_finished(finished + 2, blue, solarized, blue_scale, blue_shift, mask)

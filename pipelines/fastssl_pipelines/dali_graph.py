@@ -1,0 +1,90 @@
+"""What DALI runs: one decode an image, and on a GPU the cut and the resize of every view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+
+Boxes = NDArray[np.int32]  # [B, 4]: top, left, height, width in pixels
+
+
+class Decoder:
+    """A DALI pipeline for up to `batch_size` images; after an error it is of no use.
+
+    `sizes`: the side of each view, which the pipeline then cuts and resizes; () for the decoded images themselves.
+    `decode`: "gpu" or "cpu" says where, and with "-region" behind it only a part of each image is decoded. `device`:
+    the number of the GPU on which all else is done, or None.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, ...], batch_size: int, *, threads: int, device: int | None, decode: str
+    ) -> None:
+        self.sizes, self.batch_size = sizes, batch_size
+        self._region = decode.endswith("-region")
+        self._pipeline = Pipeline(
+            # what is fed for a run cannot be prefetched
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device,
+            prefetch_queue_depth=1,
+        )
+        how: dict[str, Any] = {"device": "mixed" if decode.startswith("gpu") else "cpu"}
+        how |= {"output_type": DALIImageType.RGB, "adjust_orientation": False}
+        with self._pipeline:
+            encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
+            if self._region:
+                images = fn.decoders.image_slice(encoded, **_window("region"), **how)
+            else:
+                images = fn.decoders.image(encoded, **how)
+            if device is not None:
+                images = images.gpu()
+            self._pipeline.set_outputs(*[_resized(images, view, size) for view, size in enumerate(sizes)] or [images])
+        self._pipeline.build()
+
+    def run(self, encoded: Sequence[NDArray[np.uint8]], boxes: Sequence[Boxes]) -> Sequence[Any]:
+        """A tensor list for each view, or one of images, of JPEG or PNG files; the views are `boxes` of whole images.
+
+        RuntimeError for a file that DALI cannot decode.
+        """
+        inputs: dict[str, Any] = {"encoded": list(encoded)}
+        if self._region:
+            region = region_of(boxes)
+            boxes = [within(region, box) for box in boxes]
+            inputs |= _corners("region", region)
+        for view in range(len(self.sizes)):
+            inputs |= _corners(f"view_{view}", boxes[view])
+        return self._pipeline.run(**inputs)
+
+
+def region_of(boxes: Sequence[Boxes]) -> Boxes:
+    """The smallest box around those of all views, for each image."""
+    corners = np.stack(boxes)
+    start = corners[:, :, :2].min(0)
+    stop = (corners[:, :, :2] + corners[:, :, 2:]).max(0)
+    return np.concatenate([start, stop - start], axis=1)
+
+
+def within(region: Boxes, boxes: Boxes) -> Boxes:
+    """`boxes` as seen from the corner of `region`."""
+    return np.concatenate([boxes[:, :2] - region[:, :2], boxes[:, 2:]], axis=1)
+
+
+def _resized(images: Any, view: int, size: int) -> Any:
+    # resize has a region of interest of its own, but lets the filter see the pixels around it
+    cut = fn.slice(images, **_window(f"view_{view}"))
+    return fn.resize(cut, size=[size, size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+
+
+def _window(name: str) -> dict[str, Any]:
+    ends = (f"{name}_start", f"{name}_shape")
+    start, shape = (fn.external_source(name=end, dtype=DALIDataType.INT32, ndim=1) for end in ends)
+    return {"start": start, "shape": shape, "axes": (0, 1)}
+
+
+def _corners(name: str, boxes: Boxes) -> dict[str, list[NDArray[np.int32]]]:
+    return {f"{name}_start": list(boxes[:, :2]), f"{name}_shape": list(boxes[:, 2:])}

@@ -1,0 +1,247 @@
+"""The index of a collection of image files: sizes from the headers, kept in a cache that is checked at every start."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.listing import CHUNK, THREADS, Listing, Names, Progress
+from fastssl_pipelines.sources import BROKEN_IMAGE, FORMATS, Source, broken_image
+
+_VERSION = 1
+_HEADER_BYTES = 32 * 1024  # holds the size in nearly every file; else the whole file is read
+
+Lister = Callable[[Listing | None], Listing]
+"""Lists a collection anew; takes an earlier listing of it, which may spare work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A listing and its images' `widths`, `heights`, int32 [n]; 0 for those with a sentence in `defects`."""
+
+    listing: Listing
+    widths: NDArray[np.int32]
+    heights: NDArray[np.int32]
+    defects: dict[int, str]
+
+
+class IndexedSource(Source):
+    """The images of a listing, with an index that is cached between runs and made again where files changed.
+
+    `root`, `labelled`: what the cache is kept under. `progress`: see Progress; called if headers are read.
+    DataError where no image can be read; a cache that cannot be written costs a note and no more.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], lister: Lister, *, labelled: bool, progress: Progress | None = None
+    ) -> None:
+        key = f"{os.path.abspath(root)}\n{'labelled' if labelled else 'unlabelled'}"
+        path = cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.npz"
+        known = load(path, key)
+        listing = lister(known.listing if known else None)
+        index = build(listing, known, progress)
+        if known is None or not _same(index, known):
+            problem = save(index, path, key)
+            self.notes = (problem,) if problem else ()
+        self.name, self.option = listing.name, listing.option
+        self.labels, self.classes = listing.labels, listing.classes
+        self.widths, self.heights, self.defects = index.widths, index.heights, index.defects
+        self._listing = listing
+        if len(self.defects) == len(self):
+            raise DataError(f"none of the {len(self)} images of {self.name} can be read; the first: {self.defects[0]}")
+
+    def encoded(self, index: int) -> bytes:
+        if index in self.defects:
+            raise DataError(self.defects[index])
+        return self._listing.encoded(index)
+
+    def describe(self, index: int) -> str:
+        return self._listing.describe(index)
+
+    def name_of(self, index: int) -> str:
+        return self._listing.names[index]
+
+
+def cache_folder() -> Path:
+    """Where indices are kept: $FASTSSL_CACHE, else $XDG_CACHE_HOME/fastssl, else ~/.cache/fastssl."""
+    if own := os.environ.get("FASTSSL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastssl"
+
+
+def build(listing: Listing, known: Index | None = None, progress: Progress | None = None) -> Index:
+    """The index of a listing; only headers in files that `known` has not, or has otherwise, are read.
+
+    Images that could not be read then are tried again: the reason may have been the disk.
+    """
+    widths, heights = np.zeros(len(listing), np.int32), np.zeros(len(listing), np.int32)
+    if known is not None:
+        rows, known_rows = _unchanged_rows(listing, known.listing)
+        widths[rows], heights[rows] = known.widths[known_rows], known.heights[known_rows]
+    missing = np.flatnonzero(widths == 0)
+    defects: dict[int, str] = {}
+
+    def read(start: int) -> int:
+        rows = missing[start : start + CHUNK].tolist()
+        for row in rows:
+            try:
+                widths[row], heights[row] = _size(listing, row)
+            except DataError as error:
+                defects[row] = str(error)
+            except BROKEN_IMAGE as error:
+                defects[row] = str(broken_image(listing.describe(row), error, listing.option))
+        return len(rows)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = 0
+        for count in pool.map(read, range(0, len(missing), CHUNK)):
+            done += count
+            if progress:
+                progress("reading image headers", done, len(missing))
+    return Index(listing, widths, heights, dict(sorted(defects.items())))
+
+
+def save(index: Index, path: Path, key: str) -> str | None:
+    """Writes the index so that either all of it or nothing appears at `path`; returns a sentence where it cannot."""
+    arrays: dict[str, Any] = {
+        "version": np.array(_VERSION),
+        "key": _bytes(os.fsencode(key)),
+        "signatures": index.listing.signatures,
+        "widths": index.widths,
+        "heights": index.heights,
+        "labels": index.listing.labels,
+        "labelled_by": _bytes(index.listing.labelled_by.encode()),
+        **_packed("files", index.listing.files),
+        **_packed("classes", Names.of(index.listing.classes)),
+    }
+    if index.listing.archives is not None:
+        arrays |= {
+            "archive": index.listing.file,
+            "offsets": index.listing.offsets,
+            "lengths": index.listing.lengths,
+            **_packed("names", index.listing.names),
+        }
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        return (
+            f"the index of {index.listing.name} could not be kept in {path.parent} ({error.strerror or error}), so the "
+            "next start reads all image headers again; set FASTSSL_CACHE to a folder with room"
+        )
+    return None
+
+
+def load(path: Path, key: str) -> Index | None:
+    """The index that `save` wrote under this key; None where there is none, or one that is damaged, old or foreign.
+
+    Its listing has no name, option and folder, and cannot read images.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if int(arrays["version"]) != _VERSION or arrays["key"].tobytes() != os.fsencode(key):
+                return None
+            return _unpacked(arrays)
+    except Exception:  # a damaged file makes zipfile, zlib and NumPy raise errors of many kinds
+        return None
+
+
+def _unpacked(arrays: Any) -> Index:
+    files, widths, signatures = _names(arrays, "files"), arrays["widths"], arrays["signatures"]
+    whole = "archive" not in arrays
+    listing = Listing(
+        name="",
+        option="",
+        folder="",
+        files=files,
+        signatures=signatures,
+        names=files if whole else _names(arrays, "names"),
+        file=np.arange(len(files), dtype=np.int32) if whole else arrays["archive"],
+        offsets=np.zeros(len(files), np.int64) if whole else arrays["offsets"],
+        lengths=signatures[:, 0] if whole else arrays["lengths"],
+        labels=arrays["labels"],
+        classes=tuple(_names(arrays, "classes")),
+        labelled_by=arrays["labelled_by"].tobytes().decode(),
+        archives=None,
+    )
+    return Index(listing, widths, arrays["heights"], {})
+
+
+def _unchanged_rows(listing: Listing, known: Listing) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of the images whose files are as they were, and their numbers then."""
+    if listing.files == known.files:
+        then = np.arange(len(known.files))
+    else:
+        number = {name: row for row, name in enumerate(known.files)}
+        then = np.array([number.get(name, -1) for name in listing.files], np.int64)
+    same = then >= 0
+    same[same] = (listing.signatures[same] == known.signatures[then[same]]).all(axis=1)
+    rows = np.flatnonzero(same[listing.file])
+    # an image stands as far from the first one of its file as it stood then
+    first = np.searchsorted(listing.file, np.arange(len(listing.files)))
+    known_first = np.searchsorted(known.file, np.arange(len(known.files)))
+    file = listing.file[rows]
+    return rows, known_first[then[file]] + rows - first[file]
+
+
+def _same(index: Index, other: Index) -> bool:
+    one, two = index.listing, other.listing
+    return (
+        one.files == two.files
+        and one.classes == two.classes
+        and np.array_equal(one.signatures, two.signatures)
+        and np.array_equal(one.labels, two.labels)
+        and np.array_equal(index.widths, other.widths)
+    )
+
+
+def _size(listing: Listing, row: int) -> tuple[int, int]:
+    """Width and height by the header of an image; an error of BROKEN_IMAGE or DataError where it has none."""
+    head = listing.read(row, _HEADER_BYTES)
+    try:
+        return _size_in(head)
+    except BROKEN_IMAGE:
+        if len(head) < _HEADER_BYTES:
+            raise
+        return _size_in(listing.encoded(row))
+
+
+def _size_in(encoded: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
+        return image.size
+
+
+def _packed(name: str, names: Names) -> dict[str, NDArray[Any]]:
+    return {name: _bytes(names.blob), f"{name}_ends": names.ends}
+
+
+def _names(arrays: Any, name: str) -> Names:
+    return Names(arrays[name].tobytes(), arrays[f"{name}_ends"])
+
+
+def _bytes(content: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(content, np.uint8)
