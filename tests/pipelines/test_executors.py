@@ -19,7 +19,6 @@ from fastssl_pipelines import (
     EvaluationSteps,
     Executor,
     ImageFolder,
-    SamplePlan,
     Source,
     TrainingSteps,
     ViewSpec,
@@ -27,7 +26,6 @@ from fastssl_pipelines import (
     build_executor,
 )
 from fastssl_pipelines.executor import _automatic
-
 from tests.pipelines.photos import ENLARGED, NORMALISATION, REDUCED, photo, plan_of
 
 NAMES = ("resident", "torchvision", "dali")

@@ -32,8 +32,19 @@ def test_what_is_put_together_as_it_should_be(content):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff", JPEG[:3], JPEG[:100], JPEG[:600], b"hello" * 99, JPEG[:4] + b"hello" * 99, JPEG[:2] + bytes(99)]
-    + [PNG[:8], PNG[:60], PNG[:-6], PNG[: len(PNG) // 2], PNG[:8] + b"hello" * 99, encoded("GIF"), encoded("BMP")],
+    [
+        *(
+            b"",
+            b"\xff",
+            b"hello" * 99,
+            JPEG[:3],
+            JPEG[:100],
+            JPEG[:600],
+            JPEG[:4] + b"hello" * 99,
+            JPEG[:2] + bytes(99),
+        ),
+        *(PNG[:8], PNG[:60], PNG[:-6], PNG[: len(PNG) // 2], PNG[:8] + b"hello" * 99, encoded("GIF"), encoded("BMP")),
+    ],
 )
 def test_what_is_not(content):
     assert not well_formed(content, 50, 40)
