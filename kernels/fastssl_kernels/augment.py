@@ -87,10 +87,13 @@ def _in_chunks(images: Tensor, numbers: _Numbers, parameters: AugmentParameters,
 def _alike(numbers: _Numbers, count: int) -> tuple[Tensor, list[int]]:
     """An order of the images, int64 [B], and how to cut it, such that a chunk has jitter in the same slots.
 
-    A chunk holds at most `count` images. Those that turn grey are neighbours in it, and so are those that flip.
+    A chunk holds at most `count` images; if these are all, they stay together, because calls cost more than work.
+    Those that turn grey are neighbours, and so are those that flip.
     """
     slots = ((numbers.blends[:, :, 0].flatten(1) != 1) * 2 ** torch.arange(6)).sum(1)
     order = (4 * slots + 2 * numbers.grey + numbers.flip).argsort()
+    if len(order) <= count:
+        return order, [len(order)]
     groups = slots[order].unique_consecutive(return_counts=True)[1].tolist()
     return order, [min(count, group - start) for group in groups for start in range(0, group, count)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,11 @@ class Augmentation:
         )
 
     def _parameters(self, view: ViewPlan) -> AugmentParameters:
-        numbers = {
+        numbers: dict[str, Any] = {
             field.name: torch.from_numpy(getattr(view, field.name)).to(self.device, non_blocking=True)
             for field in fields(AugmentParameters)
             if field.name not in _CONSTANTS
         }
+        if not view.blur_sigma.any():
+            numbers["blur_sigma"] = None  # spares a GPU the launch
         return AugmentParameters(**numbers, mean=self.mean, std=self.std)

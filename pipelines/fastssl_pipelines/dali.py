@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from typing import Any, cast
 
 import numpy as np
@@ -145,18 +146,20 @@ class DaliExecutor(Executor):
     def _crops(self, outputs: Sequence[TensorListCPU | TensorListGPU], plan: BatchPlan) -> tuple[Tensor, ...]:
         if self._on_gpu:
             return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
-        images, boxes = [torch.from_dlpack(image) for image in cast(Iterable[Any], outputs[0])], _boxes(plan)
+        images = [torch.from_dlpack(image).permute(2, 0, 1)[None] for image in cast(Iterable[Any], outputs[0])]
+        boxes = _boxes(plan)
         if self._decode.endswith("-region"):
             region = region_of(boxes)
             boxes = [within(region, box) for box in boxes]
 
-        def work(start: int, stop: int) -> tuple[Tensor, ...]:
-            return tuple(
-                resized_boxes(images[start:stop], box[start:stop], view.size)
-                for box, view in zip(boxes, plan.views, strict=True)
-            )
-
-        return self._by_rows(work, len(images))
+        # the readers have nothing to do just now
+        workers = max(1, self.workers)
+        cuts = [slice(len(images) * part // workers, len(images) * (part + 1) // workers) for part in range(workers)]
+        parts = [images[cut] for cut in cuts]
+        return tuple(
+            torch.cat(list(self._readers.map(resized_boxes, parts, [box[cut] for cut in cuts], repeat(view.size))))
+            for box, view in zip(boxes, plan.views, strict=True)
+        )
 
     def _unreadable_of(self, plan: BatchPlan, error: RuntimeError) -> dict[int, str]:
         """Why images of a batch that failed cannot be read, by number; DALI names none.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
+from itertools import tee
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastssl_pipelines.errors import DataError, UnreadableImages
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import Steps
+from fastssl_pipelines.workers import Crops, views_of
 
 UNREADABLE_AT_MOST = 0.01  # of the images of a source
 
@@ -67,7 +69,6 @@ class Executor(ABC):
         self.notes: list[str] = []
         self.unreadable: dict[int, str] = {}
         self._is_unreadable = np.zeros(len(source), np.bool_)
-        self._threads = ThreadPoolExecutor(max(1, workers), "fastssl-work", _one_torch_thread)
         self._exclude(source.defects)
 
     @abstractmethod
@@ -131,33 +132,31 @@ class Executor(ABC):
             )
 
     def _enter_thread(self) -> None:
-        _one_torch_thread()
+        # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
+        torch.set_num_threads(1)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def _by_rows(self, work: Callable[[int, int], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
-        """`work` on rows [0, count): in one piece on a GPU, in a stretch for each worker on a CPU."""
-        parts = min(self.workers, count) if self.device.type == "cpu" else 1
-        if parts <= 1:
-            return work(0, count)
-        bounds = [count * part // parts for part in range(parts + 1)]
-        done = self._threads.map(work, bounds[:-1], bounds[1:])
-        return tuple(torch.cat(views) for views in zip(*done, strict=True))
+    def _batches_of_processes(self, crops: Crops, steps: Steps, first: int, last: int) -> Generator[Batch]:
+        """The batches of what `crops` gives in worker processes, which for a CPU augment as well."""
+        on_cpu = self.device.type == "cpu"
+        ahead, plans = tee(self._plan(steps, step) for step in range(first, last))
+        loading = views_of(
+            ahead, crops, self.augmentation if on_cpu else None, workers=self.workers, pin_memory=not on_cpu
+        )
+        for step, plan, loaded in zip(range(first, last), plans, loading, strict=False):
+            if isinstance(loaded, dict):
+                self._exclude(loaded)
+                yield self._readable_batch(steps, step)
+            else:
+                yield self._with_views(plan, loaded if on_cpu else self.augmentation(plan, loaded), step)
 
     def _finished(self, plan: BatchPlan, crops: tuple[Tensor, ...], step: int) -> Batch:
-        def views(start: int, stop: int) -> tuple[Tensor, ...]:
-            return self.augmentation(plan.rows(start, stop), tuple(crop[start:stop] for crop in crops))
-
-        return self._with_views(plan, self._by_rows(views, len(plan.ids)), step)
+        return self._with_views(plan, self.augmentation(plan, crops), step)
 
     def _with_views(self, plan: BatchPlan, views: tuple[Tensor, ...], step: int) -> Batch:
         labels, ids = (torch.from_numpy(numbers).to(self.device) for numbers in (plan.labels, plan.ids))
         return Batch(views=views, labels=labels, ids=ids, step=step)
-
-
-def _one_torch_thread() -> None:
-    # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
-    torch.set_num_threads(1)
 
 
 def available_executors() -> dict[str, str | None]:

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.plan import BatchPlan
+from fastssl_pipelines.resize import resized_batch, resized_boxes
 from fastssl_pipelines.sources import Source
+from fastssl_pipelines.steps import Steps
+from fastssl_pipelines.workers import Crops
 
 _DECODE_CHUNK = 64  # a future for every small image would cost more than decoding it
 _THREADED_DECODE_PIXELS = 128 * 128  # for 32 px images the interpreter lock makes four threads half as fast as one
-# float32 pixels in flight: on a GPU 256 MiB, so that large images do not fill it; on a CPU what its cache holds
-_WORKING_SET_VALUES = {"cuda": 2**26, "cpu": 2**17}
+_WORKING_SET_VALUES = 2**26  # float32 pixels in flight, 256 MiB, so that large images do not fill the GPU
+_WORTH_PROCESSES = 100  # batches; a few are made before processes have started
 _SHARE_OF_FREE_MEMORY = 0.5  # for the images; the rest is the encoder's
 
 
 class ResidentExecutor(Executor):
     """For data sets that fit decoded on the device, or else in host memory: n * max height * max width * 3 bytes.
 
-    `notes` says which. From host memory the images of each batch are copied to the device, where all else is done.
+    `notes` says which. From host memory the images of each batch are copied to the device, where all else is done, with
+    torchvision's pixels within one grey level. For a CPU `workers` processes cut, resize and augment, where that is
+    worth starting them, with torchvision's pixels to the bit.
     """
 
     name = "resident"
@@ -33,22 +41,20 @@ class ResidentExecutor(Executor):
     def __init__(self, source: Source, **options: Any) -> None:
         super().__init__(source, **options)
         self._images = self._decoded()
+        self._crops: Crops = (
+            partial(_crops_one_by_one, self._images)
+            if self.device.type == "cpu"
+            else partial(_crops_in_batches, self._images, self.device)
+        )
 
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        ids = torch.from_numpy(plan.ids).to(self._images.device)
-        boxes = [torch.from_numpy(view.boxes).to(self.device) for view in plan.views]
-        at_once = max(1, _WORKING_SET_VALUES[self.device.type] // self._images[0].numel())
+        return self._crops(plan)
 
-        def work(start: int, stop: int) -> tuple[Tensor, ...]:
-            views: list[list[Tensor]] = [[] for _ in plan.views]
-            for first in range(start, stop, at_once):
-                part = slice(first, min(first + at_once, stop))
-                images = self._on_device(ids[part])
-                for crops, box, view in zip(views, boxes, plan.views, strict=True):
-                    crops.append(_resized_boxes(images, box[part], view.size))
-            return tuple(torch.cat(crops) for crops in views)
-
-        return self._by_rows(work, len(plan.ids))
+    def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+        worth_it = self.device.type == "cpu" and self.workers > 1 and last - first >= _WORTH_PROCESSES
+        if worth_it and _fits_in_shared_memory(self._images):
+            return self._batches_of_processes(self._crops, steps, first, last)
+        return super()._batches(steps, first, last)
 
     def _decoded(self) -> Tensor:
         source, count = self.source, len(self.source)
@@ -56,8 +62,12 @@ class ResidentExecutor(Executor):
         place = _place(count * height * width * 3, self.device)
         if self.device.type == "cuda":
             self.notes.append(f"the images are kept decoded in {'GPU' if place == 'cuda' else 'host'} memory")
-        # [n, H, 3, W] needs no transposition between the two matrix products of a resize
-        images = torch.zeros(count, height, 3, width, dtype=torch.uint8)
+        if self.device.type == "cpu":
+            images = interleaved = torch.zeros(count, height, width, 3, dtype=torch.uint8)
+        else:
+            # needs no transposition between the two matrix products of a resize
+            images = torch.zeros(count, height, 3, width, dtype=torch.uint8)
+            interleaved = images.transpose(2, 3)
 
         def decode(start: int) -> dict[int, str]:
             reasons = {}
@@ -67,7 +77,7 @@ class ResidentExecutor(Executor):
                 except DataError as error:
                     reasons[index] = str(error)
                 else:
-                    images[index, : pixels.shape[0], :, : pixels.shape[1]] = pixels.transpose(1, 2)
+                    interleaved[index, : pixels.shape[0], : pixels.shape[1]] = pixels
             return reasons
 
         threads = max(1, self.workers) if height * width >= _THREADED_DECODE_PIXELS else 1
@@ -76,11 +86,38 @@ class ResidentExecutor(Executor):
                 self._exclude(reasons)
         return images.to(self.device) if place == self.device.type else images
 
-    def _on_device(self, ids: Tensor) -> Tensor:
-        images = self._images[ids]
-        if images.device != self.device:
-            images = images.pin_memory().to(self.device, non_blocking=True)
-        return images.float()
+
+def _crops_one_by_one(images: Tensor, plan: BatchPlan) -> tuple[Tensor, ...]:
+    """Crops of `images`, uint8 [n, H, W, 3] on a CPU."""
+    planes = images.permute(0, 3, 1, 2)
+    chosen = [planes[index : index + 1] for index in plan.ids.tolist()]
+    return tuple(resized_boxes(chosen, view.boxes, view.size) for view in plan.views)
+
+
+def _crops_in_batches(images: Tensor, device: torch.device, plan: BatchPlan) -> tuple[Tensor, ...]:
+    """Crops of `images`, uint8 [n, H, 3, W], made on `device`."""
+    ids = torch.from_numpy(plan.ids).to(images.device)
+    boxes = [torch.from_numpy(view.boxes).to(device) for view in plan.views]
+    at_once = max(1, _WORKING_SET_VALUES // images[0].numel())
+    views: list[list[Tensor]] = [[] for _ in plan.views]
+    for start in range(0, len(ids), at_once):
+        part = slice(start, start + at_once)
+        chosen = images[ids[part]]
+        if chosen.device != device:
+            chosen = chosen.pin_memory().to(device, non_blocking=True)
+        chosen = chosen.float()
+        for crops, box, view in zip(views, boxes, plan.views, strict=True):
+            crops.append(resized_batch(chosen, box[part], view.size))
+    return tuple(torch.cat(crops) for crops in views)
+
+
+def _fits_in_shared_memory(images: Tensor) -> bool:
+    """Whether worker processes can have them; many containers have 64 MB for that."""
+    try:
+        room = os.statvfs("/dev/shm")
+    except OSError:  # not Linux
+        return True
+    return images.is_shared() or images.numel() <= 0.5 * room.f_bavail * room.f_frsize
 
 
 def _place(needed_bytes: int, device: torch.device) -> str:
@@ -106,31 +143,3 @@ def _available_host_bytes() -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except OSError:  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _resized_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cuts `boxes` out of float32 [B, H, 3, W] and resizes them with antialiasing: uint8 [B, size, size, 3]."""
-    count, image_height, channels, image_width = images.shape
-    top, left, height, width = boxes.unbind(1)
-    rows = _resize_weights(top, height, image_height, size)
-    columns = _resize_weights(left, width, image_width, size)
-    pixels = torch.bmm(rows, images.view(count, image_height, channels * image_width))
-    pixels = torch.bmm(pixels.view(count, size * channels, image_width), columns.transpose(1, 2))
-    # The conversion truncates; weights sum to 1, so nothing leaves the range.
-    pixels = pixels.add_(0.5).to(torch.uint8).view(count, size, channels, size)
-    return pixels.transpose(2, 3).contiguous()
-
-
-def _resize_weights(start: Tensor, length: Tensor, image_length: int, size: int) -> Tensor:
-    """Weight of every source pixel in every output pixel along one side, [B, size, image_length].
-
-    The antialiased bilinear filter of PIL and torch: a triangle as wide as the scale, at least one pixel to
-    each side, and cut off at the box, as if the box had been cropped first.
-    """
-    start, length = start[:, None, None].float(), length[:, None, None].float()
-    scale = length / size
-    pixel = torch.arange(image_length, device=start.device) - start
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    weights = 1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)
-    weights = weights.clamp_(min=0).masked_fill_((pixel < 0) | (pixel >= length), 0)
-    return weights / weights.sum(2, keepdim=True)

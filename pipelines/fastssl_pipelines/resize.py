@@ -1,22 +1,56 @@
-"""Cutting boxes out of decoded images and resizing them, as torchvision does."""
+"""Cutting boxes out of decoded images and resizing them as torchvision does: one by one on a CPU, or in a batch."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 
-def resized_boxes(images: list[Tensor], boxes: NDArray[np.int32], size: int) -> Tensor:
+def resized_boxes(images: Iterable[Tensor], boxes: NDArray[np.int32], size: int) -> Tensor:
     """One box of each image, resized: uint8 [B, size, size, 3], to the bit what torchvision's resized_crop gives.
 
-    `images`: uint8 [H, W, 3] on a CPU. `boxes`: int32 [B, 4], (top, left, height, width) in pixels. Bilinear with
-    antialiasing.
+    `images`: uint8 [1, 3, H, W] on a CPU, channels_last. `boxes`: int32 [B, 4], (top, left, height, width) in pixels.
+    Bilinear with antialiasing.
     """
-    crops = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
-    for image, crop, (top, left, height, width) in zip(images, crops, boxes.tolist(), strict=True):
-        box = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-        crop.copy_(interpolate(box, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0))
-    return crops
+    # interpolate() ends here, and for a view of 32 pixels takes as long as the work itself
+    resize = torch.ops.aten._upsample_bilinear2d_aa.default
+    crops = [
+        resize(image[:, :, top : top + height, left : left + width], [size, size], False)
+        for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
+    ]
+    return torch.cat(crops).permute(0, 2, 3, 1).contiguous()
+
+
+def resized_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """One box of each image, resized: uint8 [B, size, size, 3], as `resized_boxes` within one grey level.
+
+    `images`: float32 [B, H, 3, W], grey levels. `boxes`: int32 [B, 4] on the same device. Two matrix products.
+    """
+    count, image_height, channels, image_width = images.shape
+    top, left, height, width = boxes.unbind(1)
+    rows = _resize_weights(top, height, image_height, size)
+    columns = _resize_weights(left, width, image_width, size)
+    pixels = torch.bmm(rows, images.view(count, image_height, channels * image_width))
+    pixels = torch.bmm(pixels.view(count, size * channels, image_width), columns.transpose(1, 2))
+    # The conversion truncates; weights sum to 1, so nothing leaves the range.
+    pixels = pixels.add_(0.5).to(torch.uint8).view(count, size, channels, size)
+    return pixels.transpose(2, 3).contiguous()
+
+
+def _resize_weights(start: Tensor, length: Tensor, image_length: int, size: int) -> Tensor:
+    """Weight of every source pixel in every output pixel along one side, [B, size, image_length].
+
+    The antialiased bilinear filter of PIL and torch: a triangle as wide as the scale, at least one pixel to
+    each side, and cut off at the box, as if the box had been cropped first.
+    """
+    start, length = start[:, None, None].float(), length[:, None, None].float()
+    scale = length / size
+    pixel = torch.arange(image_length, device=start.device) - start
+    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    weights = 1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)
+    weights = weights.clamp_(min=0).masked_fill_((pixel < 0) | (pixel >= length), 0)
+    return weights / weights.sum(2, keepdim=True)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Generator
-from itertools import tee
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resized_crop
 
-from fastssl_pipelines.augmentation import Augmentation
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError, UnreadableImages
 from fastssl_pipelines.executor import Executor
@@ -32,38 +29,7 @@ class TorchvisionExecutor(Executor):
         return _crops(self.source, plan)
 
     def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
-        ahead, plans = tee(self._plan(steps, step) for step in range(first, last))
-        on_cpu = self.device.type == "cpu"
-        loader = DataLoader(
-            _Loaded(self.source, self.augmentation if on_cpu else None),
-            batch_size=None,
-            sampler=ahead,
-            num_workers=self.workers,
-            pin_memory=not on_cpu,
-            multiprocessing_context=_worker_context() if self.workers else None,
-        )
-        for step, plan, loaded in zip(range(first, last), plans, loader, strict=False):
-            if isinstance(loaded, dict):
-                self._exclude(loaded)
-                yield self._readable_batch(steps, step)
-            else:
-                views = tuple(loaded)
-                yield self._with_views(plan, views if on_cpu else self.augmentation(plan, views), step)
-
-
-class _Loaded(Dataset):
-    """Indexed by a BatchPlan, so that one item is the views or crops of a whole batch, or why images are unreadable."""
-
-    def __init__(self, source: Source, augmentation: Augmentation | None) -> None:
-        self._source, self._augmentation = source, augmentation
-
-    def __getitem__(self, plan: BatchPlan) -> tuple[Tensor, ...] | dict[int, str]:
-        # an error raised in a worker reaches the user wrapped in a traceback instead of as one sentence
-        try:
-            crops = _crops(self._source, plan)
-        except UnreadableImages as error:
-            return error.reasons
-        return self._augmentation(plan, crops) if self._augmentation else crops
+        return self._batches_of_processes(partial(_crops, self.source), steps, first, last)
 
 
 def _crops(source: Source, plan: BatchPlan) -> tuple[Tensor, ...]:
@@ -82,11 +48,3 @@ def _crops(source: Source, plan: BatchPlan) -> tuple[Tensor, ...]:
     if reasons:
         raise UnreadableImages(reasons)
     return views
-
-
-def _worker_context() -> multiprocessing.context.BaseContext:
-    # fork would copy the locks of running threads (the stream's, OpenMP's, CUDA's); spawn would import torch
-    # in every worker; the fork server imports it once, in a process without threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context

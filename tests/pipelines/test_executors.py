@@ -26,6 +26,7 @@ from fastssl_pipelines import (
     build_executor,
 )
 from fastssl_pipelines.executor import _automatic
+from fastssl_pipelines.resident import _crops_in_batches
 from tests.pipelines.photos import ENLARGED, NORMALISATION, REDUCED, photo, plan_of
 
 NAMES = ("resident", "torchvision", "dali")
@@ -62,17 +63,15 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["resident", "dali"])
 @pytest.mark.parametrize("kind", ["folder", "small"])
 @pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, centre=0.875)])
-def test_pixels_are_those_of_torchvision_within_one_level(request, name, kind, view):
+def test_pixels_are_those_of_torchvision(request, name, kind, view):
     source = request.getfixturevalue(kind)
     batch = plan_of(source, view).batch(0, 0, len(source))
     (crops,), (expected,) = build(name, source).crops(batch), build("torchvision", source).crops(batch)
     assert crops.dtype == torch.uint8
     assert crops.shape == expected.shape == (len(source), view.size, view.size, 3)
     levels = difference(crops, expected)
-    # on a CPU, dali decodes like PIL and resizes with torchvision's function
-    most, mean = (0, 0) if name == "dali" else (1, 0.25)
-    assert levels.max() <= most
-    assert levels.float().mean() <= mean
+    # on a CPU, all resize with torchvision's function, and dali decodes like PIL
+    assert levels.max() == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,12 +100,21 @@ def test_every_kind_of_file_is_decoded_alike(name, tmp_path):
     assert torch.equal(crops, expected)
 
 
-def test_the_resident_images_are_processed_in_parts(monkeypatch, folder):
-    batch = plan_of(folder).batch(0, 0, 24)
-    whole = build("resident", folder).crops(batch)
-    monkeypatch.setattr("fastssl_pipelines.resident._WORKING_SET_VALUES", {"cpu": 5 * 221 * 150 * 3})
-    for crops, expected in zip(build("resident", folder).crops(batch), whole, strict=True):
-        assert torch.equal(crops, expected)
+@pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, centre=0.875)])
+def test_the_batched_resize_of_a_gpu_is_torchvisions_within_one_level(monkeypatch, folder, view):
+    batch = plan_of(folder, view).batch(0, 0, 24)
+    (expected,) = build("torchvision", folder).crops(batch)
+    images = torch.zeros(24, folder.heights.max(), 3, folder.widths.max(), dtype=torch.uint8)
+    for index in range(24):
+        pixels = torch.from_numpy(folder.pixels(index))
+        images[index, : pixels.shape[0], :, : pixels.shape[1]] = pixels.transpose(1, 2)
+    (whole,) = _crops_in_batches(images, torch.device("cpu"), batch)
+    levels = difference(whole, expected)
+    assert levels.max() <= 1
+    assert levels.float().mean() < 0.25
+    monkeypatch.setattr("fastssl_pipelines.resident._WORKING_SET_VALUES", 5 * images[0].numel())
+    (in_parts,) = _crops_in_batches(images, torch.device("cpu"), batch)
+    assert torch.equal(in_parts, whole)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,13 +227,17 @@ def test_a_truncated_file_is_named_when_the_resident_executor_starts(broken):
         build("resident", broken)
 
 
-def test_a_worker_process_gives_the_same_batches_and_the_same_error(small, broken):
+@pytest.mark.parametrize("name", ["torchvision", "resident"])
+def test_worker_processes_give_the_same_batches(monkeypatch, name, small):
+    monkeypatch.setattr("fastssl_pipelines.resident._WORTH_PROCESSES", 3)
     steps = TrainingSteps(plan_of(small), batch_size=16)
-    in_process = list(build("torchvision", small).stream(steps, 1, 4))
-    for one, other in zip(in_process, build("torchvision", small, workers=1).stream(steps, 1, 4), strict=True):
+    in_process = list(build(name, small).stream(steps, 1, 4))
+    for one, other in zip(in_process, build(name, small, workers=2).stream(steps, 1, 4), strict=True):
         assert (one.step, one.ids.tolist()) == (other.step, other.ids.tolist())
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
 
+
+def test_a_worker_process_gives_the_same_error(broken):
     steps = EvaluationSteps(plan_of(broken, shuffle=False), batch_size=4)
     with pytest.raises(DataError, match=r"11\.jpg cannot be read") as raised:
         list(build("torchvision", broken, workers=1).stream(steps, 0, len(steps)))

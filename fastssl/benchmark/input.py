@@ -1,0 +1,206 @@
+"""`fastssl bench input`: images/s of every input pipeline beside the recipes that others use, on the same files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastssl.benchmark import machine, rates
+from fastssl.benchmark.candidates import Candidate, Result, candidates
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+from fastssl.observe.progress import PatientBar
+from fastssl.presets import load
+from fastssl.train.data import split_roots
+from fastssl.train.step import choose_device, choose_dtype
+from fastssl_pipelines.executor import available_executors
+from fastssl_pipelines.index import cache_folder
+from fastssl_pipelines.opening import open_source
+from fastssl_pipelines.photographs import write_photographs
+from fastssl_pipelines.sources import Source, Subset
+
+IMAGES_AT_MOST = 50_000  # of a large data set, so that what is measured can stay in memory
+SEED = 0
+
+Pipeline = Literal["dali", "torchvision", "resident"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measures images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators."""
+
+    preset: Annotated[str, tyro.conf.Positional] = "mocov2-imagenet"
+    """whose views and normalisation are taken"""
+    root: Path | None = None
+    """images, as --data.root of a run; without it, generated photographs of ImageNet's sizes"""
+    images: int = 512
+    """photographs to generate, where there is no --root; they are kept for the next time"""
+    workers: int = 2
+    """threads or processes of every candidate"""
+    batch_size: int = 64
+    """images a batch"""
+    seconds: float = 5.0
+    """length of each measurement"""
+    repeats: int = 3
+    """rounds, in each of which all candidates take turns"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the views are wanted"""
+    pipelines: tuple[Pipeline, ...] = ()
+    """input pipelines to measure; by default all that work here"""
+    json: Path | None = None
+    """file to write all numbers to"""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "workers", "batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} {getattr(self, name)} was given; it must be at least 1")
+        if self.seconds <= 0:
+            raise ConfigError(f"--seconds {self.seconds} was given; it must be above 0")
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            raise ConfigError(f"--json {self.json} was given; it must be the name of a file in an existing folder")
+
+
+def run(options: Options) -> int:
+    """Measure, print the table and write the JSON; ConfigError or DataError for options that cannot be met."""
+    config = _configuration(options)
+    pipelines = _pipelines(options.pipelines)
+    device = choose_device(config.train)
+    dtype = choose_dtype(config.train, device) if device.type == "cuda" else torch.float32
+    facts = machine.facts(device)  # before this command makes the machine busy
+    root = options.root or photographs(options.images)
+    with PatientBar() as progress:
+        source = _readable(open_source(split_roots(root)[0], progress=progress))
+    if options.batch_size > len(source):
+        raise ConfigError(
+            f"--batch-size {options.batch_size} was given; it must be at most the {len(source)} images of {source.name}"
+        )
+    facts = {
+        **facts,
+        "settings": {**asdict(options), "device": device.type, "dtype": str(dtype).removeprefix("torch.")},
+        "views": [asdict(view) for view in config.views],
+        "images": {"source": source.name, "count": len(source), "mean_bytes": _read_all(source)},
+        "plan_ms": {"views": rates.PLANNED_VIEWS, "median": rates.plan_ms(config, source)},
+    }
+    chosen = list(candidates(config, source, root, device, dtype, pipelines))
+    results = _measured(chosen, repeats=options.repeats, seconds=options.seconds)
+    show(facts, results)
+    if options.json is not None:
+        _write(options.json, {**facts, "results": [asdict(result) for result in results]})
+        print(options.json)
+    return 0
+
+
+def photographs(count: int) -> Path:
+    """A folder with `count` generated photographs, which is kept in the cache folder."""
+    folder = cache_folder() / f"photographs-{count}-seed-{SEED}"
+    if not folder.is_dir():
+        print(f"drawing {count} photographs into {folder}", file=sys.stderr)
+        partial_folder = folder.with_suffix(".partial")
+        write_photographs(partial_folder, count, seed=SEED, workers=torch.get_num_threads())
+        partial_folder.rename(folder)
+    return folder
+
+
+def show(facts: dict[str, Any], results: list[Result]) -> None:
+    """The table, and below it how it was measured and the notes."""
+    console, settings, images, plan = Console(), facts["settings"], facts["images"], facts["plan_ms"]
+    console.width = max(console.width, 120)  # eighty columns would cut numbers
+    sizes = ", ".join(f"{view['size']} px" for view in facts["views"])
+    table = Table(title=f"{settings['preset']}: views of {sizes}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for title in ("images/s", "p20 p80", "to Pillow", "augment off", "decode", "resize", "augment", "start s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(result.name, *_cells(result, results[0]))
+    console.print(table)
+    lines = [
+        f"{images['count']} images of {images['source']}, {images['mean_bytes'] / 1e3:.1f} KB each, read before",
+        f"{facts['device']} ({settings['dtype']}); {facts['cores']} cores, load {facts['load_average']:.2f} before;"
+        f" {settings['workers']} workers, batches of {settings['batch_size']}; medians of {settings['repeats']} rounds",
+        "images/s count an image with all its views; decode, resize and augment are shares of a batch made in one"
+        " piece, on a CPU by one thread",
+        f"the plan of {plan['views']} views takes {plan['median']:.2f} ms",
+        *(f"{result.name}: {note}" for result in results for note in result.notes),
+    ]
+    for line in lines:
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
+
+
+def _cells(result: Result, baseline: Result) -> list[str]:
+    """Empty where nothing was measured."""
+    if not result.images_per_s:
+        return []
+    low, middle, high = np.quantile(result.images_per_s, (0.2, 0.5, 0.8))
+    # round by round, as a busy machine slows a whole round
+    ratio = median(ours / theirs for ours, theirs in zip(result.images_per_s, baseline.images_per_s, strict=True))
+    start = f"{median(result.start_s):.1f}"
+    if not result.stages_ms:
+        return [f"{middle:.0f}", f"{low:.0f} {high:.0f}", f"{ratio:.2f}", "", "", "", "", start]
+    decode, crops, batch = (median(result.stages_ms[stage]) for stage in rates.STAGES)
+    shares = (f"{part / batch:.0%}" for part in (decode, crops - decode, batch - crops))
+    off = f"{median(result.augment_off_images_per_s):.0f}"
+    return [f"{middle:.0f}", f"{low:.0f} {high:.0f}", f"{ratio:.2f}", off, *shares, start]
+
+
+def _pipelines(names: Sequence[str]) -> Sequence[str]:
+    missing = available_executors()
+    for name in names:
+        if missing[name]:
+            raise ConfigError(f"--pipelines {name} was given; it does not work here: {missing[name]}")
+    return names or [name for name, reason in missing.items() if reason is None]
+
+
+def _configuration(options: Options) -> Config:
+    preset = load(options.preset)
+    return replace(
+        preset,
+        seed=SEED,
+        data=replace(preset.data, workers=options.workers, label_fraction=1.0),
+        model=replace(preset.model, norm="local"),  # any batch size will do
+        train=replace(preset.train, batch_size=options.batch_size, device=options.device),
+        odd_views=(),
+    )
+
+
+def _readable(source: Source) -> Source:
+    """Without images that are known to be broken, and at most IMAGES_AT_MOST, spread over the source."""
+    rows = np.setdiff1d(np.arange(len(source)), list(source.defects))
+    kept = np.linspace(0, len(rows) - 1, min(len(rows), IMAGES_AT_MOST)).astype(np.int64)
+    return source if len(kept) == len(source) else Subset(source, rows[kept])
+
+
+def _read_all(source: Source) -> float:
+    """Mean bytes of a file; afterwards all are in the page cache."""
+    return float(np.mean([len(source.encoded(index)) for index in range(len(source))]))
+
+
+def _measured(chosen: Sequence[Candidate], *, repeats: int, seconds: float) -> list[Result]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the threads of a stream
+    try:
+        for turn in range(1, repeats + 1):
+            for candidate in chosen:
+                print(f"round {turn} of {repeats}: {candidate.result.name}", file=sys.stderr)
+                candidate.measure(seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return [candidate.result for candidate in chosen]
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--json {path} could not be written ({error.strerror}); give another file") from None
