@@ -77,7 +77,7 @@ def run(options: Options) -> int:
     config = _configuration(options)
     pipelines = _pipelines(options.pipelines)
     device = choose_device(config.train)
-    dtype = choose_dtype(config.train, device) if device.type == "cuda" else torch.float32
+    dtype = choose_dtype(config.train, device)
     facts = machine.facts(device)  # before this command makes the machine busy
     root = options.root or photographs(options.images)
     with PatientBar() as progress:
@@ -127,7 +127,8 @@ def show(facts: dict[str, Any], results: list[Result]) -> None:
     console.print(table)
     lines = [
         f"{images['count']} images of {images['source']}, {images['mean_bytes'] / 1e3:.1f} KB each, read before",
-        f"{facts['device']} ({settings['dtype']}); {facts['cores']} cores, load {facts['load_average']:.2f} before;"
+        f"{facts['device']}, views of fastssl in {settings['dtype']}, as training takes them here;"
+        f" {facts['cores']} cores, load {facts['load_average']:.2f} before;"
         f" {settings['workers']} workers, batches of {settings['batch_size']}; medians of {settings['repeats']} rounds",
         "images/s count an image with all its views; decode, resize and augment are shares of a batch made in one"
         " piece, on a CPU by one thread",
