@@ -231,8 +231,9 @@ def test_a_truncated_file_is_named_when_the_resident_executor_starts(broken):
 def test_worker_processes_give_the_same_batches(monkeypatch, name, small):
     monkeypatch.setattr("fastssl_pipelines.resident._WORTH_PROCESSES", 3)
     steps = TrainingSteps(plan_of(small), batch_size=16)
-    in_process = list(build(name, small).stream(steps, 1, 4))
-    for one, other in zip(in_process, build(name, small, workers=2).stream(steps, 1, 4), strict=True):
+    in_process = list(build(name, small).stream(steps, 1, 15))
+    # all are kept, so that memory that is used again would show
+    for one, other in zip(in_process, list(build(name, small, workers=2).stream(steps, 1, 15)), strict=True):
         assert (one.step, one.ids.tolist()) == (other.step, other.ids.tolist())
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
 
