@@ -91,7 +91,7 @@ class Ours:
         result.start_s.append(built_s + first_s)
         result.images_per_s.append(images_per_s)
         augmentation = executor.augmentation
-        executor.augmentation = rates.NoAugmentation(**asdict(augmentation))
+        executor.augmentation = rates.NoAugmentation(**(asdict(augmentation) | {"dtype": torch.uint8}))
         result.augment_off_images_per_s.append(rates.rate(batches, group=group, seconds=seconds)[1])
         executor.augmentation = augmentation
         # on a CPU in one thread, as only DALI has several for some of the stages

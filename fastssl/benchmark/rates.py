@@ -79,10 +79,10 @@ def _decoding_alone(plan: BatchPlan) -> BatchPlan:
 
 
 class NoAugmentation(Augmentation):
-    """Hands the crops over as they are, on the device."""
+    """Hands the crops over as they are, on the device; its dtype is theirs."""
 
     def __call__(self, plan: BatchPlan, crops: Views) -> Views:
-        return tuple(crop.to(self.device, non_blocking=True) for crop in crops)
+        return tuple(crop.to(self.device, non_blocking=True).permute(0, 3, 1, 2) for crop in crops)
 
 
 def plan_ms(config: Config, source: Source) -> float:

@@ -42,8 +42,8 @@ def views_of(
     first = next(plans, None)
     if first is None:
         return
-    # With new shared memory for each batch, as a DataLoader has it, streams were seen to be 5 to 25 % slower: the kernel
-    # clears its pages. One more slot than batches are under way: the one that is being copied.
+    # With new shared memory for each batch, as a DataLoader has it, streams were seen to be 5 to 25 % slower: its pages
+    # have to be cleared. One more slot than batches are under way: the one that is being copied.
     slots = [_empty_views(first, augmentation) for _ in range(_BATCHES_EACH * workers + 1)]
     loader = DataLoader(
         _IntoSlots(load, slots),

@@ -21,6 +21,7 @@ from fastssl.benchmark.recipes import dali_batches, pil_batches, pil_transform
 from fastssl.cli import main
 from fastssl.presets import load
 from fastssl.train.data import split_roots
+from fastssl.train.step import choose_dtype
 from fastssl.train.trainer import training_steps
 from fastssl_pipelines.executor import available_executors, build_executor
 from fastssl_pipelines.opening import open_source
@@ -68,7 +69,8 @@ def test_all_candidates_are_measured_and_written(root, tmp_path, capsys):
         assert all(0 < rate < math.inf for rate in rates_of)
         assert set(result["stages_ms"]) == (set(rates.STAGES) if ours else set())
     assert written["images"]["count"] == 16
-    assert written["settings"] | {"batch_size": 4, "device": "cpu", "dtype": "float32"} == written["settings"]
+    dtype = str(choose_dtype(load("mocov2-cifar10").train, CPU)).removeprefix("torch.")  # what training would take
+    assert written["settings"] | {"batch_size": 4, "device": "cpu", "dtype": dtype} == written["settings"]
     assert written["plan_ms"]["median"] > 0
     assert str(path) in table
 

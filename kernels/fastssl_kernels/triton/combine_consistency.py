@@ -90,7 +90,7 @@ def combine_moments_kernel(
 def combine_gradients_kernel(
     query,  # [rows, features] contiguous, as is key
     key,
-    parts,  # [splits, rows, features], as moment_gradient_kernel writes them
+    partial,  # [splits, rows, features], as moment_gradient_kernel writes them
     pair,  # [rows]; not read unless POSITIVE
     loss,  # [rows], corrected in place
     gradient,  # [rows, features]
@@ -110,7 +110,7 @@ def combine_gradients_kernel(
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)[:, None]
         at = (tl.cast(split, tl.int64) * rows + row) * features + column
-        value += tl.sum(tl.load(parts + at, mask=(split < splits) & (column < features), other=0.0), 0)
+        value += tl.sum(tl.load(partial + at, mask=(split < splits) & (column < features), other=0.0), 0)
     # To first order, the loss of the query itself and not of its rounding.
     q = load_row(query, row, features, FEATURES)
     rounded = round_to(q * scale, DTYPE).to(tl.float32) * inverse_scale
