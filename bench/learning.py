@@ -22,7 +22,7 @@ from fastssl.methods.moco import MoCoV1Config
 from fastssl.methods.momentum import MomentumConfig
 from fastssl.observe.log import MetricsLog
 from fastssl.presets import load
-from fastssl.train.step import choose_device
+from fastssl.train.device import choose_device
 
 from . import report
 

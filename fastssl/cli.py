@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from typing import TypeVar
 import tyro
 
 from fastssl import __version__
-from fastssl.config import Config, RunConfig, from_json, to_json
+from fastssl.config import Config, RunConfig, from_json
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl.methods import METHODS
 from fastssl.presets import load
@@ -34,6 +33,8 @@ usage: fastssl COMMAND [...]
   pretrain --config FILE [...]                    the same from the config.json of an earlier run
   resume RUN                                      go on with a stopped run
   eval knn|linear RUN [...]                       accuracy of the frozen encoder, by neighbours or a linear classifier
+  plot RUN [RUN ...] [--out DIR]                  loss, accuracies, images/s and shares of time as PNG files
+  report RUN                                      the same and the configuration as one HTML file, RUN/report.html
   data check DIR [--quarantine LIST]              find files that training cannot use before a long run does
   preview [PRESET] [--section.field VALUE ...]    a PNG of the views that training will see, with their numbers
   bench input [PRESET] [...]                      images/s of the input pipelines beside what others use
@@ -52,11 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except (ConfigError, DataError) as error:
-        print(f"fastssl: {error}", file=sys.stderr)
+        _tell(error)
         return EXIT_BAD_INPUT
     except TrainingError as error:
-        print(f"fastssl: {error}", file=sys.stderr)
+        _tell(error)
         return EXIT_FAILED
+
+
+def _tell(error: Exception) -> None:
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"fastssl{rank}: {error}", file=sys.stderr)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -64,6 +70,8 @@ def _dispatch(arguments: list[str]) -> int:
         "pretrain": pretrain,
         "resume": resume,
         "eval": evaluate,
+        "plot": plot,
+        "report": report,
         "data": data,
         "preview": preview,
         "bench": bench,
@@ -90,13 +98,7 @@ def pretrain(arguments: list[str]) -> int:
     # resume may be called from another folder
     config = replace(config, data=config.data.absolute())
     folder = config.run.dir or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    if (folder / "config.json").exists():
-        raise _taken(folder)
     return _train(config, folder, new=True)
-
-
-def _taken(folder: Path) -> ConfigError:
-    return ConfigError(f"{folder} already holds a run; continue it with `fastssl resume {folder}` or change --run.dir")
 
 
 def parse(arguments: list[str]) -> Config:
@@ -163,28 +165,22 @@ def resume(arguments: list[str]) -> int:
 
 
 def _train(config: Config, folder: Path, *, new: bool) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "torchrun started several processes, and training on more than one device is not built yet; start one"
-        )
     # imported here so that the other commands do not wait for it
-    from fastssl.doctor import environment
+    from fastssl.train.device import choose_device
+    from fastssl.train.distributed import from_first_rank, joined_ranks, rank
+    from fastssl.train.folder import claimed, prepare, taken
     from fastssl.train.trainer import Trainer
 
-    trainer = Trainer(config, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be made ({error.strerror}); change --run.dir") from None
-    if new:
-        try:
-            # Two runs that start within a second have the same default folder.
-            with (folder / "config.json").open("x", encoding="utf-8") as file:
-                file.write(to_json(config))
-        except FileExistsError:
-            raise _taken(folder) from None
-        (folder / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-    return trainer.train()
+    with joined_ranks(choose_device(config.train), timeout_s=config.train.timeout_s):
+        folder = Path(from_first_rank(lambda: str(folder)))  # its name has the time in it
+        if new and (folder / "config.json").exists():
+            raise taken(folder)
+        trainer = Trainer(config, folder)
+        if rank() > 0:
+            return trainer.train()
+        prepare(folder, config, new=new)
+        with claimed(folder):
+            return trainer.train()
 
 
 def _text(path: Path) -> str:
@@ -204,6 +200,20 @@ def evaluate(arguments: list[str]) -> int:
     if protocol == "linear":
         return eval_linear(_options(LinearOptions(), rest, "fastssl eval linear"))
     raise unknown_name("evaluation", protocol, ["knn", "linear"])
+
+
+def plot(arguments: list[str]) -> int:
+    """`fastssl plot RUN [RUN ...] [--out DIR]`."""
+    from fastssl.observe.plot import Options, run
+
+    return run(_options(Options(), arguments, "fastssl plot"))
+
+
+def report(arguments: list[str]) -> int:
+    """`fastssl report RUN`."""
+    from fastssl.observe.report import Options, run
+
+    return run(_options(Options(), arguments, "fastssl report"))
 
 
 def data(arguments: list[str]) -> int:

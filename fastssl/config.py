@@ -26,6 +26,8 @@ def _require(holds: bool, option: str, given: object, allowed: str) -> None:
 class RunConfig:
     dir: Path | None = None
     """Run folder; by default runs/<preset>-<date>."""
+    tensorboard: bool = False
+    """Write the numbers of metrics.jsonl for TensorBoard, too, into its folder `tensorboard`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +102,11 @@ class ModelConfig:
     """Multiplies the channels of every stage of a ResNet."""
     stem: Literal["imagenet", "small", "small-pool"] = "imagenet"
     """First layer: 7x7 stride 2 and max-pool, or 3x3 stride 1 without or with max-pool."""
-    norm: Literal["local", "split"] = "split"
-    """Batch norm over the whole batch, or over `splits` groups of it."""
+    norm: Literal["local", "split", "sync", "group", "apex-group"] = "split"
+    """Batch norm over a device's part of the batch, over `splits` groups of the batch, or over all devices; or group
+    norm, torch's or that of NVIDIA apex."""
     splits: int = 8
-    """Groups of split batch norm: 8 on one device stands for 8 devices."""
+    """Groups of split batch norm, on all devices together: 8 on one device stands for 8 devices."""
 
     def __post_init__(self) -> None:
         _require(self.width > 0, "--model.width", self.width, "above 0")
@@ -112,18 +115,25 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    optimizer: Literal["sgd", "lars"] = "sgd"
-    """SGD with momentum, or LARS: the same with a rate for each parameter tensor, for large batches."""
+    optimizer: Literal["sgd", "lars", "adamw", "lamb", "novograd"] = "sgd"
+    """SGD with momentum; LARS, the same with a rate for each parameter tensor, for large batches; AdamW; LAMB and
+    NovoGrad, which only apex has."""
+    impl: Literal["torch", "apex"] = "torch"
+    """Whose optimiser: torch's fused ones (LARS: ours), or those of NVIDIA apex, where it is installed."""
     lr: float = 0.03
     """Learning rate after the warm-up, for the batch size as given (it is not rescaled)."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """Momentum of SGD and LARS."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the means of the gradient and of its square in AdamW, LAMB and NovoGrad."""
     weight_decay: float = 1e-4
     """Weight decay, on all parameters as in the official MoCo code."""
     decay_norm_and_bias: bool = True
     """Let the weight decay act on batch norm and biases too."""
     trust: float = 0.001
     """Size of a LARS step in units of the parameter's norm, at learning rate 1."""
+    clip_norm: float | None = None
+    """Norm to which a longer gradient is shortened; by default none is."""
     schedule: Literal["cosine", "cosine-epoch", "step"] = "cosine"
     """Cosine every step, cosine every epoch (official MoCo), or times 0.1 at each milestone."""
     final_lr: float = 0.0
@@ -140,9 +150,19 @@ class OptimConfig:
         _require(0 <= self.momentum < 1, "--optim.momentum", self.momentum, "in [0, 1)")
         _require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
         _require(self.trust > 0, "--optim.trust", self.trust, "above 0")
+        _require(all(0 <= beta < 1 for beta in self.betas), "--optim.betas", self.betas, "in [0, 1)")
+        _require(self.clip_norm is None or self.clip_norm > 0, "--optim.clip-norm", self.clip_norm, "above 0")
         _require(self.warmup_epochs >= 0, "--optim.warmup-epochs", self.warmup_epochs, "at least 0")
         for option, value in (("--optim.final-lr", self.final_lr), ("--optim.warmup-lr", self.warmup_lr)):
             _require(0 <= value <= self.lr, option, value, f"in [0, {self.lr}], as --optim.lr is {self.lr}")
+        if self.impl == "apex" and self.optimizer == "lars":
+            raise ConfigError(
+                "--optim.impl apex was given with --optim.optimizer lars, which is our own: drop one of them"
+            )
+        if self.impl == "torch" and self.optimizer in ("lamb", "novograd"):
+            raise ConfigError(
+                f"--optim.optimizer {self.optimizer} was given; NVIDIA apex has it: add --optim.impl apex"
+            )
         cosine = self.schedule != "step"
         _require(cosine or self.final_lr == 0, "--optim.final-lr", self.final_lr, "0 with --optim.schedule step")
 
@@ -154,31 +174,50 @@ class TrainConfig:
     steps: int | None = None
     """Steps in all; overrides epochs."""
     batch_size: int = 256
-    """Images a step."""
+    """Images a step, on all devices together."""
+    accumulate: int = 1
+    """Parts into which each device cuts its share of a step, one after the other, to save memory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 autocast or fp32; auto is bf16 where the device computes in it."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """bf16 autocast; fp16 autocast with a scaled loss; fp32, on a GPU with exact or with TF32 products. auto is bf16
+    where the device computes in it, else fp16 on a GPU that is fast in it, else fp32."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits at every run, on a GPU slower ones; a CPU needs no option."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the method; auto is on for CUDA and off on a CPU, where it was seen to be slower."""
+    cuda_graph: bool = False
+    """Capture forward and backward as one CUDA graph, which saves launches; one GPU alone."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """When loss or gradient is not finite: stop, or go back to the last checkpoint and leave that step out."""
     log_every: int = 20
     """Steps between two progress lines."""
     checkpoint_every: int = 200
-    """Steps between two checkpoints; one is written at the end and when stopped, too."""
+    """Steps between two checkpoints; one is written at the start, at the end and when stopped, too."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Steps between checkpoints that are kept for good, a multiple of checkpoint_every."""
+    timeout_s: float = 600.0
+    """Seconds that the other devices wait for one that does not answer, before they end with an error."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        counts = ("epochs", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints")
+        for name in (*counts, "keep_every"):
             value = getattr(self, name)
             option = "--train." + name.replace("_", "-")
             _require(value is None or value >= 1, option, value, "at least 1")
+        every = self.checkpoint_every
+        whole = self.keep_every is None or self.keep_every % every == 0
+        _require(whole, "--train.keep-every", self.keep_every, f"a multiple of --train.checkpoint-every {every}")
+        _require(self.timeout_s > 0, "--train.timeout-s", self.timeout_s, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every_epochs: int = 10
-    """Epochs between two kNN evaluations; there is one before and one after training as well."""
+    every_epochs: int = 40
+    """Epochs between two kNN evaluations, each of which costs about a quarter of an epoch; there is one before and one
+    after training as well."""
     k: int = 200
     """Neighbours that vote."""
     temperature: float = 0.1
@@ -219,6 +258,11 @@ class Config:
                 f"--train.batch-size {batch} was given with --model.splits {splits}; split batch norm needs a batch "
                 f"that is a multiple of {multiple} for {self.method.name}: change one of them or take "
                 "--model.norm local"
+            )
+        if self.train.accumulate > 1 and self.method.whole_batch:
+            raise ConfigError(
+                f"--train.accumulate {self.train.accumulate} was given with {self.method.name}, whose loss needs all "
+                "images of a step at once; it must be 1"
             )
         METHODS[self.method.name].check_views(self.views)
         if self.odd_views and [view.size for view in self.odd_views] != [view.size for view in self.views]:

@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastssl.train.step import has_fast_bf16
+from fastssl.apex import why_not_apex
+from fastssl.train.device import has_fast_bf16
 from fastssl_kernels import available_backends
 from fastssl_pipelines.executor import available_executors
 
@@ -63,4 +64,5 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
         sections.append((f"loss backends on {device}", rows))
     rows = [(name, reason or "works") for name, reason in available_executors().items()]
     sections.append(("input pipelines", rows))
+    sections.append(("not needed", [("NVIDIA apex", why_not_apex() or "works")]))
     return sections

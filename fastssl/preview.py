@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.config import Config, DataConfig
 from fastssl.errors import ConfigError
+from fastssl.train.build import training_steps
 from fastssl.train.data import open_splits
+from fastssl.train.device import choose_device
 from fastssl.train.input import input_executor
-from fastssl.train.step import choose_device
-from fastssl.train.trainer import training_steps
 from fastssl_pipelines.errors import UnreadableImages
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.plan import BatchPlan, ViewPlan

@@ -17,9 +17,9 @@ import torch
 from fastssl.benchmark import rates
 from fastssl.benchmark.recipes import Views, dali_batches, pil_batches
 from fastssl.config import Config, DataConfig
+from fastssl.train.build import training_steps
 from fastssl.train.data import split_roots
 from fastssl.train.input import input_executor
-from fastssl.train.trainer import training_steps
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.sources import Source

@@ -23,7 +23,7 @@ from fastssl.errors import ConfigError
 from fastssl.observe.progress import PatientBar
 from fastssl.presets import load
 from fastssl.train.data import split_roots
-from fastssl.train.step import choose_device, choose_dtype
+from fastssl.train.device import choose_device, choose_dtype
 from fastssl_pipelines.executor import available_executors
 from fastssl_pipelines.index import cache_folder
 from fastssl_pipelines.opening import open_source

@@ -20,10 +20,10 @@ from fastssl.evaluate.frozen import train_on_crops
 from fastssl.evaluate.knn import knn_of_encoder
 from fastssl.evaluate.linear import RATES, Classifiers, Recipe, Schedule, train_probe
 from fastssl.train import checkpoint
+from fastssl.train.build import build_method
 from fastssl.train.data import open_splits
+from fastssl.train.device import choose_device, choose_dtype
 from fastssl.train.input import input_executor
-from fastssl.train.step import choose_device, choose_dtype
-from fastssl.train.trainer import build_method
 from fastssl_pipelines.executor import Executor
 
 MOCO_RATE = 30.0

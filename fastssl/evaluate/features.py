@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastssl.train.distributed import gather_uneven_rows, rank, world_size
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.plan import SamplePlan
 from fastssl_pipelines.sources import Source
@@ -48,7 +49,8 @@ def encode(encoder: nn.Module, images: Tensor, *, dtype: torch.dtype) -> Tensor:
 def extract_features(encoder: nn.Module, executor: Executor, view: ViewSpec, *, dtype: torch.dtype) -> Features:
     """The features of all labelled images of an executor, with batch norm in eval mode; ValueError if there are none.
 
-    Only a `view` with a centre gives the same features every time, whatever the seed of a run.
+    Each rank computes a part, and all get all, in the order of the images. Only a `view` with a centre gives the same
+    features every time, whatever the seed of a run.
     """
     steps = EvaluationSteps(evaluation_plan(executor.source, view), batch_size=BATCH_SIZE)
     if not len(steps):
@@ -56,9 +58,14 @@ def extract_features(encoder: nn.Module, executor: Executor, view: ViewSpec, *, 
     was_training = encoder.training
     encoder.eval()
     rows, labels = [], []
-    for batch in executor.stream(steps, 0, len(steps)):
+    shared = len(steps) >= world_size()  # else each rank computes the few there are
+    first, last = (
+        (len(steps) * number // world_size() for number in (rank(), rank() + 1)) if shared else (0, len(steps))
+    )
+    for batch in executor.stream(steps, first, last):
         known = batch.labels >= 0
         rows.append(encode(encoder, batch.views[0], dtype=dtype)[known])
         labels.append(batch.labels[known])
     encoder.train(was_training)
-    return Features(torch.cat(rows), torch.cat(labels))
+    features = Features(torch.cat(rows), torch.cat(labels))
+    return Features(*map(gather_uneven_rows, features)) if shared else features

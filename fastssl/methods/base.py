@@ -22,6 +22,8 @@ class MethodConfig:
     paper: ClassVar[str]
     batch_multiple: ClassVar[int] = 1
     """Images that must stay together in a batch, on a rank and in a split of batch norm."""
+    whole_batch: ClassVar[bool] = False
+    """Whether the loss of an image depends on the others of its step, so that it cannot be cut into parts."""
 
     temperature: float = 0.2
     """Softmax temperature of the contrastive logits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from fastssl.methods.base import MethodConfig, MethodOutput, require
 from fastssl.methods.mixing import uniform_rows
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod
 from fastssl.train.distributed import gather_rows, rank
-from fastssl_kernels import info_nce, mixco
 from fastssl_pipelines.batch import Batch
 
 
@@ -24,6 +23,7 @@ class MixCoConfig(MomentumConfig):
     name: ClassVar[str] = "mixco"
     paper: ClassVar[str] = "arXiv 2010.06300"
     batch_multiple: ClassVar[int] = 2
+    whole_batch: ClassVar[bool] = True
 
     mix_temperature: float = 0.05
     """Temperature of the mixed term; 0.05 is the official default, 1.0 that of the ImageNet script."""
@@ -54,12 +54,11 @@ class MixCo(MomentumMethod):
         weight = uniform_rows(pairs, images)
         query, mixed = self._queries(images, weight)
         key = self.keys(batch.views[1])
-        contrast, accuracy = cast(
-            tuple[Tensor, Tensor],
-            info_nce(query, key, self.queue.keys, temperature=config.temperature, return_accuracy=True),
+        contrast, accuracy = self.losses.info_nce(
+            query, key, self.queue.keys, temperature=config.temperature, return_accuracy=True
         )
         first = len(images) * rank() + 2 * torch.arange(pairs, device=images.device)
-        mix = mixco(
+        mix = self.losses.mixco(
             mixed,
             gather_rows(key),
             self.queue.keys,

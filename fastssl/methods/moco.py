@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from fastssl.methods.base import MethodConfig, MethodOutput
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod
-from fastssl_kernels import info_nce
 from fastssl_pipelines.batch import Batch
 
 
@@ -67,8 +66,8 @@ class MoCoV2(MomentumMethod):
 
     def loss(self, query: Tensor, key: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and contrast accuracy of unit rows against the queue."""
-        result = info_nce(query, key, self.queue.keys, temperature=self.config.temperature, return_accuracy=True)
-        return cast(tuple[Tensor, Tensor], result)
+        temperature = self.config.temperature
+        return self.losses.info_nce(query, key, self.queue.keys, temperature=temperature, return_accuracy=True)
 
 
 class MoCoV1(MoCoV2):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+import fastssl_kernels
 from fastssl.errors import ConfigError
+from fastssl.methods import sharded
 from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput, require
 from fastssl.models.encoders import Encoder
 from fastssl.models.heads import build_head
 from fastssl.models.momentum import ema_update_, momentum_copy
 from fastssl.models.norm import inverse_permutation
 from fastssl.models.queue import KeyQueue
-from fastssl.train.distributed import gather_rows, local_rows
+from fastssl.train.distributed import gather_rows, local_rows, world_size
 from fastssl_pipelines.views import ViewSpec
+
+SHARDABLE = ("mocov1", "mocov2", "mixco", "unmix", "ressl", "msvq")  # whose losses `sharded` has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +39,19 @@ class MomentumConfig(MethodConfig):
     """Width of the head's hidden layer; by default that of the encoder's features."""
     shuffle: bool = True
     """Shuffle the key batch, so that batch norm groups do not tell a query its key."""
+    shard_queue: bool = False
+    """Keep on each device a part of the queue alone, for queues of millions of keys; the losses stay the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.queue_size >= 1, "queue-size", self.queue_size, "at least 1")
         require(0 <= self.momentum <= 1, "momentum", self.momentum, "in [0, 1]")
         require(self.hidden_dim is None or self.hidden_dim >= 1, "hidden-dim", self.hidden_dim, "at least 1")
+        if self.shard_queue and self.name not in SHARDABLE:
+            raise ConfigError(
+                f"--method.shard-queue was given with {self.name}, whose loss needs the whole queue on every device; "
+                f"drop it or take one of {', '.join(SHARDABLE)}"
+            )
 
     @property
     def keys_per_image(self) -> int:
@@ -75,7 +87,22 @@ class MomentumMethod(Method):
             encoder, build_head(config.head, encoder.feature_dim, hidden_dim, config.dim)
         )
         self.key_encoder = momentum_copy(self.query_encoder)
-        self.queue = KeyQueue(config.queue_size, config.dim)
+        self.queue = self.new_queue()
+
+    def new_queue(self) -> KeyQueue:
+        """A queue of random keys, or this rank's shard of one; ConfigError where it cannot be cut evenly."""
+        size, shards = self.config.queue_size, world_size() if self.config.shard_queue else 1
+        if size % shards:
+            raise ConfigError(
+                f"--method.queue-size {size} was given with --method.shard-queue on {shards} devices; "
+                f"it must be a multiple of {shards}"
+            )
+        return KeyQueue(size, self.config.dim, shards=shards)
+
+    @property
+    def losses(self) -> ModuleType:
+        """Where the losses over this method's queues are: `fastssl_kernels`, or `sharded` with the same names."""
+        return sharded if self.queue.shards > 1 else fastssl_kernels
 
     def queries(self, images: Tensor) -> Tensor:
         """Unit rows of the encoder that learns."""

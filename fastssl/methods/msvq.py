@@ -12,9 +12,7 @@ from fastssl.methods.base import Clock, MethodConfig, MethodOutput, require
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod, momentum_rows
 from fastssl.models.encoders import Encoder
 from fastssl.models.momentum import ema_update_, momentum_copy
-from fastssl.models.queue import KeyQueue
 from fastssl.train.distributed import gather_rows
-from fastssl_kernels import soft_cross_entropy
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 
@@ -56,12 +54,14 @@ class MSVQ(MomentumMethod):
     def __init__(self, encoder: Encoder, config: MSVQConfig, views: tuple[ViewSpec, ...]):
         super().__init__(encoder, config, views)
         self.second_key_encoder = momentum_copy(self.query_encoder)
-        self.second_queue = KeyQueue(config.queue_size, config.dim)
+        self.second_queue = self.new_queue()
 
     def forward(self, batch: Batch) -> MethodOutput:
         config = self.config
         loss = partial(
-            soft_cross_entropy, temperature=config.temperature, teacher_temperature=config.teacher_temperature
+            self.losses.soft_cross_entropy,
+            temperature=config.temperature,
+            teacher_temperature=config.teacher_temperature,
         )
         student = self.queries(batch.views[0])
         z2, z3 = self.keys(batch.views[1]), self.keys(batch.views[2])

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from fastssl.methods.base import MethodConfig, MethodOutput, require
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod
-from fastssl_kernels import soft_cross_entropy
 from fastssl_pipelines.batch import Batch
 
 
@@ -42,7 +41,7 @@ class ReSSL(MomentumMethod):
     def forward(self, batch: Batch) -> MethodOutput:
         strong, weak = batch.views
         teacher = self.keys(weak)
-        loss = soft_cross_entropy(
+        loss = self.losses.soft_cross_entropy(
             self.queries(strong),
             teacher,
             self.queue.keys,

@@ -31,6 +31,7 @@ class SMoGConfig(MethodConfig):
 
     name: ClassVar[str] = "smog"
     paper: ClassVar[str] = "arXiv 2207.06167"
+    whole_batch: ClassVar[bool] = True
 
     temperature: float = 0.1
     groups: int = 3000

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastssl.methods.base import MethodConfig, MethodOutput, require
 from fastssl.methods.mixing import swap_neighbours
 from fastssl.methods.moco import MoCoConfig, MoCoV2
-from fastssl_kernels import unmix
 from fastssl_pipelines.batch import Batch
 
 
@@ -54,7 +53,9 @@ class UnMix(MoCoV2):
 
     def _mixed_loss(self, mixed: Tensor, key: Tensor, weight: Tensor) -> Tensor:
         partner = swap_neighbours(key)
-        return unmix(mixed, key, partner, self.queue.keys, weight=weight, temperature=self.config.temperature)
+        return self.losses.unmix(
+            mixed, key, partner, self.queue.keys, weight=weight, temperature=self.config.temperature
+        )
 
 
 def mixing_shares(images: Tensor, global_probability: float) -> tuple[Tensor, Tensor]:

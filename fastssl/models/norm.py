@@ -2,18 +2,27 @@
 
 A key encoder that shares its batch statistics with the query can recognise the positive by them alone.
 Split statistics and a shuffled key batch are the two remedies of MoCo (He et al., 2020, section 3.3).
+On several ranks local and split statistics are those of a rank; `averaged_statistics` makes one of the running ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
+from fastssl.apex import apex_group_norm
+from fastssl.train.distributed import gather_rows, mean_over_ranks, rank, world_size
+
 NormLayer = Callable[[int], nn.Module]
+GROUPS = 32  # of group norm
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -62,15 +71,111 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return f"{super().extra_repr()}, splits={self.splits}"
 
 
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Batch norm over the rows of all ranks: nn.SyncBatchNorm, which refuses tensors on a CPU, and there its equal.
+
+    Input [N, C] or [N, C, ...] with the same N on all ranks; a backward pass sums the gradients of all ranks' losses.
+    Keys and shapes of the state dict are those of nn.BatchNorm2d.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        among_ranks = dist.is_available() and dist.is_initialized()
+        if not (self.training and input.is_cpu and among_ranks):
+            return super().forward(input)
+        rows = input.to(torch.promote_types(input.dtype, torch.float32))
+        others = [dim for dim in range(rows.ndim) if dim != 1]
+        channels = [1, -1] + [1] * (rows.ndim - 2)
+        mean = _MeanOverRanks.apply(rows.mean(others))
+        centred = rows - mean.view(channels)
+        variance = _MeanOverRanks.apply(centred.square().mean(others))
+        normalised = centred * torch.rsqrt(variance + self.eps).view(channels)
+        if self.affine:
+            normalised = normalised * self.weight.view(channels) + self.bias.view(channels)
+        with torch.no_grad():
+            count = rows.numel() // len(mean) * world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        return normalised.to(input.dtype)
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return mean_over_ranks(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return mean_over_ranks(upstream)
+
+
+def convert_to_sync(module: nn.Module) -> nn.Module:
+    """Put a `SyncBatchNorm` in place of every nn.BatchNorm1d and nn.BatchNorm2d in `module`, and return `module`.
+
+    Where `module` itself is one, its successor is returned. Parameters and buffers stay the same tensors. Split batch
+    norm and other subclasses are left alone.
+    """
+    for name, child in module.named_children():
+        setattr(module, name, convert_to_sync(child))
+    if type(module) is nn.BatchNorm1d or type(module) is nn.BatchNorm2d:
+        sync = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+        sync._parameters, sync._buffers = module._parameters, module._buffers
+        return sync.train(module.training)
+    return module
+
+
+@contextmanager
+def averaged_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside the `with` block every batch norm in `module` has the mean over ranks of its running statistics.
+
+    A running statistic is linear in those of the batches. So N ranks with S/N splits each have then what one rank
+    with S splits has. Afterwards each rank has its own again. All ranks must enter; one collective.
+    """
+    kept = gather_statistics(module)
+    load_statistics(module, kept.mean(0).expand(world_size(), -1))
+    yield
+    load_statistics(module, kept)
+
+
+@torch.no_grad()
+def gather_statistics(module: nn.Module) -> Tensor:
+    """The running statistics of all batch norms in `module`, [ranks, statistics]; all ranks must call it."""
+    own = [buffer.flatten() for buffer in _running_statistics(module)]
+    return gather_rows(torch.cat(own)[None] if own else torch.empty(1, 0))
+
+
+@torch.no_grad()
+def load_statistics(module: nn.Module, statistics: Tensor) -> None:
+    """Give this rank its own of what `gather_statistics` returned on as many ranks."""
+    buffers = _running_statistics(module)
+    if buffers:
+        rows = statistics[rank()].to(buffers[0].device).split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, list(rows))
+
+
+def _running_statistics(module: nn.Module) -> list[Tensor]:
+    return [buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
 def norm_layer(name: str, splits: int = 8) -> NormLayer:
-    """Constructor `channels -> module` of the batch norm called "local", "split" (in `splits`) or "sync"."""
+    """Constructor `channels -> module` of the norm called `name`; "split" is batch norm in `splits` groups.
+
+    Group norm has 32 groups (Wu and He, arXiv 1803.08494), or as many as divide the channels of a narrow layer.
+    """
     layers: dict[str, NormLayer] = {
         "local": nn.BatchNorm2d,
         "split": partial(SplitBatchNorm2d, splits=splits),
-        "sync": nn.SyncBatchNorm,
+        "sync": SyncBatchNorm,
+        "group": lambda channels: nn.GroupNorm(math.gcd(GROUPS, channels), channels),
+        "apex-group": lambda channels: apex_group_norm(math.gcd(GROUPS, channels), channels),
     }
     if name not in layers:
-        raise ValueError(f"batch norm {name!r} was given; allowed are {', '.join(layers)}")
+        raise ValueError(f"norm {name!r} was given; allowed are {', '.join(layers)}")
     return layers[name]
 
 

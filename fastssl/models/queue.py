@@ -1,10 +1,15 @@
-"""The queue of keys of past batches, and their labels where they are known."""
+"""The queue of keys of past batches, and their labels where they are known; whole on every rank or in shards."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+
+from fastssl.train.distributed import gather_rows, rank
 
 
 class KeyQueue(nn.Module):
@@ -13,37 +18,104 @@ class KeyQueue(nn.Module):
     Persistent buffers: `keys` float32 [size, dim], random directions at first (drawn from `generator`, else
     from torch's global one), and `labels` int64 [size], -1 for unknown, as all are at first. The position
     to write at follows from the step, so there is no pointer to keep, save or read back from the device.
+
+    With `shards`, the number of ranks, each rank holds the [size / shards] rows from row `first` on. A state dict
+    of the whole queue can be loaded into shards; `gather_state` makes one.
     """
 
     keys: Tensor
     labels: Tensor
 
-    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None, shards: int = 1) -> None:
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"a queue of {size} keys of {dim} features was asked for; both must be at least 1")
-        self.register_buffer("keys", normalize(torch.randn(size, dim, generator=generator), dim=1))
-        self.register_buffer("labels", torch.full((size,), -1))
+        if size % shards:
+            raise ValueError(f"a queue of {size} keys in {shards} shards was asked for; the size must be a multiple")
+        self.size, self.shards = size, shards
+        self.first = rank() * (size // shards) if shards > 1 else 0
+        # all ranks draw the whole queue, which then is the same on any number of them
+        keys = normalize(torch.randn(size, dim, generator=generator), dim=1)
+        self.register_buffer("keys", self._own_rows(keys).clone())
+        self.register_buffer("labels", torch.full((size // shards,), -1))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, labels: Tensor | None, step: int) -> None:
         """Replace the oldest keys by unit rows [B, dim] of any float dtype; labels int64 [B], None = unknown.
 
         `step` counts from 0 and B is the same at every step of a run: this call writes from row
-        (step * B) mod size on, around the end. B need not divide the size.
+        (step * B) mod size on, around the end. B need not divide the size. A shard takes what is its own.
         Raises ValueError for a B beyond the size and for a wrong shape.
         """
-        size, dim = self.keys.shape
-        batch = keys.shape[0]
+        dim, batch = self.keys.shape[1], keys.shape[0]
         if keys.ndim != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys of shape {list(keys.shape)} were given; the queue takes [B, {dim}]")
-        if batch > size:
-            raise ValueError(f"{batch} keys were given to a queue of {size}; use a longer queue or a smaller batch")
+        if batch > self.size:
+            raise ValueError(
+                f"{batch} keys were given to a queue of {self.size}; use a longer queue or a smaller batch"
+            )
         if labels is not None and labels.shape != (batch,):
             raise ValueError(f"labels of shape {list(labels.shape)} were given for {batch} keys; allowed is [{batch}]")
-        start = step * batch % size
-        first = min(batch, size - start)
-        self.keys[start : start + first] = keys[:first]
-        self.keys[: batch - first] = keys[first:]
-        self.labels[start : start + first] = -1 if labels is None else labels[:first]
-        self.labels[: batch - first] = -1 if labels is None else labels[first:]
+        if labels is None:
+            labels = self.labels.new_full((batch,), -1)
+        start = step * batch % self.size
+        for at in (start, start - self.size):  # the rows beyond the end come before the beginning
+            self._write(at, keys, labels)
+
+    def _write(self, at: int, keys: Tensor, labels: Tensor) -> None:
+        """Write rows from row `at` of the whole queue on, those of them that are held here."""
+        begin, end = max(at, self.first), min(at + len(keys), self.first + len(self.keys))
+        if begin < end:
+            here, given = slice(begin - self.first, end - self.first), slice(begin - at, end - at)
+            self.keys[here] = keys[given]
+            self.labels[here] = labels[given]
+
+    def _own_rows(self, rows: Tensor) -> Tensor:
+        return rows[self.first : self.first + self.size // self.shards]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("keys", "labels"):
+            rows = state_dict.get(prefix + name)
+            if rows is not None and len(rows) == self.size:
+                state_dict[prefix + name] = self._own_rows(rows)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def checksum(self) -> Tensor:
+        """int64 [], of the bits of keys and labels and where they stand; the sum over shards is the whole queue's."""
+        bits = self.keys.view(torch.int32)
+        rows = torch.arange(self.first, self.first + len(bits), device=bits.device) * 2 + 1
+        columns = torch.arange(bits.shape[1], device=bits.device) * 2 + 1
+        # sums first: a product with every element would be a copy of twice the queue's size
+        of_keys = (bits.sum(1, dtype=torch.int64) * rows).sum() + (bits.sum(0, dtype=torch.int64) * columns).sum()
+        return of_keys * 1_000_003 + (self.labels * rows).sum()
+
+
+def gather_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module with every queue whole, on every rank; all ranks must call it.
+
+    It is what one rank alone would have, and `load_state_dict` takes it on any number of ranks.
+    """
+    state = module.state_dict()
+    for name, queue in module.named_modules():
+        if isinstance(queue, KeyQueue) and queue.shards > 1:
+            for entry in ("keys", "labels"):
+                path = f"{name}.{entry}" if name else entry
+                state[path] = gather_rows(state[path])
+    return state
+
+
+@torch.no_grad()
+def queue_hash(module: nn.Module) -> int:
+    """A 64-bit hash of all queues in `module`, equal on ranks whose queues are; all ranks must call it.
+
+    Queues in shards are hashed as a whole, so they differ between runs and never between ranks. Waits for the device
+    and copies one number.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    for queue in module.modules():
+        if isinstance(queue, KeyQueue):
+            checksum = queue.checksum()
+            if queue.shards > 1:
+                dist.all_reduce(checksum)
+            total = total.to(checksum.device) * 31 + checksum
+    return int(total)

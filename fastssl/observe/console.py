@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +22,7 @@ class Console:
     """Context manager around the output of a run; `path` gets every line that is not overwritten in place."""
 
     def __init__(self, path: Path, *, total_steps: int):
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
         self.screen = rich.console.Console(highlight=False)
         self.total_steps = total_steps
         self.bar = Progress(
@@ -46,18 +47,27 @@ class Console:
         self._record(text)
 
     def progress(
-        self, *, step: int, loss: float, metrics: dict[str, float], images_per_s: float, left_s: float
+        self,
+        *,
+        step: int,
+        loss: float,
+        metrics: dict[str, float],
+        images_per_s: float,
+        shares: dict[str, float],
+        memory_gib: float,
+        left_s: float,
     ) -> None:
-        """The line that a terminal overwrites; a metric called an accuracy is a share."""
+        """The line that a terminal overwrites; a metric called an accuracy is a share, as are the parts of the time."""
         shown = [
             f"{name.replace('_', ' ')} {value:.1%}"
             if name.endswith("accuracy")
             else f"{name.replace('_', ' ')} {value:.4f}"
             for name, value in {"loss": loss, **metrics}.items()
         ]
-        text = "  ".join(
-            [f"step {step}/{self.total_steps}", *shown, f"{images_per_s:.0f} images/s", f"{duration(left_s)} left"]
-        )
+        parts = " ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        speed = f"{images_per_s:.0f} images/s ({parts})"
+        memory, left = f"{memory_gib:.1f} GiB", f"{duration(left_s)} left"
+        text = "  ".join([f"step {step}/{self.total_steps}", *shown, speed, memory, left])
         if self.screen.is_terminal:
             self.bar.update(self.task, completed=step, description=text)
         else:
@@ -75,5 +85,6 @@ class Console:
         self._record("\n".join([title, *(f"{name:<32} {value}" for name, value in rows)]))
 
     def _record(self, text: str) -> None:
-        self.file.write(text + "\n")
-        self.file.flush()
+        # a full disk must not end training; metrics.jsonl keeps what matters
+        with suppress(OSError):
+            self.file.write(f"{text}\n".encode())

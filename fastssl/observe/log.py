@@ -3,35 +3,87 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastssl.errors import ConfigError
+
 
 class MetricsLog:
-    """Appends records to a JSONL file; each is on the disk's side of the process when `write` returns."""
+    """Appends records to a JSONL file; each is on the disk's side of the process when `write` returns.
+
+    While the file cannot be written (disk full, say), records wait in memory and go into it, in order, before the next.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self._waiting: list[str] = []
+        self._torn_at: int | None = None  # bytes of whole records in the file, after a write that failed
+        self._failing = False
+        self._untold: str | None = None
 
     def write(self, event: str, **values: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+        """Append a record; raises nothing where the file cannot be written, `problem` tells."""
+        self._waiting.append(json.dumps({"event": event, **values}) + "\n")
+        try:
+            self._append("".join(self._waiting).encode())
+        except OSError as error:
+            if not self._failing:
+                self._untold = f"{self.path} cannot be written ({error.strerror}); its records wait in memory"
+            self._failing = True
+        else:
+            self._waiting, self._failing = [], False
+
+    def problem(self) -> str | None:
+        """A sentence once for every time that the file begins to be unwritable; None if there is nothing new."""
+        sentence, self._untold = self._untold, None
+        return sentence
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; a last line that a kill cut short is left out."""
-        if not self.path.exists():
-            return []
-        records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return records
+        """All whole records, those that wait in memory too; lines that are none, as a kill leaves one, are left out."""
+        data = self.path.read_bytes()[: self._torn_at] if self.path.exists() else b""
+        lines = [*data.splitlines(), *(line.encode() for line in self._waiting)]
+        return [record for record in map(_record, lines) if record is not None]
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, all of it for 0, so that a resumed run tells every step once."""
+        """Drop what was logged after `step`, all of it for 0, so that a resumed run tells every step once.
+
+        A kill at any moment leaves the old file or the new one. ConfigError if it cannot be written.
+        """
         kept = [record for record in self.read() if record["step"] <= step and record["event"] != "end"] if step else []
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise ConfigError(
+                f"{self.path} cannot be written ({error.strerror}); make room or let the folder be written to, and go "
+                f"on with `fastssl resume {self.path.parent}`"
+            ) from None
+        self._waiting, self._torn_at, self._failing = [], None, False
+
+    def _append(self, data: bytes) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            if self._torn_at is not None:
+                file.truncate(self._torn_at)
+            self._torn_at = file.seek(0, os.SEEK_END)
+            # an unbuffered write can be short
+            while data:
+                data = data[file.write(data) :]
+        self._torn_at = None
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("event"), str) and isinstance(record.get("step"), int)
+    return record if whole else None

@@ -2,55 +2,104 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastssl.methods import MethodOutput
+from fastssl.observe.stopwatch import Stopwatch
+from fastssl.train.distributed import mean_over_ranks, world_size
 from fastssl_pipelines.batch import Batch
+
+_NONE_IN_FP16 = "gradient_norm"  # there an overflow is no fault: the scaler lowers its scale
+
+
+class Broken(NamedTuple):
+    """A step whose loss or gradient is not finite."""
+
+    step: int
+    loss: float
+    gradient_norm: float
 
 
 class Window:
-    """Sums on the device, read once a log line: adding a step never waits for the device."""
+    """Values stay on the device and are read once a log line: adding a step never waits for the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopwatch: Stopwatch, *, scaled: bool) -> None:
+        self.stopwatch, self._scaled = stopwatch, scaled
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = self._images = 0
-        self._wait_s = self._work_s = 0.0
+        self._names: list[str] = []
+        self._rows: list[Tensor] = []
+        self._steps: list[int] = []
+        self._images = 0
+        self._paused_s = 0.0
+        self._begin_s = time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches themselves; the time that each takes to come counts as waiting for data."""
+        """The batches themselves; the time that each takes to come is "data", on a GPU only where that is idle."""
+        self._begin_s = time.perf_counter()
         while True:
-            asked = time.perf_counter()
+            self.stopwatch.start()
             batch = next(batches, None)
-            self._mark = time.perf_counter()
-            self._wait_s += self._mark - asked
             if batch is None:
                 return
-            self._images += len(batch.ids)
+            self.stopwatch.mark("data")
             yield batch
 
-    def add(self, output: MethodOutput) -> None:
-        """Take in the step of the batch that came last."""
-        for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._steps += 1
-        self._count_work()
+    def add(self, batch: Batch, output: MethodOutput) -> None:
+        """Take in a step."""
+        values = {"loss": output.loss.detach(), **output.metrics}
+        self._names = list(values)
+        self._rows.append(torch.stack([value.float() for value in values.values()]))
+        self._steps.append(batch.step)
+        self._images += len(batch.ids) * world_size()
+
+    def broken(self) -> Broken | None:
+        """The first step that has a value which is not finite, if any; means over ranks, so all see it."""
+        if not self._rows:
+            return None
+        table = self._table()
+        for step, row in zip(self._steps, table.tolist(), strict=True):
+            values = dict(zip(self._names, row, strict=True))
+            checked = [value for name, value in values.items() if not (self._scaled and name == _NONE_IN_FP16)]
+            if not torch.tensor(checked).isfinite().all():
+                return Broken(step, values["loss"], values["gradient_norm"])
+        return None
 
     def read(self) -> dict[str, float]:
-        """Means by name, `images_per_s` and `data_wait` (share of the time), and start anew; waits for the device."""
-        means = {name: float(total) / self._steps for name, total in self._sums.items()}
-        self._count_work()
-        seconds = self._wait_s + self._work_s
-        means |= {"images_per_s": self._images / seconds, "data_wait": self._wait_s / seconds}
+        """Means by name, images_per_s, shares of the time and memory_gib, and start anew; waits for the device.
+
+        The shares are those of the stopwatch's parts in the wall time.
+        """
+        means = dict(zip(self._names, self._table().mean(0).tolist(), strict=True)) if self._rows else {}
+        parts = self.stopwatch.read()
+        seconds = time.perf_counter() - self._begin_s - self._paused_s
+        shares = {f"share_{name}": part_s / seconds for name, part_s in parts.items()}
+        means |= {"images_per_s": self._images / seconds, **shares, "memory_gib": peak_memory_bytes() / 2**30}
         self._reset()
         return means
 
-    def _count_work(self) -> None:
-        now = time.perf_counter()
-        self._work_s += now - self._mark
-        self._mark = now
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside the `with` block does not count as time of training."""
+        begin_s = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - begin_s
+
+    def _table(self) -> Tensor:
+        """[steps, values], on the host."""
+        return mean_over_ranks(torch.stack(self._rows)).cpu()
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held: of GPU memory where it uses a GPU, else of host memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

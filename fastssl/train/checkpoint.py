@@ -1,51 +1,264 @@
-"""Checkpoints: one file of tensors and plain types, written whole or not at all."""
+"""Checkpoints: one file of tensors and plain types with a checksum, written whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from fastssl.errors import ConfigError
+from fastssl.errors import ConfigError, TrainingError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum
+
+_MARK = b"fastssl sha256 "  # the file ends in this, 64 hexadecimal digits of all bytes before, and a line feed
+_TRAILER_BYTES = len(_MARK) + 65
+_PLAIN = (type(None), bool, int, float, str)
 
 
-def save(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
-    """Write `state` (tensors and plain types) as the checkpoint after `step` steps; keep the newest `keep`."""
+class DamagedCheckpoint(ConfigError):
+    """A file that is no whole checkpoint: cut short, changed since, unreadable, or not ours."""
+
+
+class Checkpoints:
+    """The checkpoints in the folder `checkpoints` of a run, written by a thread while training goes on.
+
+    Kept are the newest `keep`, and each whose step is a multiple of `keep_every`. `notes` gets a sentence for every
+    damaged one that `newest` met. Write from one process only; any number may read.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None):
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.notes: list[str] = []
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[Path] | None = None
+        self._step = 0  # of the last write
+        self._failure: str | None = None  # of the last write
+        self._untold: str | None = None
+        self._pinned: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def save(self, state: dict[str, Any], *, step: int, wait: bool = False) -> None:
+        """Take `state` as it is now and write it as the checkpoint after `step` steps; tensors may change afterwards.
+
+        Nested dicts, lists and tuples of tensors, numbers, strings and None (TypeError for anything else). Returns once
+        the copy of a CPU is made or that of a GPU queued on its current stream, and with `wait` when the file is on the
+        disk. Waits for the write before, if it is under way. A write that fails leaves training alone and the older
+        checkpoints as they are: `problem` tells; with `wait`, TrainingError as `flush` raises it.
+        """
+        self._settle()
+        copy = self._on_host(state, ())
+        copied = None
+        if torch.cuda.is_initialized():
+            copied = torch.cuda.Event()
+            copied.record()
+        self._step = step
+        self._under_way = self._writer.submit(self._write, copy, copied)
+        if wait:
+            self.flush()
+
+    def flush(self) -> None:
+        """Return when the last state given to `save` is on the disk; TrainingError if it could not be written."""
+        self._settle()
+        if self._failure:
+            self._untold = None
+            raise TrainingError(
+                f"{self._failure}; make room or let the folder be written to, and go on from the one before with "
+                f"`fastssl resume {self.folder.parent}`"
+            )
+
+    def close(self) -> None:
+        """Return when no write is under way, however it ended; also on the way out of a run that failed."""
+        self._settle()
+        self._writer.shutdown()
+
+    def problem(self) -> str | None:
+        """The sentence about the last write that failed, once; None if there is nothing new. Never waits."""
+        if self._under_way and self._under_way.done():
+            self._settle()
+        sentence, self._untold = self._untold, None
+        return sentence
+
+    def newest(self) -> dict[str, Any] | None:
+        """The state of the newest whole checkpoint, on the CPU, with its "step"; None if there is no checkpoint at all.
+
+        A damaged one is renamed to NAME.damaged, so that it can be looked at and is not met again; the one before is
+        taken in its place. ConfigError if all are damaged, or one was written in another format.
+        """
+        for path in reversed(checkpoints(self.folder)):
+            try:
+                return load(path)
+            except DamagedCheckpoint as error:
+                aside = path.with_name(f"{path.name}.damaged")
+                # a read-only folder, or another rank was faster
+                with suppress(OSError):
+                    path.rename(aside)
+                self.notes.append(f"{error}; it is kept as {aside.name}, and the one before is used")
+        damaged = sorted(path.name for path in self.folder.glob("step_*.damaged"))
+        if damaged:
+            raise ConfigError(
+                f"{self.folder} holds no whole checkpoint, only damaged ones ({', '.join(damaged)}); put a good copy "
+                "back, or remove them to train from the start"
+            )
+        return None
+
+    def _on_host(self, value: Any, name: tuple[object, ...]) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._in_pinned_memory(value, name) if value.is_cuda else value.detach().clone()
+        if isinstance(value, dict):
+            return {key: self._on_host(item, (*name, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            items = [self._on_host(item, (*name, i)) for i, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        if type(value) not in _PLAIN:
+            where = ".".join(map(str, name))
+            raise TypeError(f"a checkpoint holds tensors and plain types, and {where} is of type {type(value)}")
+        return value
+
+    def _in_pinned_memory(self, tensor: torch.Tensor, name: tuple[object, ...]) -> torch.Tensor:
+        buffer = self._pinned.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._pinned[name] = torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
+        return buffer.copy_(tensor.detach(), non_blocking=True)
+
+    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None) -> Path:
+        if copied is not None:
+            copied.synchronize()
+        return save(self.folder, state, step=self._step, keep=self.keep, keep_every=self.keep_every)
+
+    def _settle(self) -> None:
+        """Wait for the write under way and take down how it ended."""
+        if self._under_way is None:
+            return
+        write, self._under_way = self._under_way, None
+        self._failure = None
+        try:
+            write.result()
+        except OSError as error:
+            path = error.filename or _path(self.folder, self._step)
+            self._failure = f"the checkpoint after step {self._step} was not written ({error.strerror}: {path})"
+            self._untold = f"{self._failure}; training goes on, and the older ones stay until one can be written"
+
+
+def save(folder: Path, state: dict[str, Any], *, step: int, keep: int, keep_every: int | None = None) -> Path:
+    """Write `state` as the checkpoint after `step` steps, then remove older ones; returns when it is on the disk.
+
+    OSError leaves the folder as it was. What a killed writer left half written is removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:09d}.pt"
+    for leftover in folder.glob("step_*.tmp"):
+        leftover.unlink()
+    path = _path(folder, step)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "step": step, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            _write_with_checksum({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     # the rename itself must be on the disk before older checkpoints go
     descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink()
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    for old in [other for other in checkpoints(folder) if _step_of(other) <= step][:-keep]:
+        if keep_every is None or _step_of(old) % keep_every:
+            # the new one is safe; what cannot go now goes after the next
+            with suppress(OSError):
+                old.unlink()
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("step_*.pt"))
+    named = [path for path in folder.glob("step_*.pt") if path.stem.removeprefix("step_").isdecimal()]
+    return sorted(named, key=_step_of)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in `path`, on the CPU; raises ConfigError for a file that is not one of our checkpoints."""
+    """The state in `path`, on the CPU, with its "step".
+
+    DamagedCheckpoint for a file that is not, byte for byte, what was written; ConfigError for one of another format.
+    """
+    try:
+        right = _checksum_is_right(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
+    if right is False:
+        raise DamagedCheckpoint(f"{path} is damaged: its bytes do not give the checksum at its end")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, all of which mean the same here
-        reason = str(error).strip().splitlines()[0]
+    except Exception:  # torch raises many kinds, all of which mean the same here
+        state = None
+    written = state.get("format") if isinstance(state, dict) else None
+    if isinstance(written, int) and written != FORMAT:
         raise ConfigError(
-            f"{path} cannot be read as a checkpoint ({reason}); remove it to use the one before"
-        ) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ConfigError(f"{path} is not a fastssl checkpoint of format {FORMAT}")
+            f"{path} is a checkpoint of format {written}, and this fastssl reads format {FORMAT}; go on with the "
+            "version that wrote it, or train anew in another --run.dir"
+        )
+    if not right or written != FORMAT:
+        raise DamagedCheckpoint(f"{path} is cut short or no checkpoint of fastssl")
     return state
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:09d}.pt"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+class _Hashing:
+    """A file for torch.save that hashes what passes and remembers the error that torch hides behind its own."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_with_checksum(state: dict[str, Any], file: BinaryIO) -> None:
+    hashing = _Hashing(file)
+    try:
+        torch.save(state, hashing)  # type: ignore[arg-type]  # needs no more of a file than this
+    except RuntimeError:
+        if hashing.error is None:
+            raise
+        raise hashing.error from None
+    # a reader of zip files, as torch.load is one, looks for the end of the archive backwards and skips this
+    file.write(_trailer(hashing.digest.hexdigest()))
+
+
+def _trailer(hexdigest: str) -> bytes:
+    return _MARK + hexdigest.encode() + b"\n"
+
+
+def _checksum_is_right(path: Path) -> bool | None:
+    """Whether the bytes give the checksum at the end of the file; None if there is none."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = max(os.fstat(file.fileno()).st_size - _TRAILER_BYTES, 0)
+        while left and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        trailer = file.read()
+    return trailer == _trailer(digest.hexdigest()) if trailer.startswith(_MARK) else None

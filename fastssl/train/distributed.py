@@ -1,12 +1,69 @@
-"""The rows of all ranks of a run; without a process group there is one rank and each function is the identity."""
+"""The ranks of a run and their rows; without a process group there is one rank and each function is the identity."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastssl.errors import ConfigError, TrainingError
+
+_Value = TypeVar("_Value")
+_LONG = timedelta(days=1)  # for work of one rank that others wait for, such as an index of millions of files
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def started_ranks() -> int:
+    """Number of processes that torchrun, or whoever sets its variables, started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined_ranks(device: torch.device, *, timeout_s: float) -> Iterator[None]:
+    """Inside the `with` block the processes that were started together are the ranks of one run.
+
+    NCCL carries what lies on a GPU and gloo the rest. A rank that does not answer for `timeout_s` seconds, or is gone,
+    ends the others: TrainingError where torch lets us tell it, an abort by NCCL's watchdog else.
+    """
+    if started_ranks() == 1:
+        yield
+        return
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE is {started_ranks()} and {', '.join(missing)} is not set; start the run with torchrun, or set "
+            "what torchrun sets for every process"
+        )
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if not _is_about_another_rank(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"another process of the run ended or did not answer within --train.timeout-s {timeout_s:g} s, so "
+            f"rank {os.environ['RANK']} ends too ({reason}); see what the other said, then `fastssl resume` the run"
+        ) from None
+    # not after an error: with a rank gone, leaving would wait for it
+    dist.destroy_process_group()
+
+
+def _is_about_another_rank(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
 
 
 def world_size() -> int:
@@ -19,6 +76,34 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def cpu_group(**options: Any) -> dist.ProcessGroup:
+    """A group of all ranks that exchanges tensors on the CPU, so that none of them waits for a GPU."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", **options))
+
+
+@contextmanager
+def first_on_each_machine() -> Iterator[None]:
+    """The first rank of each machine passes the `with` block before the others enter it."""
+    if world_size() == 1:
+        yield
+        return
+    patient = cpu_group(timeout=_LONG)
+    if local_rank():
+        dist.barrier(patient)
+    yield
+    if not local_rank():
+        dist.barrier(patient)
+
+
+def from_first_rank(make: Callable[[], _Value]) -> _Value:
+    """What `make` returns on the first rank, on all of them: plain types and tensors on the CPU."""
+    if world_size() == 1:
+        return make()
+    box = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]  # type: ignore[return-value]
+
+
 def local_rows(rows: Tensor) -> Tensor:
     """This rank's part of rows that all ranks hold, [world_size * B, ...] to [B, ...]."""
     return rows.chunk(world_size())[rank()]
@@ -29,9 +114,28 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _gathered(rows.detach()) if world_size() > 1 else rows.detach()
 
 
+def gather_uneven_rows(rows: Tensor) -> Tensor:
+    """As `gather_rows`, of ranks that have different numbers of rows, also none."""
+    if world_size() == 1:
+        return rows.detach()
+    counts = _gathered(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    return torch.cat([part[:count] for part, count in zip(_gathered(padded).chunk(len(counts)), counts, strict=True)])
+
+
 def gather_rows_with_gradient(rows: Tensor) -> Tensor:
     """As `gather_rows`; each rank's rows get the sum of the gradients that all ranks have for them."""
     return _Gather.apply(rows) if world_size() > 1 else rows
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of the tensors that the ranks hold, on each of them."""
+    if world_size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
 
 
 def _gathered(rows: Tensor) -> Tensor:

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import cast
+
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.config import TrainConfig
-from fastssl.errors import ConfigError
 from fastssl.methods import Clock, Method, MethodOutput
+from fastssl.observe.stopwatch import Stopwatch
+from fastssl.train.distributed import world_size
+from fastssl.train.graph import Graphed
+from fastssl_kernels import watch_losses
 from fastssl_pipelines.batch import Batch
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    """The device to train on; "auto" takes CUDA where there is a GPU. ConfigError for a GPU that is not there."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--train.device cuda was given and torch finds no GPU here; `fastssl doctor` tells more")
-    return torch.device(config.device)
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 by itself; without that, bf16 is slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The autocast dtype; fp32 means no autocast."""
-    if config.precision == "auto":
-        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -43,6 +30,13 @@ class TrainStep:
     """Callable that trains a method on one batch; weights, optimiser and queue change in place.
 
     All torch randomness of a step follows from (seed, step), so a resumed run draws what the first one would have.
+    With several ranks each has its part of the batch, and gradients are averaged over them. `accumulate` parts of the
+    batch pass one after the other, each against the queue as it was before the step. A gradient longer than
+    `clip_norm` is shortened to it. `cuda_graph`: forward and backward are captured at the first step and replayed
+    later. The output's metrics have the "gradient_norm" before it was shortened, on the device like all of them.
+
+    `stopwatch` has the seconds of "forward", "loss", "backward" and "optimizer" (with momentum encoder and queue);
+    with a graph "graph" takes the place of the first three.
     """
 
     def __init__(
@@ -54,19 +48,100 @@ class TrainStep:
         device: torch.device,
         dtype: torch.dtype,
         compile: bool,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        cuda_graph: bool = False,
     ):
         self.method, self.optimizer, self.seed = method, optimizer, seed
+        self.accumulate, self.clip_norm = accumulate, clip_norm
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        self.forward = torch.compile(method, dynamic=False) if compile else method
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.stopwatch = Stopwatch(device)
+        self._forward = cast(nn.Module, torch.compile(method, dynamic=False)) if compile else method
+        if world_size() > 1:
+            self._forward = _data_parallel(self._forward)
+        self._parameters = [p for p in method.parameters() if p.requires_grad]
+        self._graphed = Graphed(self._forward_and_backward, method) if cuda_graph else None
 
     def __call__(self, batch: Batch, clock: Clock, lr: float) -> MethodOutput:
         seed_step(self.seed, clock.step)
+        self._set_rate(lr)
+        self.stopwatch.start()
+        if self._graphed:
+            output = self._graphed(batch)
+            self.stopwatch.mark("graph")
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            output = self._forward_and_backward(batch)
+        output.metrics["gradient_norm"] = self._finish_gradient()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.after_step(output, clock)
+        self.stopwatch.mark("optimizer")
+        return output
+
+    def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self.autocast:
-            output = self.forward(batch)
-        output.loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(output, clock)
+
+    def _forward_and_backward(self, batch: Batch) -> MethodOutput:
+        outputs = []
+        for number, part in enumerate(parts(batch, self.accumulate), 1):
+            with self._without_exchange(number < self.accumulate):
+                output = self._forward_part(part)
+                self.scaler.scale(output.loss / self.accumulate).backward()
+            self.stopwatch.mark("backward")
+            outputs.append(output)
+        return joined(outputs)
+
+    def _forward_part(self, batch: Batch) -> MethodOutput:
+        mark = self.stopwatch.mark
+        with self.autocast, watch_losses(partial(mark, "forward"), partial(mark, "loss")):
+            output = self._forward(batch)
+        mark("forward")
         return output
+
+    def _without_exchange(self, wanted: bool) -> AbstractContextManager[None]:
+        """Gradients of all parts but the last stay on their rank."""
+        if wanted and isinstance(self._forward, DistributedDataParallel):
+            return self._forward.no_sync()
+        return nullcontext()
+
+    def _finish_gradient(self) -> Tensor:
+        """Undo the scale of the loss and shorten the gradient; its norm before that."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip_norm, norm, foreach=True)
+        return norm
+
+
+def _data_parallel(module: nn.Module) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        # torch 2.15 deprecates the option and has no other yet that leaves buffers alone at the start, too: queues
+        # in shards and statistics of batch norm are not the first rank's to give away
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch in `count` equal parts, in order."""
+    if count == 1:
+        yield batch
+        return
+    views = zip(*(view.chunk(count) for view in batch.views), strict=True)
+    rows = zip(views, batch.labels.chunk(count), batch.ids.chunk(count), strict=True)
+    for part, labels, ids in rows:
+        yield Batch(views=part, labels=labels, ids=ids, step=batch.step)
+
+
+def joined(outputs: list[MethodOutput]) -> MethodOutput:
+    """The output of a step from those of its parts: means of losses and metrics, all that they kept."""
+    if len(outputs) == 1:
+        return outputs[0]
+    losses = torch.stack([output.loss.detach() for output in outputs])
+    names = outputs[0].metrics
+    metrics = {name: torch.stack([output.metrics[name] for output in outputs]).mean() for name in names}
+    kept = tuple(torch.cat(rows) for rows in zip(*(output.kept for output in outputs), strict=True))
+    return MethodOutput(losses.mean(), metrics, kept)

@@ -2,119 +2,110 @@
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 import zlib
-from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
-import torch
+import torch.distributed as dist
 
 from fastssl.config import Config
 from fastssl.errors import ConfigError, TrainingError
 from fastssl.evaluate.online import OnlineKNN
-from fastssl.methods import METHODS, Clock, Method, MethodOutput
-from fastssl.models.encoders import build_encoder
-from fastssl.models.norm import norm_layer
-from fastssl.observe.console import Console
-from fastssl.observe.log import MetricsLog
-from fastssl.observe.window import Window
-from fastssl.train import checkpoint
-from fastssl.train.data import known_labels, open_splits
+from fastssl.methods import Clock
+from fastssl.models.norm import averaged_statistics, gather_statistics, load_statistics
+from fastssl.models.queue import gather_state, queue_hash
+from fastssl.observe.reporter import Reporter
+from fastssl.observe.window import Broken, Window
+from fastssl.train.build import build_method, build_step, compiles, training_steps
+from fastssl.train.checkpoint import Checkpoints
+from fastssl.train.data import open_splits
+from fastssl.train.device import choose_device, set_numerics
+from fastssl.train.distributed import first_on_each_machine, from_first_rank, rank, world_size
 from fastssl.train.input import input_executor
 from fastssl.train.interrupt import EXIT_STOPPED, StopRequest
-from fastssl.train.optim import build_optimizer
 from fastssl.train.schedule import learning_rate
-from fastssl.train.step import TrainStep, choose_device, choose_dtype, seed_step
-from fastssl_pipelines.plan import SamplePlan
-from fastssl_pipelines.sources import Source
-from fastssl_pipelines.steps import TrainingSteps
+from fastssl.train.step import seed_step
 
 RAW_PIXELS_AT_MOST = 100_000  # images; beyond that the baseline costs more than it tells
+SKIPPED_AT_MOST = 10  # steps that are left out; a run that breaks more often is not about to recover
 
 
-def build_method(config: Config, device: torch.device) -> Method:
-    """The method of a configuration with freshly drawn weights, a pure function of the seed."""
-    torch.manual_seed(config.seed)
-    model = config.model
-    encoder = build_encoder(
-        model.encoder, width=model.width, stem=model.stem, norm_layer=norm_layer(model.norm, model.splits)
-    )
-    method = METHODS[config.method.name](encoder, config.method, config.views)
-    # torch 2.11 does not declare this overload
-    return method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+class NonFinite(Exception):
+    """A step broke; carries the first one that did."""
 
-
-def training_steps(config: Config, source: Source, warn: Callable[[str], object] = warnings.warn) -> TrainingSteps:
-    """The sample plan of a run; the method sees the labels of `known_labels`, which explains `warn`."""
-    plan = SamplePlan(
-        widths=source.widths,
-        heights=source.heights,
-        labels=known_labels(config, source, warn),
-        views=config.views,
-        odd_views=config.odd_views,
-        seed=config.seed,
-    )
-    return TrainingSteps(plan, batch_size=config.train.batch_size)
+    def __init__(self, broken: Broken):
+        super().__init__(broken)
+        self.broken = broken
 
 
 class Trainer:
     """One run: everything that a configuration builds, and the loop over it.
 
-    The run folder is the only memory: with a checkpoint in it, training goes on from there.
+    The run folder is the only memory: with a checkpoint in it, training goes on from there. All ranks run the same
+    loop; the first one alone writes.
     """
 
     def __init__(self, config: Config, folder: Path):
         self.config, self.folder = config, folder
         self.device = choose_device(config.train)
-        self.dtype = choose_dtype(config.train, self.device)
-        splits = open_splits(config)
+        self.numerics = set_numerics(config.train, self.device)
+        with first_on_each_machine():  # which makes the index, for the others to find it
+            splits = open_splits(config)
         self.notes = [*splits.train.notes, *splits.test.notes]
         self.steps = training_steps(config, splits.train, self.notes.append)
         self.total_steps = config.train.steps or config.train.epochs * self.steps.steps_per_epoch
+        dtype = self.numerics.dtype
         self.executor, self.test_executor = (
-            input_executor(config.data, source, device=self.device, dtype=self.dtype) for source in splits
+            input_executor(config.data, source, device=self.device, dtype=dtype) for source in splits
         )
-        self.knn = OnlineKNN(config, self.executor, self.test_executor, dtype=self.dtype)
+        self.knn = OnlineKNN(config, self.executor, self.test_executor, dtype=dtype)
         self.method = build_method(config, self.device)
-        self.optimizer = build_optimizer(self.method, config.optim)
-        on_gpu = self.device.type == "cuda"
-        self.train_step = TrainStep(
-            self.method,
-            self.optimizer,
-            seed=config.seed,
-            device=self.device,
-            dtype=self.dtype,
-            compile=config.train.compile == "on" or (config.train.compile == "auto" and on_gpu),
-        )
-        self.log = MetricsLog(folder / "metrics.jsonl")
+        self.train_step = build_step(config, self.method, device=self.device, dtype=dtype)
+        train = config.train
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=train.keep_checkpoints, keep_every=train.keep_every)
+        self.skipped: list[int] = []
         self.first_step = self._restore()
 
     def train(self) -> int:
         """Train to the end or to a stop signal; returns the exit code."""
-        config, first, total = self.config.train, self.first_step, self.total_steps
+        quiet = rank() > 0
+        self.reporter = Reporter(self.folder, self.config, total_steps=self.total_steps, quiet=quiet)
+        with StopRequest() as stop, self.reporter, closing(self.checkpoints):
+            first = self._begin()
+            while True:
+                try:
+                    return self._train_from(first, stop)
+                except NonFinite as error:
+                    first = self._leave_out(error.broken)
+
+    def _train_from(self, first: int, stop: StopRequest) -> int:
+        config, total = self.config.train, self.total_steps
         eval_every = self.config.eval.every_epochs * self.steps.steps_per_epoch
-        with StopRequest() as stop, Console(self.folder / "console.log", total_steps=total) as self.console:
-            self._begin()
-            window = Window()
-            for batch in window.timed(self.executor.stream(self.steps, first, total)):
-                clock = Clock(batch.step, total, self.steps.steps_per_epoch)
-                output = self.train_step(batch, clock, self._learning_rate(batch.step))
-                window.add(output)
+        window = Window(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
+        with closing(self.executor.stream(self.steps, first, total)) as stream:
+            for batch in window.timed(stream):
+                if batch.step not in self.skipped:
+                    clock = Clock(batch.step, total, self.steps.steps_per_epoch)
+                    window.add(batch, self.train_step(batch, clock, self._learning_rate(batch.step)))
                 done = batch.step + 1
-                last = done == total
-                if last or done % config.log_every == 0:
+                last, stopping = done == total, stop.agreed()
+                saving = last or stopping or done % config.checkpoint_every == 0
+                logging = last or done % config.log_every == 0
+                if (saving or logging) and (broken := window.broken()):
+                    raise NonFinite(broken)
+                if logging:
                     self._report(done, window)
-                if last or done % eval_every == 0:
-                    self._evaluate(done)
-                if last or done % config.checkpoint_every == 0 or stop.received:
-                    self._save(done, output)
-                if stop.received and not last:
-                    self.log.write("end", step=done, reason="stopped")
-                    self.console.say(f"stopped after step {done}; go on with: fastssl resume {self.folder}")
+                with window.paused():
+                    if last or done % eval_every == 0:
+                        self._evaluate(done)
+                    if saving:
+                        self._save(done, wait=last or stopping)
+                if stopping and not last:
+                    self.reporter.stopped(done)
                     return EXIT_STOPPED
-            self._finish()
+        self._finish()
         return 0
 
     def _learning_rate(self, step: int) -> float:
@@ -125,37 +116,35 @@ class Trainer:
             steps_per_epoch=self.steps.steps_per_epoch,
         )
 
-    def _begin(self) -> None:
-        plan, first = self.steps.plan, self.first_step
+    def _begin(self) -> int:
+        plan, first, say = self.steps.plan, self.first_step, self.reporter.say
         known = int((plan.labels >= 0).sum()) if self.method.uses_labels else 0
-        self.console.say(
+        ranks = f" on {world_size()} processes" if world_size() > 1 else ""
+        say(
             f"{self.config.method.name} on {plan.num_samples} images ({known} labels used), "
-            f"{self.total_steps} steps of {self.steps.batch_size}, {self.device} {self.dtype}, "
-            f"{self.executor.name} pipeline; run folder {self.folder}"
+            f"{self.total_steps} steps of {self.steps.global_batch_size}{ranks}; run folder {self.folder}"
         )
+        compiled = "compiled" if compiles(self.config, self.device) else "not compiled"
+        graph = ", CUDA graph" if self.config.train.cuda_graph else ""
+        say(f"{self.device}, {self.numerics.text}, {compiled}{graph}, {self.executor.name} pipeline")
         for note in self.notes:
-            self.console.say(f"warning: {note}")
+            say(f"warning: {note}")
         digest = zlib.crc32(plan.labels.tobytes())
         self._require_the_labels_of_the_start(known, digest)
-        self.log.rewind(first)
-        self.log.write(
-            "start",
-            step=first,
-            total_steps=self.total_steps,
-            images=plan.num_samples,
-            labels=known,
-            labels_crc32=digest,
-        )
+        facts = {"images": plan.num_samples, "labels": known, "labels_crc32": digest, "ranks": world_size()}
+        self.reporter.start(step=first, **facts)
+        self._tell_what_was_noticed(first)
         if first == 0:
             self._evaluate(0)
             seed_step(self.config.seed, -1)
             with self.train_step.autocast:
                 self.method.prepare(self.executor.stream(self.steps, 0, self.steps.steps_per_epoch))
-        else:
-            self.console.say(f"resumed after step {first}")
+            # a disk that cannot be written is found now, and there is a state to go back to
+            self._save(0, wait=True)
+        return first
 
     def _require_the_labels_of_the_start(self, known: int, digest: int) -> None:
-        starts = [record for record in self.log.read() if record["event"] == "start"]
+        starts = [record for record in self.reporter.log.read() if record["event"] == "start"]
         if not (self.first_step and self.method.uses_labels and starts):
             return
         if starts[-1].get("labels_crc32", digest) != digest:
@@ -164,75 +153,107 @@ class Trainer:
                 "put the file of --data.label-list and the images of --data.root back, or start a new run"
             )
 
-    def _tell_what_the_input_found(self, done: int) -> None:
-        for executor in (self.executor, self.test_executor):
-            notes, executor.notes = executor.notes, []
-            for note in notes:
-                self.console.say(f"note: {note}")
-                self.log.write("note", step=done, text=note)
+    def _tell_what_was_noticed(self, done: int) -> None:
+        for teller in (self.executor, self.test_executor, self.checkpoints):
+            notes, teller.notes = teller.notes, []
+            self.reporter.notes(done, notes)
+        if problem := self.checkpoints.problem():
+            self.reporter.notes(done, [problem])
 
     def _report(self, done: int, window: Window) -> None:
-        self._tell_what_the_input_found(done)
+        self._tell_what_was_noticed(done)
         values = window.read()
-        self._require_finite(values["loss"], done)
-        speed = {name: values.pop(name) for name in ("images_per_s", "data_wait")}
-        left_s = (self.total_steps - done) * self.steps.batch_size / speed["images_per_s"]
-        unreadable = len(self.executor.unreadable)
-        self.log.write("train", step=done, lr=self._learning_rate(done - 1), **values, **speed, unreadable=unreadable)
-        self.console.progress(
-            step=done,
-            loss=values.pop("loss"),
-            metrics=values,
-            images_per_s=speed["images_per_s"],
-            left_s=left_s,
-        )
+        if "loss" in values:  # not all steps of the window were left out
+            self.reporter.train(
+                done, values, lr=self._learning_rate(done - 1), unreadable=len(self.executor.unreadable)
+            )
+        self._require_equal_queues(done)
 
-    def _require_finite(self, loss: float, done: int) -> None:
-        if not math.isfinite(loss):
+    def _require_equal_queues(self, done: int) -> None:
+        if world_size() == 1:
+            return
+        hashes: list[Any] = [None] * world_size()
+        dist.all_gather_object(hashes, queue_hash(self.method))
+        if len(set(hashes)) > 1:
             raise TrainingError(
-                f"the loss is {loss} at step {done}; the last checkpoint in {self.folder} is from before: "
-                "lower --optim.lr or try --train.precision fp32"
+                f"the queues of the processes differ after step {done}, which must never be: please report it with "
+                f"{self.folder}/config.json and env.json; the last checkpoint may be wrong too"
             )
 
     def _evaluate(self, done: int) -> None:
         if not self.knn.possible:
             return
         started = time.perf_counter()
-        top1 = self.knn.top1(self.method.encoder())
-        self.log.write("eval", step=done, knn_top1=top1, seconds=time.perf_counter() - started)
-        self._tell_what_the_input_found(done)
-        self.console.say(f"step {done}: kNN top-1 {top1:.2f} %")
+        with averaged_statistics(self.method):
+            top1 = self.knn.top1(self.method.encoder())
+        self.reporter.evaluation(done, knn_top1=top1, seconds=time.perf_counter() - started)
+        self._tell_what_was_noticed(done)
 
-    def _save(self, done: int, output: MethodOutput) -> None:
-        # a checkpoint of broken weights would push the good ones out
-        self._require_finite(float(output.loss.detach()), done)
-        state = {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
-        checkpoint.save(self.folder / "checkpoints", state, step=done, keep=self.config.train.keep_checkpoints)
+    def _save(self, done: int, *, wait: bool) -> None:
+        statistics = gather_statistics(self.method)
+        with averaged_statistics(self.method):
+            state = {
+                "method": gather_state(self.method),
+                "statistics": statistics,
+                "optimizer": self.train_step.optimizer.state_dict(),
+                "scaler": self.train_step.scaler.state_dict(),
+                "skipped": self.skipped,
+            }
+            if rank() == 0:
+                self.checkpoints.save(state, step=done, wait=wait)
+        if wait and world_size() > 1:
+            dist.barrier()
 
     def _restore(self) -> int:
         """Load the newest checkpoint, if any, and return the number of steps that it has behind it."""
-        paths = checkpoint.checkpoints(self.folder / "checkpoints")
-        if not paths:
+        state = from_first_rank(self.checkpoints.newest)
+        if state is None:
             return 0
-        state = checkpoint.load(paths[-1])
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if len(state["statistics"]) == world_size():
+            load_statistics(self.method, state["statistics"])
+        self.train_step.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.scaler.load_state_dict(state["scaler"])
+        self.skipped = sorted({*self.skipped, *state["skipped"]})
         return state["step"]
 
+    def _leave_out(self, broken: Broken) -> int:
+        """Go back to the last checkpoint and have `broken` skipped from there; TrainingError where that is not wanted.
+
+        Returns the number of steps that are done there.
+        """
+        skips = self.config.train.non_finite == "skip" and len(self.skipped) < SKIPPED_AT_MOST
+        if skips:
+            with suppress(TrainingError):  # where the last could not be written, the one before is taken
+                self.checkpoints.flush()
+            first = self._restore()
+            self.skipped.append(broken.step)
+            self.reporter.start(step=first)
+            self._tell_what_was_noticed(first)
+        where = f"loss {broken.loss}, gradient norm {broken.gradient_norm} at step {broken.step + 1}"
+        ids = self.steps.ids_of_all_ranks(broken.step).tolist()
+        source, named = self.executor.source, self.config.data.root is not None
+        self.reporter.non_finite(
+            broken,
+            back_to=first if skips else broken.step + 1,
+            action="skipped" if skips else "stopped",
+            ids=ids,
+            names=[source.name_of(index) for index in ids] if named else [],
+        )
+        if skips:
+            self.reporter.say(
+                f"{where}: back to step {first} to go on without that step; its images are in metrics.jsonl"
+            )
+            return first
+        allowed = f", after {SKIPPED_AT_MOST} that were skipped" if self.skipped else ""
+        raise TrainingError(
+            f"{where}{allowed}; the images of that step are in {self.folder}/metrics.jsonl and the last checkpoint is "
+            "from before: lower --optim.lr, try --optim.clip-norm 1, --train.precision fp32 or --train.non-finite skip"
+        )
+
     def _finish(self) -> None:
-        evaluations = [record for record in self.log.read() if record["event"] == "eval"]
-        result: dict[str, float] = {}
-        if evaluations:
-            if self.steps.plan.num_samples <= RAW_PIXELS_AT_MOST:
-                result["raw_pixels_top1"] = self.knn.raw_pixels_top1()
-            result["untrained_top1"] = evaluations[0]["knn_top1"]
-            result["knn_top1"] = evaluations[-1]["knn_top1"]
-            names = {
-                "raw_pixels_top1": "raw pixels",
-                "untrained_top1": "encoder before training",
-                "knn_top1": "encoder after training",
-            }
-            rows = [(names[name], f"{value:.2f} %") for name, value in result.items()]
-            self.console.table(f"kNN top-1 (k = {self.config.eval.k})", rows)
-        self.log.write("end", step=self.total_steps, reason="finished", **result)
-        self.console.say(f"the run is in {self.folder}")
+        baselines: dict[str, float] = {}
+        if self.knn.possible and self.steps.plan.num_samples <= RAW_PIXELS_AT_MOST:
+            baselines["raw_pixels_top1"] = self.knn.raw_pixels_top1()
+        self.reporter.finished(**baselines)
+        self.reporter.say(f"the run is in {self.folder}")

@@ -6,6 +6,7 @@ from .backend import available_backends, use_backend
 from .groups import assign_groups, group_cross_entropy, update_groups
 from .in_batch import nt_xent
 from .losses import consistency, info_nce, mean_shift, mixco, soft_cross_entropy, sup_con, unicon, unmix
+from .ops import watch_losses
 from .read import queue_read
 from .rows import QueueRead
 
@@ -29,4 +30,5 @@ __all__ = [
     "unmix",
     "update_groups",
     "use_backend",
+    "watch_losses",
 ]

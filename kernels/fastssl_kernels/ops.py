@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -25,14 +26,35 @@ _GroupRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], lse [N]
 _BatchRows = tuple[Tensor, Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], lse [N], 1 / positives [N]
 
 
+_Call = Callable[[], object]
+_watch: tuple[_Call, _Call] | None = None
+
+
+@contextmanager
+def watch_losses(before: _Call, after: _Call) -> Iterator[None]:
+    """Call `before` and `after` around every op that runs inside the `with` block, in compiled code too; for clocks."""
+    global _watch
+    previous, _watch = _watch, (before, after)
+    try:
+        yield
+    finally:
+        _watch = previous
+
+
 def _op(function: Callable[..., Any]) -> Any:
     """`function` as op fastssl::<its name>, deaf to autocast, on the device of its first argument, a tensor."""
 
     @functools.wraps(function)
     def guarded(*given: Any) -> Any:
+        before, after = _watch or (None, None)
+        if before:
+            before()
         # Triton launches on the current device, wherever the tensors are.
         with torch.autocast(given[0].device.type, enabled=False), torch.cuda.device_of(given[0]):
-            return function(*given)
+            result = function(*given)
+        if after:
+            after()
+        return result
 
     return torch.library.custom_op(f"fastssl::{function.__name__}", guarded, mutates_args=())
 

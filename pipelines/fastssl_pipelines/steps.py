@@ -49,9 +49,19 @@ class TrainingSteps:
         """The plan of a step, with the next image in place of each `unreadable` one (see `SamplePlan.batch`)."""
         if step < 0:
             raise IndexError(f"step {step} was asked for; steps count from 0")
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = step_in_epoch * self.global_batch_size + self.rank * self.batch_size
+        epoch, start = self._place(step)
+        start += self.rank * self.batch_size
         return self.plan.batch(epoch, start, start + self.batch_size, odd=step % 2 == 1, unreadable=unreadable)
+
+    def ids_of_all_ranks(self, step: int) -> NDArray[np.int64]:
+        """The images that the plan has for a step on all ranks together, readable or not."""
+        epoch, start = self._place(step)
+        return self.plan.batch(epoch, start, start + self.global_batch_size).ids
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step and the position in it at which the first rank begins."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch, step_in_epoch * self.global_batch_size
 
 
 class EvaluationSteps:

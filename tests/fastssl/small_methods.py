@@ -59,7 +59,7 @@ def build(name: str, norm: str = "split", splits: int = 4, **options) -> nn.Modu
                 for parameter in module.parameters():
                     parameter.add_(0.02 * torch.randn_like(parameter))
             elif "queue" in module_name:
-                module.labels.copy_(torch.arange(QUEUE) % 5 - 1)
+                module.labels.copy_((module.first + torch.arange(len(module.labels))) % 5 - 1)
         if name == "smog":
             method.group_momentum.fill_(0.8)
     return method

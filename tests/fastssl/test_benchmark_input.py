@@ -20,9 +20,9 @@ from fastssl.benchmark import rates
 from fastssl.benchmark.recipes import dali_batches, pil_batches, pil_transform
 from fastssl.cli import main
 from fastssl.presets import load
+from fastssl.train.build import training_steps
 from fastssl.train.data import split_roots
-from fastssl.train.step import choose_dtype
-from fastssl.train.trainer import training_steps
+from fastssl.train.device import choose_dtype
 from fastssl_pipelines.executor import available_executors, build_executor
 from fastssl_pipelines.opening import open_source
 from fastssl_pipelines.views import ViewSpec

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastssl.methods import Clock
+from fastssl.observe.window import Window
 from fastssl.train.step import TrainStep
 from fastssl_pipelines.batch import Batch
 from tests.fastssl.small_methods import STEPS_PER_EPOCH, TOTAL_STEPS, VARIANTS, a_batch, build, sgd
@@ -34,20 +35,51 @@ def test_the_loss_and_gradient_are_those_of_the_cpu(variant):
     assert (gradient - expected).norm() <= 1e-2 * expected.norm()
 
 
+def a_step(method, dtype=torch.bfloat16, **options):
+    options = {"seed": 0, "device": torch.device("cuda"), "dtype": dtype, "compile": False, **options}
+    return TrainStep(method, sgd(method), **options)
+
+
+def train(step, batches, window=None):
+    for batch in batches:
+        output = step(batch, Clock(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH), 0.01)
+        if window:
+            window.add(batch, output)
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_does_not_wait_for_the_device(variant):
+def test_a_step_does_not_wait_for_the_device(variant, dtype):
     """Also not the last step of an epoch, in which SMoG makes new groups."""
     name, options = VARIANTS[variant]
-    method = build(name, **options).cuda()
-    step = TrainStep(method, sgd(method), seed=0, device=torch.device("cuda"), dtype=torch.bfloat16, compile=False)
+    step = a_step(build(name, **options).cuda(), dtype, clip_norm=1.0)
+    window = Window(step.stopwatch, scaled=False)
     batches = [on_gpu(a_batch(name, number)) for number in range(2 * STEPS_PER_EPOCH)]
-    for batch in batches[:STEPS_PER_EPOCH]:
-        step(batch, Clock(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH), 0.01)
+    train(step, batches[:STEPS_PER_EPOCH])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in batches[STEPS_PER_EPOCH:]:
-            output = step(batch, Clock(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH), 0.01)
+        output = train(step, batches[STEPS_PER_EPOCH:], window)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert output.loss.isfinite()
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_graph_trains_as_a_plain_step_does(variant, compile):
+    """With the same random numbers, and as if it had not been warmed up."""
+    name, options = VARIANTS[variant]
+    if compile and name in DRAWS_NUMBERS:
+        pytest.skip("compiled code draws other numbers")
+    batches = [on_gpu(a_batch(name, number)) for number in range(STEPS_PER_EPOCH + 2)]
+    states = []
+    for cuda_graph in (False, True):
+        method = build(name, **options).cuda()
+        step = a_step(method, torch.float32, compile=compile, cuda_graph=cuda_graph)
+        train(step, batches)
+        states.append(method.state_dict())
+        assert set(step.stopwatch.read()) >= ({"graph", "optimizer"} if cuda_graph else {"forward", "loss", "backward"})
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)

@@ -12,8 +12,8 @@ from PIL import Image
 from fastssl.cli import main, parse
 from fastssl.config import from_json, to_json
 from fastssl.errors import ConfigError
+from fastssl.train.build import training_steps
 from fastssl.train.data import open_splits
-from fastssl.train.trainer import training_steps
 
 SIZE = {"labelled": (12, 12), "more": (10, 15)}
 

@@ -14,7 +14,7 @@ from fastssl.errors import ConfigError
 from fastssl.models.encoders import build_encoder, encoder_names
 from fastssl.models.heads import LinearHead, MLPHead, build_head
 from fastssl.models.momentum import ema_update_, momentum_copy
-from fastssl.models.norm import SplitBatchNorm2d, inverse_permutation, norm_layer
+from fastssl.models.norm import SplitBatchNorm2d, SyncBatchNorm, inverse_permutation, norm_layer
 from fastssl.models.queue import KeyQueue
 
 
@@ -207,7 +207,7 @@ class TestSplitBatchNorm:
 
 def test_norm_layers_by_name() -> None:
     assert type(norm_layer("local")(4)) is nn.BatchNorm2d
-    assert type(norm_layer("sync")(4)) is nn.SyncBatchNorm
+    assert type(norm_layer("sync")(4)) is SyncBatchNorm
     split = norm_layer("split", splits=2)(4)
     assert isinstance(split, SplitBatchNorm2d)
     assert split.splits == 2

@@ -13,8 +13,8 @@ from fastssl.config import OptimConfig, from_json, to_json
 from fastssl.methods import METHODS
 from fastssl.presets import PRESETS, load
 from fastssl.presets.listing import WIDTH
+from fastssl.train.build import build_method
 from fastssl.train.optim import build_optimizer
-from fastssl.train.trainer import build_method
 
 DATA = {
     "imagenet": "ImageNet",

@@ -12,8 +12,8 @@ from fastssl import preview
 from fastssl.cli import main
 from fastssl.presets import load
 from fastssl.preview import Options, caption
+from fastssl.train.build import training_steps
 from fastssl.train.data import open_splits
-from fastssl.train.trainer import training_steps
 from fastssl_pipelines.plan import ViewPlan
 from fastssl_pipelines.views import ViewSpec
 

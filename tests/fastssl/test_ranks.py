@@ -6,67 +6,102 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import nn
 
-from fastssl.methods import METHODS, Clock
+from fastssl.methods import METHODS
+from fastssl.methods.momentum import momentum_rows
+from fastssl.models.norm import averaged_statistics, convert_to_sync
 from fastssl.train.distributed import gather_rows, gather_rows_with_gradient, local_rows, rank, world_size
-from fastssl_pipelines.batch import Batch
-from tests.fastssl.small_methods import LR, a_batch, build
+from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join, part
+from tests.fastssl.small_methods import a_batch
 
-RANKS, STEPS = 2, 3
-VARIANTS = {
+RANKS = 2
+SPLIT_VARIANTS = {
     **{name: (name, {}) for name in METHODS},
     "mocov2 symmetric": ("mocov2", {"symmetric": True}),
     "unmix symmetric": ("unmix", {"symmetric": True}),
 }
+SYNC_VARIANTS = {
+    **{name: (name, {}) for name in METHODS},
+    "mocov2 head with batch norm": ("mocov2", {"head": "mlp-bn", "hidden_dim": 20}),
+    "co2 head with batch norm": ("co2", {"head": "mlp-bn"}),
+}
+VARIANTS = {
+    **{f"{variant} split": (*given, "split") for variant, given in SPLIT_VARIANTS.items()},
+    **{f"{variant} sync": (*given, "sync") for variant, given in SYNC_VARIANTS.items()},
+}
+SHUFFLES, IMAGES = 300, 8
 
 
-def part(batch: Batch) -> Batch:
-    """What this rank sees of a batch."""
-    views = tuple(local_rows(view) for view in batch.views)
-    return Batch(views=views, labels=local_rows(batch.labels), ids=local_rows(batch.ids), step=batch.step)
-
-
-def mean_over_ranks(value):
-    total = value.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return total / world_size()
-
-
-def a_run(variant):
-    """Losses, gradients of the first layer and final buffers of a few steps whose gradients are averaged over ranks."""
-    name, options = VARIANTS[variant]
-    method = build(name, splits=4 // world_size(), **options)
+def run_of(variant):
+    name, options, norm = VARIANTS[variant]
+    method = a_method(name, options, norm)
     if name == "smog":
-        method.eval()  # its heads need the statistics of the whole batch, which takes synchronised batch norm
+        method.train(norm == "sync")  # its heads need the statistics of the whole batch
         method.prepare(iter([part(a_batch(name, 9))]))
-    losses, gradients = [], []
-    for number in range(STEPS):
-        batch = a_batch(name, number)
-        torch.manual_seed(number)
-        output = method(part(batch))
-        output.loss.backward()
-        losses.append(mean_over_ranks(output.loss))
-        with torch.no_grad():
-            for parameter in method.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = mean_over_ranks(parameter.grad)
-                    parameter -= LR * parameter.grad
-        gradients.append(method.encoder().conv1.weight.grad)
-        method.zero_grad()
-        method.after_step(output, Clock(number, 50, 2))
-    buffers = {name: value for name, value in method.state_dict().items() if "encoder" not in name}
-    return losses, gradients, buffers
+    return a_run(method, range(3))
+
+
+def gathering():
+    rows = torch.arange(6.0).view(3, 2).add(10 * rank()).requires_grad_()
+    everything = gather_rows_with_gradient(rows)
+    (everything * torch.arange(12.0).view(6, 2) * (rank() + 1)).sum().backward()
+    return world_size(), rank(), gather_rows(rows), everything.detach(), rows.grad
+
+
+def norm_layers():
+    return {
+        "images": (nn.BatchNorm2d(3), torch.randn(8, 3, 4, 5).to(memory_format=torch.channels_last)),
+        "rows": (nn.BatchNorm1d(3), torch.randn(8, 3)),
+        "not affine": (nn.BatchNorm1d(3, affine=False), torch.randn(8, 3)),
+    }
+
+
+def normalisation(kind):
+    """Output, gradients and state of a batch norm in float64 whose two passes see this rank's part of a batch."""
+    torch.manual_seed(5)
+    layer, images = norm_layers()[kind]
+    layer, images = layer.double(), 3 + 2 * images.double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-1, 1)
+    upstream = torch.randn_like(images)
+    layer = nn.Sequential(convert_to_sync(layer) if world_size() > 1 else layer)
+    mine = local_rows(images).clone().requires_grad_()
+    layer(local_rows(images).flip(0))
+    output = layer(mine)
+    (output * local_rows(upstream)).sum().backward()
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    if world_size() > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+    return gather_rows(output), gather_rows(mine.grad), gradients, layer.state_dict()
+
+
+def shuffling():
+    """For each of many shuffles, the images whose keys this rank computed; whether its rows came back in order."""
+    computed = []
+
+    def encoder(images):
+        computed.append(images[:, 0].int())
+        return images
+
+    numbers = torch.arange(float(IMAGES))
+    images = torch.stack([numbers, numbers + 1], 1)  # no two have the same direction
+    in_order = True
+    for seed in range(SHUFFLES):
+        torch.manual_seed(seed)
+        rows = momentum_rows(encoder, local_rows(images), shuffle=True)
+        in_order &= torch.equal(rows, nn.functional.normalize(local_rows(images), dim=1))
+    return torch.stack(computed), in_order
 
 
 def a_rank(number, store, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=RANKS)
-    torch.save({variant: a_run(variant) for variant in VARIANTS}, f"{results}{number}")
-    rows = torch.arange(6.0).view(3, 2).add(10 * number).requires_grad_()
-    everything = gather_rows_with_gradient(rows)
-    (everything * torch.arange(12.0).view(6, 2) * (number + 1)).sum().backward()
-    torch.save((world_size(), rank(), gather_rows(rows), everything.detach(), rows.grad), f"{results}rows{number}")
+    join(store, number, RANKS)
+    torch.save({variant: run_of(variant) for variant in VARIANTS}, f"{results}{number}")
+    torch.save({kind: normalisation(kind) for kind in norm_layers()}, f"{results}norm{number}")
+    torch.save(gathering(), f"{results}rows{number}")
+    torch.save(shuffling(), f"{results}shuffle{number}")
     dist.destroy_process_group()
 
 
@@ -80,14 +115,16 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_equal_one(two_ranks, variant):
-    losses, gradients, buffers = a_run(variant)
+    expected = run_of(variant)
     for number in range(RANKS):
-        their_losses, their_gradients, their_buffers = torch.load(f"{two_ranks}{number}")[variant]
-        torch.testing.assert_close(their_losses, losses, rtol=1e-5, atol=0)
-        for gradient, expected in zip(their_gradients, gradients, strict=True):
-            assert (gradient - expected).norm() <= 1e-4 * expected.norm()
-        for entry, expected in buffers.items():
-            torch.testing.assert_close(their_buffers[entry], expected, rtol=1e-4, atol=1e-5)
+        assert_same_run(torch.load(f"{two_ranks}{number}")[variant], expected)
+
+
+@pytest.mark.parametrize("kind", norm_layers())
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_ranks, kind):
+    expected = normalisation(kind)
+    for number in range(RANKS):
+        torch.testing.assert_close(torch.load(f"{two_ranks}norm{number}")[kind], expected, rtol=1e-12, atol=1e-13)
 
 
 def test_gathered_rows_and_their_gradient(two_ranks):
@@ -101,6 +138,21 @@ def test_gathered_rows_and_their_gradient(two_ranks):
         assert torch.equal(gradient, 3 * torch.arange(12.0).view(6, 2)[3 * number : 3 * number + 3])
 
 
+def test_shuffled_keys_share_batch_norm_with_their_queries_by_chance_alone(two_ranks):
+    first, second = (torch.load(f"{two_ranks}shuffle{number}") for number in range(RANKS))
+    assert first[1]
+    assert second[1]
+    # each key is computed once, on one of the ranks
+    everyone = torch.cat([first[0], second[0]], 1).sort(1).values
+    assert torch.equal(everyone, torch.arange(IMAGES, dtype=torch.int32).expand(SHUFFLES, -1))
+    queries_here = (first[0] < IMAGES // RANKS).sum(1)
+    # 4 of 8, hypergeometric: mean 2, variance 4/7; all of its own once in 70 shuffles. Bounds of 4 deviations
+    assert abs(queries_here.double().mean() - 2) < 4 * (4 / 7 / SHUFFLES) ** 0.5
+    assert (queries_here == 4).sum() < SHUFFLES / 70 + 4 * (SHUFFLES / 70) ** 0.5
+    with_query_of_image = (first[0] == 0).sum(1).double().mean()
+    assert abs(with_query_of_image - 0.5) < 4 * (0.25 / SHUFFLES) ** 0.5
+
+
 def test_one_process_gathers_itself():
     rows = torch.randn(4, 2, requires_grad=True)
     assert (world_size(), rank()) == (1, 0)
@@ -108,3 +160,12 @@ def test_one_process_gathers_itself():
     assert not gather_rows(rows).requires_grad
     assert gather_rows_with_gradient(rows) is rows
     assert torch.equal(local_rows(rows), rows)
+
+
+def test_statistics_of_one_process_are_their_own_mean():
+    method = a_method("mocov2")
+    method(a_batch("mocov2"))
+    before = {name: buffer.clone() for name, buffer in method.named_buffers()}
+    with averaged_statistics(method):
+        for name, buffer in method.named_buffers():
+            assert torch.equal(buffer, before[name]), name

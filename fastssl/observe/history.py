@@ -1,0 +1,149 @@
+"""What a run folder tells about its run, also while it goes on or after it was killed: plots and reports read this."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastssl.errors import ConfigError
+
+_WARNING = "warning: "  # how the console marks one
+
+
+class Metric(NamedTuple):
+    """A number that is drawn over the steps: what the picture is called, where its records are, how its axis reads."""
+
+    picture: str
+    event: str
+    key: str
+    title: str
+    scale: float = 1.0
+    from_zero: bool = False
+
+
+LOSS = Metric("loss", "train", "loss", "loss")
+ACCURACY = Metric("contrast_accuracy", "train", "contrast_accuracy", "contrast accuracy (%)", scale=100)
+KNN = Metric("knn", "eval", "knn_top1", "kNN top-1 (%)")
+SPEED = Metric("images_per_s", "train", "images_per_s", "images/s", from_zero=True)
+METRICS = (LOSS, ACCURACY, KNN, SPEED)
+
+
+class Part(NamedTuple):
+    """A part of a training step: its name in the records, what to call it and its colour in every picture."""
+
+    name: str
+    title: str
+    colour: str
+
+
+REST = Part("rest", "everything else", "#9aa0a6")
+PARTS = (
+    Part("data", "waiting for data", "#e69f00"),
+    Part("forward", "forward", "#56b4e9"),
+    Part("loss", "loss", "#009e73"),
+    Part("backward", "backward", "#0072b2"),
+    Part("optimizer", "optimizer, momentum encoder, queue", "#cc79a7"),
+    REST,
+)
+
+Series = dict[int, float]
+"""Values by step, in the order of the steps."""
+
+
+@dataclass(frozen=True)
+class History:
+    """The readable part of a run folder; what is damaged or missing is absent."""
+
+    folder: Path
+    records: list[dict[str, Any]]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    warnings: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """The records of one kind."""
+        return [record for record in self.records if record["event"] == event]
+
+    def series(self, metric: Metric) -> Series:
+        """The finite values of a metric."""
+        found = {record["step"]: number(record.get(metric.key)) for record in self.of(metric.event)}
+        return {step: value * metric.scale for step, value in sorted(found.items()) if value is not None}
+
+    def shares(self) -> dict[Part, Series]:
+        """Shares of the wall time, 0 to 1, of the parts that were measured; with REST they add up to 1 at each step."""
+        found: dict[int, dict[Part, float]] = {}
+        for record in self.of("train"):
+            given = {part: number(record.get(f"share_{part.name}")) for part in PARTS if part is not REST}
+            known = {part: max(0.0, share) for part, share in given.items() if share is not None}
+            whole = sum(known.values())
+            if whole > 0:
+                # parts that ran at the same time can be more than the whole
+                shares = {part: share / max(whole, 1.0) for part, share in known.items()}
+                found[record["step"]] = {**shares, REST: 1 - sum(shares.values())}
+        steps = sorted(found)
+        measured = [part for part in PARTS if any(found[step].get(part, 0.0) > 1e-3 for step in steps)]
+        return {part: {step: found[step].get(part, 0.0) for step in steps} for part in measured}
+
+    def setting(self, path: str) -> Any:
+        """A value of config.json by its dotted name, such as "train.batch_size"; None where it is not there."""
+        value: Any = self.config
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+
+def read_history(folder: Path) -> History:
+    """The history of a run; raises ConfigError for a folder that holds no run."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        raise ConfigError(
+            f"{folder} holds no metrics.jsonl, so it is no run folder; give the folder that pretrain named"
+        )
+    records = [record for line in _text(path).splitlines() if _sound(record := _parse(line))]
+    said = _text(folder / "console.log").splitlines()
+    return History(
+        folder,
+        records,
+        config=_object(folder / "config.json"),
+        environment=_object(folder / "env.json"),
+        warnings=[line.removeprefix(_WARNING) for line in said if line.startswith(_WARNING)],
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number of sensible size as a float, else None."""
+    # the bounds keep products and quotients of a few of them finite, and NaN fails them
+    sensible = isinstance(value, int | float) and not isinstance(value, bool) and -1e60 < value < 1e60
+    return (float(value) if abs(value) > 1e-60 else 0.0) if sensible else None
+
+
+def _sound(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        return False
+    step = record.get("step")
+    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**50
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = _parse(_text(path))
+    return value if isinstance(value, dict) else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,91 @@
+"""What a configuration asks for: its method, its steps over the images and what trains the one on the others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+from fastssl.methods import METHODS, Method
+from fastssl.models.encoders import build_encoder
+from fastssl.models.norm import convert_to_sync, norm_layer
+from fastssl.train.data import known_labels
+from fastssl.train.distributed import rank, world_size
+from fastssl.train.optim import build_optimizer
+from fastssl.train.step import TrainStep
+from fastssl_pipelines.plan import SamplePlan
+from fastssl_pipelines.sources import Source
+from fastssl_pipelines.steps import TrainingSteps
+
+
+def build_method(config: Config, device: torch.device) -> Method:
+    """The method of a configuration with freshly drawn weights, a pure function of the seed."""
+    torch.manual_seed(config.seed)
+    model = config.model
+    norm = "local" if model.norm == "sync" else model.norm
+    splits = model.splits // (world_size() * config.train.accumulate) or 1
+    encoder = build_encoder(model.encoder, width=model.width, stem=model.stem, norm_layer=norm_layer(norm, splits))
+    method = METHODS[config.method.name](encoder, config.method, config.views)
+    if model.norm == "sync":
+        convert_to_sync(method)
+    # torch 2.11 does not declare this overload
+    return method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def build_step(config: Config, method: Method, *, device: torch.device, dtype: torch.dtype) -> TrainStep:
+    """The training step of a configuration."""
+    train = config.train
+    if train.cuda_graph and (device.type != "cuda" or world_size() > 1):
+        given = f"{world_size()} processes" if world_size() > 1 else f"device {device}"
+        raise ConfigError(f"--train.cuda-graph was given with {given}; it works with one process on a GPU: drop it")
+    return TrainStep(
+        method,
+        build_optimizer(method, config.optim),
+        seed=config.seed,
+        device=device,
+        dtype=dtype,
+        compile=compiles(config, device),
+        accumulate=train.accumulate,
+        clip_norm=config.optim.clip_norm,
+        cuda_graph=train.cuda_graph,
+    )
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether torch.compile is used: "auto" takes it on a GPU; on a CPU it was seen to be slower (`bench step`)."""
+    return config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
+
+
+def training_steps(config: Config, source: Source, warn: Callable[[str], object] = warnings.warn) -> TrainingSteps:
+    """This rank's part of the sample plan; the method sees the labels of `known_labels`, which explains `warn`."""
+    _check_parts(config)
+    plan = SamplePlan(
+        widths=source.widths,
+        heights=source.heights,
+        labels=known_labels(config, source, warn),
+        views=config.views,
+        odd_views=config.odd_views,
+        seed=config.seed,
+    )
+    ranks = world_size()
+    return TrainingSteps(plan, batch_size=config.train.batch_size // ranks, rank=rank(), world_size=ranks)
+
+
+def _check_parts(config: Config) -> None:
+    """A step must come apart evenly: into ranks, parts that follow one another, and groups of batch norm."""
+    ranks, train, model = world_size(), config.train, config.model
+    parts = ranks * train.accumulate
+    given = f"{ranks} processes and --train.accumulate {train.accumulate}"
+    multiple = parts * config.method.batch_multiple
+    if train.batch_size % multiple:
+        raise ConfigError(
+            f"--train.batch-size {train.batch_size} was given with {given}; it must be a multiple of {multiple}"
+        )
+    if model.norm == "split" and model.splits % parts:
+        raise ConfigError(
+            f"--model.splits {model.splits} was given with {given}; it counts the groups of all of them together and "
+            f"must be a multiple of {parts}: change it or take --model.norm local or sync"
+        )

@@ -1,0 +1,204 @@
+"""What a run does about a loss that is not finite, a full disk, a folder that cannot be written and a jumping clock."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import time
+from itertools import count
+
+import pytest
+
+from fastssl.cli import main
+from fastssl.config import from_json
+from fastssl.observe.log import MetricsLog
+from fastssl.train import checkpoint
+from fastssl.train.build import training_steps
+from fastssl.train.data import open_splits
+from fastssl.train.folder import claimed
+from fastssl.train.step import TrainStep
+from tests.fastssl.test_runs import TINY, assert_same, final_state, records
+
+STEPS = ["--train.steps", "20", "--train.log-every", "3"]
+
+
+def run(folder, *more):
+    return main(["pretrain", *TINY, *STEPS, "--run.dir", str(folder), *more])
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """Call with numbers of steps whose loss is to be NaN."""
+
+    def of(*steps):
+        forward = TrainStep._forward_part
+
+        def broken(self, batch):
+            output = forward(self, batch)
+            if batch.step in steps:
+                output.loss = output.loss * math.nan
+            return output
+
+        monkeypatch.setattr(TrainStep, "_forward_part", broken)
+
+    return of
+
+
+def test_a_step_that_breaks_is_left_out(tmp_path, breaking):
+    """From whichever checkpoint the run goes on, it ends with the same weights."""
+    breaking(7, 13)
+    assert run(tmp_path / "a", "--train.non-finite", "skip") == 0
+    assert run(tmp_path / "b", "--train.non-finite", "skip", "--train.checkpoint-every", "20") == 0
+    first, second = (final_state(tmp_path / name) for name in "ab")
+    assert first["skipped"] == [7, 13]
+    assert all(value.isfinite().all() for value in first["method"].values())
+    assert_same(first, second)
+    events = [record for record in records(tmp_path / "a") if record["event"] == "non_finite"]
+    assert [(event["broken_step"], event["step"], event["action"]) for event in events] == [
+        (8, 5, "skipped"),
+        (14, 10, "skipped"),
+    ]
+    config = from_json((tmp_path / "a" / "config.json").read_text())
+    steps = training_steps(config, open_splits(config).train)
+    assert events[0]["ids"] == steps[7].ids.tolist()
+    trained = [record["step"] for record in records(tmp_path / "a") if record["event"] == "train"]
+    assert trained == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_a_run_that_breaks_again_and_again_stops(tmp_path, breaking, capsys):
+    breaking(*range(5, 20))
+    assert run(tmp_path / "run", "--train.non-finite", "skip") == 1
+    assert "after 10 that were skipped" in capsys.readouterr().err
+
+
+def test_a_step_that_breaks_stops_the_run_by_default(tmp_path, breaking, capsys):
+    breaking(7)
+    assert run(tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "step 8" in error
+    assert "--train.non-finite skip" in error
+    (event,) = [record for record in records(tmp_path / "run") if record["event"] == "non_finite"]
+    assert (event["broken_step"], event["action"], len(event["ids"])) == (8, "stopped", 16)
+    assert final_state(tmp_path / "run")["step"] == 5
+
+
+def test_a_gradient_that_is_not_finite_is_found_at_its_step(tmp_path, monkeypatch):
+    forward_and_backward = TrainStep._forward_and_backward
+
+    def broken(self, batch):
+        output = forward_and_backward(self, batch)
+        if batch.step == 7:
+            self._parameters[0].grad[0] = math.inf
+        return output
+
+    monkeypatch.setattr(TrainStep, "_forward_and_backward", broken)
+    assert run(tmp_path / "run") == 1
+    (event,) = [record for record in records(tmp_path / "run") if record["event"] == "non_finite"]
+    assert event["broken_step"] == 8
+    assert math.isfinite(float(event["loss"]))
+
+
+def test_a_full_disk_is_told_and_training_goes_on(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def full(folder, state, *, step, **options):
+        if step in (5, 10):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        return save(folder, state, step=step, **options)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert run(tmp_path / "run") == 0
+    notes = [record["text"] for record in records(tmp_path / "run") if record["event"] == "note"]
+    assert len(notes) == 2
+    assert "after step 5" in notes[0]
+    assert "No space left" in notes[0]
+    assert final_state(tmp_path / "run")["step"] == 20
+
+
+@pytest.mark.parametrize("step", [0, 20])
+def test_a_checkpoint_that_must_be_written_and_cannot_ends_the_run(tmp_path, monkeypatch, capsys, step):
+    """The first, so that nobody trains for days on a disk that takes nothing, and the last."""
+    save = checkpoint.save
+
+    def full(folder, state, **options):
+        if options["step"] == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        return save(folder, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert run(tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "No space left" in error
+    assert "fastssl resume" in error
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(capsys):
+    assert run("/proc/fastssl-run") == 2
+    assert "/proc/fastssl-run" in capsys.readouterr().err
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    assert run(tmp_path / "a") == 0
+    jumps = count()
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 1e6 * next(jumps))
+    assert run(tmp_path / "b") == 0
+    assert_same(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
+    train = [record for record in records(tmp_path / "b") if record["event"] == "train"]
+    assert all(0 < record["images_per_s"] < 1e6 for record in train)
+    shares = [value for record in train for name, value in record.items() if name.startswith("share_")]
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_checkpoints_are_kept_for_good_where_asked(tmp_path):
+    assert run(tmp_path / "run", "--train.keep-every", "10", "--train.keep-checkpoints", "1") == 0
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step_000000000.pt", "step_000000010.pt", "step_000000020.pt"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    assert run(tmp_path / "whole") == 0
+    assert run(tmp_path / "run") == 0
+    newest = tmp_path / "run" / "checkpoints" / "step_000000020.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(data)
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert "damaged" in (tmp_path / "run" / "console.log").read_text()
+    assert_same(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
+
+
+def test_a_run_tells_what_it_chose(tmp_path):
+    assert run(tmp_path / "run", "--train.precision", "fp32") == 0
+    assert "cpu, float32, not compiled, resident pipeline" in (tmp_path / "run" / "console.log").read_text()
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["ranks"] == 1
+
+
+def test_two_processes_cannot_train_the_same_run(tmp_path, capsys):
+    assert run(tmp_path / "run") == 0
+    with claimed(tmp_path / "run"):
+        assert main(["resume", str(tmp_path / "run")]) == 2
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert main(["resume", str(tmp_path / "run")]) == 0
+
+
+def test_every_end_leaves_a_report(tmp_path, breaking):
+    assert run(tmp_path / "good") == 0
+    breaking(7)
+    assert run(tmp_path / "bad") == 1
+    for name in ("good", "bad"):
+        assert "</html>" in (tmp_path / name / "report.html").read_text()
+
+
+def test_what_only_tells_does_not_end_a_run_when_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fastssl.observe.reporter.write_report", full)
+    monkeypatch.setattr(MetricsLog, "_append", full)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "console.log").symlink_to("/dev/full")
+    assert run(tmp_path / "run") == 0
+    assert final_state(tmp_path / "run")["step"] == 20
