@@ -9,17 +9,19 @@ from fastssl import cli
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl_pipelines.errors import DataError
 
-from . import learning, losses
+from . import learning, losses, step
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "losses": losses.main,
     "learning": learning.main,
+    "step": step.main,
     "input": lambda arguments: cli.bench(["input", *arguments]),
 }
 USAGE = """\
 usage: python -m bench COMMAND [...]
 
   losses    loss and gradient of a query against a queue, beside eager torch, torch.compile, flash attention and peers
+  step      a MoCo training step beside lightly's and a plain loop
   learning  kNN of every method after the same short training on CIFAR-10 photographs
   input     images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators
 

@@ -67,7 +67,7 @@ def test_apex_makes_the_group_norm(apex):
 
 @pytest.mark.skipif(why_not_apex() is None, reason="NVIDIA apex is installed")
 def test_without_apex_a_sentence_says_so():
-    with pytest.raises(ConfigError, match=r"--optim\.impl apex with --optim\.optimizer lamb was given .* not installed"):
+    with pytest.raises(ConfigError, match=r"--optim\.impl apex with .* lamb was given .* not installed"):
         build_optimizer(nn.Linear(2, 3), OptimConfig(impl="apex", optimizer="lamb"))
     with pytest.raises(ConfigError, match=r"--model\.norm apex-group was given"):
         norm_layer("apex-group")(64)

@@ -201,8 +201,8 @@ class TestSplitBatchNorm:
             SplitBatchNorm2d(3, 4)(torch.randn(6, 3, 2, 2))
         with pytest.raises(ValueError, match="splits 0 was given"):
             SplitBatchNorm2d(3, 0)
-        with pytest.raises(ValueError, match="batch norm 'group' was given; allowed are local, split, sync"):
-            norm_layer("group")
+        with pytest.raises(ValueError, match="norm 'layer' was given; allowed are local, split, sync, group"):
+            norm_layer("layer")
 
 
 def test_norm_layers_by_name() -> None:
