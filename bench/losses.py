@@ -12,11 +12,12 @@ import torch
 import tyro
 from torch import Tensor
 
+from fastssl.benchmark.memory import peak_bytes
 from fastssl.errors import ConfigError, unknown_name
 from fastssl_kernels import parity, reference
 
 from . import report
-from .measure import Step, Times, captured, clones_beyond_cache, matmul_rate, peak_bytes, time_cpu, time_cuda
+from .measure import Step, Times, captured, clones_beyond_cache, matmul_rate, time_cpu, time_cuda
 from .peers import COLUMNS, Case, Column, Unavailable, backend
 
 OURS = "fastssl"

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], Any]
 
@@ -85,29 +84,6 @@ def captured(step: Step, pool: Any) -> Step:
     with torch.cuda.graph(graph, pool=pool):
         step()
     return graph.replay
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most that tensors take during `step` beyond those from before.
-
-    On a CPU it is the running sum of torch's allocations; scratch inside of library calls is not among them.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    peak = held = 0
-    for _, change in events:
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:

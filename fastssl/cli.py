@@ -38,6 +38,8 @@ usage: fastssl COMMAND [...]
   data check DIR [--quarantine LIST]              find files that training cannot use before a long run does
   preview [PRESET] [--section.field VALUE ...]    a PNG of the views that training will see, with their numbers
   bench input [PRESET] [...]                      images/s of the input pipelines beside what others use
+  bench step [PRESET] [...]                       the training step, its ceiling, the gap and its cause
+  bench e2e [PRESET] [--section.field VALUE ...]  real input and step together, and which of them holds the other up
   methods                                         the methods and their papers
   presets                                         the recipes and their published results
   verify [LOSS]                                   how far every loss is from its definition, on this machine
@@ -236,13 +238,23 @@ def preview(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """`fastssl bench input [PRESET] [--option VALUE ...]`."""
-    from fastssl.benchmark.input import Options, run
-
+    """`fastssl bench input|step [PRESET] [--option VALUE ...]` or `e2e [PRESET] [--section.field VALUE ...]`."""
     task, *rest = arguments or [""]
-    if task != "input":
-        raise unknown_name("benchmark", task, ["input"])
-    return run(_options(Options(), rest, "fastssl bench input"))
+    if task == "input":
+        from fastssl.benchmark import input as input_benchmark
+
+        return input_benchmark.run(_options(input_benchmark.Options(), rest, "fastssl bench input"))
+    if task == "step":
+        from fastssl.benchmark import step
+
+        return step.run(_options(step.Options(), rest, "fastssl bench step"))
+    if task == "e2e":
+        from fastssl.benchmark import end_to_end
+
+        with _told_in_a_sentence():
+            options, rest = tyro.cli(end_to_end.Options, args=rest, prog="fastssl bench e2e", return_unknown_args=True)
+        return end_to_end.run(parse(rest), options)
+    raise unknown_name("benchmark", task, ["input", "step", "e2e"])
 
 
 def methods(arguments: list[str]) -> int:

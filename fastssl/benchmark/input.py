@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from fastssl.benchmark import machine, rates
 from fastssl.benchmark.candidates import Candidate, Result, candidates
+from fastssl.benchmark.command import require_file, require_positive, write_json
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.observe.progress import PatientBar
@@ -62,14 +62,8 @@ class Options:
     """file to write all numbers to"""
 
     def __post_init__(self) -> None:
-        for name in ("images", "workers", "batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                option = "--" + name.replace("_", "-")
-                raise ConfigError(f"{option} {getattr(self, name)} was given; it must be at least 1")
-        if self.seconds <= 0:
-            raise ConfigError(f"--seconds {self.seconds} was given; it must be above 0")
-        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
-            raise ConfigError(f"--json {self.json} was given; it must be the name of a file in an existing folder")
+        require_positive(self, "images", "workers", "batch_size", "repeats", "seconds")
+        require_file("--json", self.json)
 
 
 def run(options: Options) -> int:
@@ -97,7 +91,7 @@ def run(options: Options) -> int:
     results = _measured(chosen, repeats=options.repeats, seconds=options.seconds)
     show(facts, results)
     if options.json is not None:
-        _write(options.json, {**facts, "results": [asdict(result) for result in results]})
+        write_json(options.json, {**facts, "results": [asdict(result) for result in results]})
         print(options.json)
     return 0
 
@@ -198,10 +192,3 @@ def _measured(chosen: Sequence[Candidate], *, repeats: int, seconds: float) -> l
     finally:
         torch.set_num_threads(threads)
     return [candidate.result for candidate in chosen]
-
-
-def _write(path: Path, facts: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--json {path} could not be written ({error.strerror}); give another file") from None

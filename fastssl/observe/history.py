@@ -44,6 +44,7 @@ PARTS = (
     Part("forward", "forward", "#56b4e9"),
     Part("loss", "loss", "#009e73"),
     Part("backward", "backward", "#0072b2"),
+    Part("graph", "forward, loss and backward in one CUDA graph", "#0072b2"),
     Part("optimizer", "optimizer, momentum encoder, queue", "#cc79a7"),
     REST,
 )

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from fastssl.config import Config
+from fastssl.errors import ConfigError
 from fastssl.observe.console import Console
 from fastssl.observe.log import MetricsLog
 from fastssl.observe.report import write_report
@@ -48,8 +49,8 @@ class Reporter:
         """However the run ended."""
         try:
             write_report(self.folder)
-        except OSError as error:
-            self.say(f"note: report.html was not written ({error.strerror}); `fastssl report {self.folder}` makes it")
+        except (OSError, ConfigError) as error:
+            self.say(f"note: report.html was not written ({error}); `fastssl report {self.folder}` makes it")
 
     def say(self, text: str) -> None:
         """A line for the person alone."""

@@ -24,6 +24,7 @@ ADVICE = {
     "loss": "the queue is read for every image; `fastssl doctor` tells whether the fastest backend of the loss works "
     "here, and a smaller --method.queue-size is read in less time.",
     "backward": _ENCODER,
+    "graph": _ENCODER,
     "optimizer": "this is done once a step, however large the step is; a larger --train.batch-size spreads it over "
     "more images.",
     "rest": "none of the measured parts takes this time, so it is spent around them; a larger --train.batch-size "

@@ -163,22 +163,23 @@ class Trainer:
     def _report(self, done: int, window: Window) -> None:
         self._tell_what_was_noticed(done)
         values = window.read()
+        unreadable = self._compare_ranks(done)
         if "loss" in values:  # not all steps of the window were left out
-            self.reporter.train(
-                done, values, lr=self._learning_rate(done - 1), unreadable=len(self.executor.unreadable)
-            )
-        self._require_equal_queues(done)
+            self.reporter.train(done, values, lr=self._learning_rate(done - 1), unreadable=unreadable)
 
-    def _require_equal_queues(self, done: int) -> None:
+    def _compare_ranks(self, done: int) -> int:
+        """Require that all ranks have the same queue; the number of images that any of them could not read."""
         if world_size() == 1:
-            return
-        hashes: list[Any] = [None] * world_size()
-        dist.all_gather_object(hashes, queue_hash(self.method))
+            return len(self.executor.unreadable)
+        everyone: list[Any] = [None] * world_size()
+        dist.all_gather_object(everyone, (queue_hash(self.method), list(self.executor.unreadable)))
+        hashes, unreadable = zip(*everyone, strict=True)
         if len(set(hashes)) > 1:
             raise TrainingError(
                 f"the queues of the processes differ after step {done}, which must never be: please report it with "
                 f"{self.folder}/config.json and env.json; the last checkpoint may be wrong too"
             )
+        return len(set().union(*unreadable))
 
     def _evaluate(self, done: int) -> None:
         if not self.knn.possible:

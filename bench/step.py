@@ -1,0 +1,209 @@
+"""`python -m bench step`: a MoCo training step of fastssl beside lightly's and a plain loop, in one process."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastssl.benchmark.command import require_file, require_positive, torch_threads, wait, write_json
+from fastssl.benchmark.training import as_training, synthetic_batches
+from fastssl.config import Config, ModelConfig, OptimConfig, TrainConfig
+from fastssl.errors import ConfigError
+from fastssl.methods.moco import MoCoV2Config
+from fastssl.presets import load
+from fastssl.train.device import choose_device, choose_dtype
+from fastssl_pipelines.batch import Batch
+
+from . import report
+from .peers import Unavailable
+from .sides import LR, MOMENTUM, SETTINGS, SIDES, TEMPERATURE, Setting, Step, ours
+
+BEST, SHIPPED = "fastssl, at its best", "lightly as shipped"
+FIRST_STEPS = 3  # whose losses are shown; they are not timed
+TARGET = 4.0  # times lightly as shipped
+
+
+@dataclass(frozen=True)
+class Options:
+    """MoCo v2 with a ResNet-18 for 32 px on random views in memory: time and loss of a step, all sides in turn."""
+
+    batch_size: int = 64
+    queue_size: int = 4096
+    width: float = 1.0
+    """Of the ResNet-18."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    """Threads of the CPU; by default those that torch takes."""
+    steps: int = 5
+    """Steps of a round."""
+    repeats: int = 5
+    """Rounds, in each of which all take turns."""
+    json: Path | None = None
+    """File to write all numbers to."""
+
+
+@dataclass
+class Row:
+    """What was measured of one side, with a number for each round."""
+
+    name: str
+    setting: str
+    losses: list[float] = field(default_factory=list)
+    """Of the first steps; all sides begin with the same weights and queue."""
+    images_per_s: list[float] = field(default_factory=list)
+    slower_than_best: list[float] = field(default_factory=list)
+    """Images/s of fastssl as a run takes it in units of those of the same round; a busy machine slows a whole round."""
+    slower_than_equal: list[float] = field(default_factory=list)
+    """The same with fastssl in the same setting."""
+    note: str = ""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure what the arguments ask for, print the table, write the JSON; ConfigError for what cannot be met."""
+    options = tyro.cli(Options, args=list(arguments), prog="python -m bench step")
+    require_positive(options, "batch_size", "queue_size", "width", "threads", "steps", "repeats")
+    require_file("--json", options.json)
+    if options.queue_size % options.batch_size:
+        raise ConfigError(
+            f"--queue-size {options.queue_size} was given with --batch-size {options.batch_size}; it must be a multiple"
+            " of it, as the other sides cannot write around the end of their queue"
+        )
+    config = configuration(options)
+    device = choose_device(config.train)
+    torch.backends.cudnn.benchmark = True  # for all sides; TF32 stays as torch has it
+    with torch_threads(options.threads):
+        facts = report.environment(["python", "-m", "bench", "step", *arguments], device)
+        rows = measure(config, device, options)
+    facts |= {"settings": asdict(options), "targets": targets(rows)}
+    show(facts, rows)
+    if options.json is not None:
+        write_json(options.json, {**facts, "rows": [asdict(row) for row in rows]})
+        print(options.json)
+
+
+def configuration(options: Options) -> Config:
+    """What all sides train: plain SGD, batch norm over the batch, keys not shuffled, as in lightly's example."""
+    preset = load("mocov2-cifar10")
+    return replace(
+        preset,
+        model=ModelConfig(encoder="resnet18", stem="small", width=options.width, norm="local"),
+        method=MoCoV2Config(
+            temperature=TEMPERATURE, queue_size=options.queue_size, momentum=MOMENTUM, head="mlp", shuffle=False
+        ),
+        optim=OptimConfig(lr=LR, momentum=0, weight_decay=0),
+        train=TrainConfig(batch_size=options.batch_size, device=options.device),
+    )
+
+
+def measure(config: Config, device: torch.device, options: Options) -> list[Row]:
+    """A row for each side in each setting, and first that of fastssl as a run takes it."""
+    batches = synthetic_batches(config, device)
+    chosen = Setting("chosen", choose_dtype(config.train, device), torch.channels_last)
+    rows, running = [], []
+    for setting, names in [(chosen, (BEST,)), *((setting, tuple(SIDES)) for setting in SETTINGS)]:
+        own = [as_training(batch, setting.dtype, setting.layout) for batch in batches]
+        for name in names:
+            shown = SHIPPED if (name, setting.name) == ("lightly", "fp32") else name
+            row = Row(shown, setting.name)
+            rows.append(row)
+            try:
+                step = ours(config, device, setting) if name == BEST else SIDES[name](config, device, setting)
+            except Unavailable as error:
+                row.note = str(error)
+                continue
+            row.losses = [step(own[number % len(own)]).item() for number in range(FIRST_STEPS)]
+            running.append((row, step, own))
+    for turn in range(1, options.repeats + 1):
+        print(f"round {turn} of {options.repeats}", file=sys.stderr)
+        for row, step, own in running:
+            row.images_per_s.append(rate(step, own, options.steps, device))
+    _compare(rows)
+    return rows
+
+
+def rate(step: Step, batches: Sequence[Batch], steps: int, device: torch.device) -> float:
+    """Images/s over `steps` steps, after one that is not timed."""
+    step(batches[-1])
+    wait(device)
+    started = time.perf_counter()
+    for number in range(steps):
+        step(batches[number % len(batches)])
+    wait(device)
+    return steps * len(batches[0].ids) / (time.perf_counter() - started)
+
+
+def _compare(rows: Sequence[Row]) -> None:
+    """Fill in the ratios."""
+
+    def ratios(faster: Row, slower: Row) -> list[float]:
+        return [a / b for a, b in zip(faster.images_per_s, slower.images_per_s, strict=True)]
+
+    equal = {row.setting: row for row in rows if row.name == "fastssl"}
+    for row in rows:
+        if row.images_per_s:
+            row.slower_than_best = ratios(rows[0], row)
+            row.slower_than_equal = ratios(equal[row.setting], row) if row.setting in equal else []
+
+
+def targets(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each target, met or missed by the median over the rounds."""
+    said = []
+    for row in rows:
+        if row.name == SHIPPED and row.slower_than_best:
+            said.append(f"{TARGET:g} times the speed of {row.name}: {_verdict(row.slower_than_best, TARGET)}")
+        if row.name not in (BEST, "fastssl") and row.slower_than_equal:
+            said.append(f"not slower than {row.name} in {row.setting}: {_verdict(row.slower_than_equal, 1)}")
+    return said
+
+
+def _verdict(ratios: Sequence[float], target: float) -> str:
+    low, middle, high = np.quantile(ratios, (0.2, 0.5, 0.8))
+    return f"{'met' if middle >= target else 'missed'}, {middle:.3g} times (p20 {low:.3g}, p80 {high:.3g})"
+
+
+def show(facts: dict[str, Any], rows: Sequence[Row]) -> None:
+    """The table, and below it the targets and how it was measured."""
+    console, settings = Console(), facts["settings"]
+    console.width = max(console.width, 130)  # eighty columns would cut numbers
+    title = f"MoCo v2 step, ResNet-18 of 32 px, {settings['batch_size']} images, {settings['queue_size']} keys"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("setting", no_wrap=True)
+    for heading in ("images/s", "p20 p80", "ms", "fastssl", "at equal setting", f"losses of {FIRST_STEPS} steps"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.name, row.setting, *_cells(row, settings["batch_size"]))
+    console.print(table)
+    for line in [
+        *facts["targets"],
+        "fp32: contiguous; bf16: autocast and channels_last; chosen: as a run of fastssl takes it here",
+        "all sides begin with the same weights and queue and take plain SGD; views are in memory",
+        f"{facts['device']}, {facts['device_state']} before; medians of {settings['repeats']} rounds",
+        *(f"{row.name}, {row.setting}: {row.note}" for row in rows if row.note),
+    ]:
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
+
+
+def _cells(row: Row, batch_size: int) -> list[str]:
+    """Empty where nothing was measured."""
+    if not row.images_per_s:
+        return []
+    low, middle, high = np.quantile(row.images_per_s, (0.2, 0.5, 0.8))
+    return [
+        f"{middle:.0f}",
+        f"{low:.0f} {high:.0f}",
+        f"{1e3 * batch_size / middle:.1f}",
+        *(f"{median(ratios):.2f} x" if ratios else "" for ratios in (row.slower_than_best, row.slower_than_equal)),
+        " ".join(f"{loss:.5f}" for loss in row.losses),
+    ]
