@@ -84,7 +84,11 @@ def test_ratios_are_taken_round_by_round() -> None:
         Row("lightly", "bf16", note="missing"),
     ]
     step._compare(rows)
-    assert [row.slower_than_best for row in rows[2:]] == [[4, 4, 80 / 15], pytest.approx([80 / 31, 40 / 15.5, 80 / 31]), []]
+    assert [row.slower_than_best for row in rows[2:]] == [
+        [4, 4, 80 / 15],
+        pytest.approx([80 / 31, 40 / 15.5, 80 / 31]),
+        [],
+    ]
     assert [row.slower_than_equal for row in rows[:3]] == [[], [1, 1, 1], [1.5, 1.5, 2]]
     assert step.targets(rows) == [
         "4 times the speed of lightly as shipped: met, 4 times (p20 4, p80 4.8)",
