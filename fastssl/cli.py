@@ -180,8 +180,8 @@ def _train(config: Config, folder: Path, *, new: bool) -> int:
         trainer = Trainer(config, folder)
         if rank() > 0:
             return trainer.train()
-        prepare(folder, config, new=new)
         with claimed(folder):
+            prepare(folder, config, new=new)
             return trainer.train()
 
 

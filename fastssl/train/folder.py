@@ -22,27 +22,16 @@ def taken(folder: Path) -> ConfigError:
     return ConfigError(f"{folder} already holds a run; continue it with `fastssl resume {folder}` or change --run.dir")
 
 
-def prepare(folder: Path, config: Config, *, new: bool) -> None:
-    """Make the folder, for a new run with config.json, and env.json; ConfigError where that cannot be.
-
-    config.json is there as a whole or not at all, so a folder that has one can be resumed.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if new:
-            _write_first(folder / "config.json", to_json(config))
-        if not (folder / "env.json").exists():
-            (folder / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-    except FileExistsError:
-        raise taken(folder) from None
-    except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be written ({error.strerror}); change --run.dir") from None
-
-
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Inside the `with` block no other process trains in the folder; ConfigError where one does already."""
-    with (folder / "lock").open("w") as file:
+    """Make the folder; inside the `with` block no other process trains in it.
+
+    ConfigError where it cannot be made or another process trains there.
+    """
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -55,14 +44,29 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def _write_first(path: Path, text: str) -> None:
-    """Of two runs that start within a second, and so have the same default folder, the second gets FileExistsError."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+def prepare(folder: Path, config: Config, *, new: bool) -> None:
+    """Write config.json for a new run, and env.json; ConfigError where that cannot be, or there is a run already.
+
+    config.json is there as a whole or not at all, so a folder that has one can be resumed. Call it inside `claimed`.
+    """
+    path = folder / "config.json"
+    if new and path.exists():
+        raise taken(folder)
+    with _told(folder):
+        if new:
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(to_json(config))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        if not (folder / "env.json").exists():
+            (folder / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written ({error.strerror}); change --run.dir") from None

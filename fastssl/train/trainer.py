@@ -131,8 +131,8 @@ class Trainer:
             say(f"warning: {note}")
         digest = zlib.crc32(plan.labels.tobytes())
         self._require_the_labels_of_the_start(known, digest)
-        facts = {"images": plan.num_samples, "labels": known, "labels_crc32": digest, "ranks": world_size()}
-        self.reporter.start(step=first, **facts)
+        self.facts = {"images": plan.num_samples, "labels": known, "labels_crc32": digest, "ranks": world_size()}
+        self.reporter.start(step=first, **self.facts)
         self._tell_what_was_noticed(first)
         if first == 0:
             self._evaluate(0)
@@ -229,7 +229,7 @@ class Trainer:
                 self.checkpoints.flush()
             first = self._restore()
             self.skipped.append(broken.step)
-            self.reporter.start(step=first)
+            self.reporter.start(step=first, **self.facts)
             self._tell_what_was_noticed(first)
         where = f"loss {broken.loss}, gradient norm {broken.gradient_norm} at step {broken.step + 1}"
         ids = self.steps.ids_of_all_ranks(broken.step).tolist()

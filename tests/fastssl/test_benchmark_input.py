@@ -189,7 +189,7 @@ def test_the_rate_counts_images_of_whole_groups():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["step"], "unknown benchmark 'step'"),
+        (["steps"], "unknown benchmark 'steps'"),
         (["input", "--workers", "0"], "--workers 0 was given; it must be at least 1"),
         (["input", "--seconds", "0"], "--seconds 0.0 was given; it must be above 0"),
         (["input", "--pipelines", "ffcv"], "--pipelines"),

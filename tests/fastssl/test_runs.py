@@ -257,7 +257,7 @@ def test_of_two_runs_that_start_at_once_the_later_is_refused(tmp_path, capsys, m
     monkeypatch.setattr("fastssl.train.trainer.Trainer", Slow)
     assert main(["pretrain", *TINY, "--run.dir", str(folder)]) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lock"]
     assert (folder / "config.json").read_text() == "theirs"
 
 
