@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastssl.config import OptimConfig
 from fastssl.errors import ConfigError
@@ -180,3 +182,31 @@ def test_a_graph_is_refused_without_a_gpu():
     config = replace(config, train=replace(config.train, cuda_graph=True))
     with pytest.raises(ConfigError, match=r"--train\.cuda-graph was given with device cpu"):
         build_step(config, nn.Linear(1, 1), device=CPU, dtype=torch.float32)
+
+
+class Work(TorchDispatchMode):
+    """Takes down each op with the sizes of what it reads and writes, but for the losses, whose work is their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not (function.namespace == "fastssl" or function.is_view):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.done.append((str(function), [tensor.numel() for tensor in tensors]))
+        return result
+
+
+@pytest.mark.parametrize("variant", [name for name, (method, _) in VARIANTS.items() if method != "smog"])
+def test_only_the_loss_has_more_to_do_for_a_longer_queue(variant):
+    name, options = VARIANTS[variant]
+    done = []
+    for size in (4 * BATCH, 400 * BATCH):
+        step = train_step(build(name, **options, queue_size=size))
+        with Work() as work:
+            steps(step, name, 2)
+        done.append(work.done)
+    assert len(done[0]) > 100
+    assert done[0] == done[1]
