@@ -127,6 +127,12 @@ def _options(default: _Options, arguments: list[str], prog: str) -> _Options:
         return tyro.cli(type(default), default=default, args=arguments, prog=prog)
 
 
+def _options_and_rest(cls: type[_Options], arguments: list[str], prog: str) -> tuple[_Options, list[str]]:
+    """A command's own options, and the arguments that are none of them: those of `pretrain`."""
+    with _told_in_a_sentence():
+        return tyro.cli(cls, args=arguments, prog=prog, return_unknown_args=True)
+
+
 @contextlib.contextmanager
 def _told_in_a_sentence() -> Iterator[None]:
     """Turns what tyro says before it exits into a ConfigError."""
@@ -232,8 +238,7 @@ def preview(arguments: list[str]) -> int:
     """`fastssl preview [PRESET | --config FILE] [--images N] [--step N] [--out FILE] [--section.field VALUE ...]`."""
     from fastssl.preview import Options, run
 
-    with _told_in_a_sentence():
-        options, rest = tyro.cli(Options, args=arguments, prog="fastssl preview", return_unknown_args=True)
+    options, rest = _options_and_rest(Options, arguments, "fastssl preview")
     return run(parse(rest), options)
 
 
@@ -251,8 +256,7 @@ def bench(arguments: list[str]) -> int:
     if task == "e2e":
         from fastssl.benchmark import end_to_end
 
-        with _told_in_a_sentence():
-            options, rest = tyro.cli(end_to_end.Options, args=rest, prog="fastssl bench e2e", return_unknown_args=True)
+        options, rest = _options_and_rest(end_to_end.Options, rest, "fastssl bench e2e")
         return end_to_end.run(parse(rest), options)
     raise unknown_name("benchmark", task, ["input", "step", "e2e"])
 

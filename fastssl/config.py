@@ -185,7 +185,7 @@ class TrainConfig:
     deterministic: bool = False
     """Take only algorithms that give the same bits at every run, on a GPU slower ones; a CPU needs no option."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the method; auto is on for CUDA and off on a CPU, where it was seen to be slower."""
+    """torch.compile of the method; auto is on for CUDA and off on a CPU, where it was seen to gain nothing."""
     cuda_graph: bool = False
     """Capture forward and backward as one CUDA graph, which saves launches; one GPU alone."""
     non_finite: Literal["stop", "skip"] = "stop"

@@ -130,15 +130,17 @@ def convert_to_sync(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def averaged_statistics(module: nn.Module) -> Iterator[None]:
+def averaged_statistics(module: nn.Module) -> Iterator[Tensor]:
     """Inside the `with` block every batch norm in `module` has the mean over ranks of its running statistics.
+
+    Gives those of each rank, as `gather_statistics` does.
 
     A running statistic is linear in those of the batches. So N ranks with S/N splits each have then what one rank
     with S splits has. Afterwards each rank has its own again. All ranks must enter; one collective.
     """
     kept = gather_statistics(module)
     load_statistics(module, kept.mean(0).expand(world_size(), -1))
-    yield
+    yield kept
     load_statistics(module, kept)
 
 

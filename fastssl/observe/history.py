@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastssl.errors import ConfigError
+from fastssl.observe.log import parse_json, whole_records
 
 _WARNING = "warning: "  # how the console marks one
 
@@ -106,11 +106,10 @@ def read_history(folder: Path) -> History:
         raise ConfigError(
             f"{folder} holds no metrics.jsonl, so it is no run folder; give the folder that pretrain named"
         )
-    records = [record for line in _text(path).splitlines() if _sound(record := _parse(line))]
     said = _text(folder / "console.log").splitlines()
     return History(
         folder,
-        records,
+        whole_records(_text(path).splitlines()),
         config=_object(folder / "config.json"),
         environment=_object(folder / "env.json"),
         warnings=[line.removeprefix(_WARNING) for line in said if line.startswith(_WARNING)],
@@ -124,15 +123,8 @@ def number(value: Any) -> float | None:
     return (float(value) if abs(value) > 1e-60 else 0.0) if sensible else None
 
 
-def _sound(record: Any) -> bool:
-    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
-        return False
-    step = record.get("step")
-    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**50
-
-
 def _object(path: Path) -> dict[str, Any]:
-    value = _parse(_text(path))
+    value = parse_json(_text(path))
     return value if isinstance(value, dict) else {}
 
 
@@ -141,10 +133,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class MetricsLog:
         """All whole records, those that wait in memory too; lines that are none, as a kill leaves one, are left out."""
         data = self.path.read_bytes()[: self._torn_at] if self.path.exists() else b""
         lines = [*data.splitlines(), *(line.encode() for line in self._waiting)]
-        return [record for record in map(_record, lines) if record is not None]
+        return whole_records(lines)
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`, all of it for 0, so that a resumed run tells every step once.
@@ -80,10 +81,21 @@ class MetricsLog:
         self._torn_at = None
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def whole_records(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
+    """The records among lines of metrics.jsonl; lines that are none, as a kill or a bad disk leaves, are left out."""
+    return [record for record in map(parse_json, lines) if _is_whole(record)]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; None for a text that is none."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("event"), str) and isinstance(record.get("step"), int)
-    return record if whole else None
+
+
+def _is_whole(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        return False
+    step = record.get("step")
+    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class Window:
     def _reset(self) -> None:
         self._names: list[str] = []
         self._rows: list[Tensor] = []
+        self._on_host = torch.empty(0)
         self._steps: list[int] = []
         self._images = 0
         self._paused_s = 0.0
@@ -69,7 +71,7 @@ class Window:
         for step, row in zip(self._steps, table.tolist(), strict=True):
             values = dict(zip(self._names, row, strict=True))
             checked = [value for name, value in values.items() if not (self._scaled and name == _NONE_IN_FP16)]
-            if not torch.tensor(checked).isfinite().all():
+            if not all(map(math.isfinite, checked)):
                 return Broken(step, values["loss"], values["gradient_norm"])
         return None
 
@@ -94,8 +96,10 @@ class Window:
         self._paused_s += time.perf_counter() - begin_s
 
     def _table(self) -> Tensor:
-        """[steps, values], on the host."""
-        return mean_over_ranks(torch.stack(self._rows)).cpu()
+        """[steps, values], on the host; a log line that was checked does not wait again."""
+        if len(self._on_host) < len(self._rows):
+            self._on_host = mean_over_ranks(torch.stack(self._rows)).cpu()
+        return self._on_host
 
 
 def peak_memory_bytes() -> int:

@@ -25,12 +25,13 @@ def build_method(config: Config, device: torch.device) -> Method:
     """The method of a configuration with freshly drawn weights, a pure function of the seed."""
     torch.manual_seed(config.seed)
     model = config.model
-    norm = "local" if model.norm == "sync" else model.norm
     splits = model.splits // (world_size() * config.train.accumulate) or 1
-    encoder = build_encoder(model.encoder, width=model.width, stem=model.stem, norm_layer=norm_layer(norm, splits))
+    encoder = build_encoder(
+        model.encoder, width=model.width, stem=model.stem, norm_layer=norm_layer(model.norm, splits)
+    )
     method = METHODS[config.method.name](encoder, config.method, config.views)
     if model.norm == "sync":
-        convert_to_sync(method)
+        convert_to_sync(method)  # the heads, too
     # torch 2.11 does not declare this overload
     return method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -55,7 +56,7 @@ def build_step(config: Config, method: Method, *, device: torch.device, dtype: t
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """Whether torch.compile is used: "auto" takes it on a GPU; on a CPU it was seen to be slower (`bench step`)."""
+    """Whether torch.compile is used: "auto" takes it on a GPU; on a CPU it was seen to gain nothing (`bench step`)."""
     return config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
 
 

@@ -14,7 +14,7 @@ from fastssl.config import Config
 from fastssl.errors import ConfigError, TrainingError
 from fastssl.evaluate.online import OnlineKNN
 from fastssl.methods import Clock
-from fastssl.models.norm import averaged_statistics, gather_statistics, load_statistics
+from fastssl.models.norm import averaged_statistics, load_statistics
 from fastssl.models.queue import gather_state, queue_hash
 from fastssl.observe.reporter import Reporter
 from fastssl.observe.window import Broken, Window
@@ -191,8 +191,7 @@ class Trainer:
         self._tell_what_was_noticed(done)
 
     def _save(self, done: int, *, wait: bool) -> None:
-        statistics = gather_statistics(self.method)
-        with averaged_statistics(self.method):
+        with averaged_statistics(self.method) as statistics:
             state = {
                 "method": gather_state(self.method),
                 "statistics": statistics,
