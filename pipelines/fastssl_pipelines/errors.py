@@ -13,3 +13,7 @@ class UnreadableImages(DataError):
     def __init__(self, reasons: dict[int, str]) -> None:
         super().__init__(next(iter(reasons.values())))
         self.reasons = reasons
+
+
+class MachineError(RuntimeError):
+    """The machine cannot read, whatever the file holds: descriptors, memory or a disk; ends a run, loses no image."""
