@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.listing import CHUNK, THREADS, Listing, Names, Progress
-from fastssl_pipelines.sources import BROKEN_IMAGE, FORMATS, Source, broken_image
+from fastssl_pipelines.sources import BROKEN_IMAGE, FORMATS, Source, broken_image, digest_of
 
 _VERSION = 1
 _HEADER_BYTES = 32 * 1024  # holds the size in nearly every file; else the whole file is read
@@ -73,6 +73,10 @@ class IndexedSource(Source):
 
     def name_of(self, index: int) -> str:
         return self._listing.names[index]
+
+    def fingerprint(self) -> str:
+        names = self._listing.names
+        return digest_of(names.blob, names.ends.tobytes(), self._listing.lengths.tobytes())
 
 
 def cache_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from fastssl_pipelines.errors import DataError
 
 FORMATS = ("JPEG", "PNG")
+
+_FINGERPRINT_IMAGES = 10_000
 
 # What PIL raises on broken files; a SyntaxError is a broken PNG chunk.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -55,6 +58,10 @@ class Source(ABC):
             "--data.root"
         )
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for names and sizes in bytes of all images, in their order."""
+
     def pixels(self, index: int) -> NDArray[np.uint8]:
         """The decoded image, uint8 [H, W, 3], RGB; DataError if it cannot be decoded or has another size by now."""
         encoded = self.encoded(index)
@@ -76,6 +83,14 @@ def broken_image(name: str, error: Exception, option: str) -> DataError:
     unknown = isinstance(error, UnidentifiedImageError)  # its own message shows the address of an object
     reason = "it is neither JPEG nor PNG" if unknown else " ".join(str(error).split())
     return DataError(f"{name} cannot be read as an image ({reason}); remove or replace it in {option}")
+
+
+def digest_of(*parts: bytes | memoryview) -> str:
+    """16 hexadecimal digits of the parts, one after the other."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()[:16]
 
 
 class ArraySource(Source):
@@ -113,6 +128,11 @@ class ArraySource(Source):
     def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
+    def fingerprint(self) -> str:
+        # these have no names; of the pixels of a large set a part will do
+        part = self._images[:: 1 + len(self._images) // _FINGERPRINT_IMAGES]
+        return digest_of(self.labels.tobytes(), repr(self._images.shape).encode(), np.ascontiguousarray(part).data)
+
     def pixels(self, index: int) -> NDArray[np.uint8]:
         return self._images[index]
 
@@ -140,6 +160,9 @@ class Subset(Source):
 
     def name_of(self, index: int) -> str:
         return self._source.name_of(int(self._rows[index]))
+
+    def fingerprint(self) -> str:
+        return digest_of(self._source.fingerprint().encode(), np.asarray(self._rows, np.int64).tobytes())
 
 
 class JointSource(Source):
@@ -173,6 +196,9 @@ class JointSource(Source):
     def name_of(self, index: int) -> str:
         source, index = self._part(index)
         return source.name_of(index)
+
+    def fingerprint(self) -> str:
+        return digest_of(*(source.fingerprint().encode() for source in (self._labelled, self._unlabelled)))
 
     def _part(self, index: int) -> tuple[Source, int]:
         count = len(self._labelled)

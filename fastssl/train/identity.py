@@ -1,0 +1,195 @@
+"""What makes a run the run that it is: its options and its images, compared among ranks and with every checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from fastssl.config import Config, OptimConfig, to_json
+from fastssl.errors import ConfigError
+from fastssl.train.distributed import world_size
+from fastssl.train.schedule import learning_rate
+from fastssl_pipelines.sources import Source
+
+Facts = dict[str, Any]
+"""Plain values by dotted name, such as {"optim.lr": 0.03, "images.count": 50000}."""
+
+# The images that these lead to are compared themselves, so they may lie elsewhere.
+_PATHS = ("data.root", "data.unlabelled", "data.label_list", "data.quarantine")
+# What a machine may have of its own: the same images come out, at another speed.
+_OF_A_MACHINE = (
+    *_PATHS,
+    "run.dir",
+    "run.tensorboard",
+    "data.download",
+    "data.workers",
+    "data.prefetch",
+    "data.resident_gib",
+    "data.decode",
+)
+HARMLESS = (
+    *_OF_A_MACHINE,
+    "preset",
+    "data.pipeline",
+    "method.shard_queue",
+    "train.device",
+    "train.compile",
+    "train.cuda_graph",
+    "train.deterministic",
+    "train.non_finite",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.timeout_s",
+    "eval.every_epochs",
+    "eval.k",
+    "eval.temperature",
+    "machine.device",
+    "machine.dtype",
+    "machine.torch",
+    "test_images.count",
+    "test_images.files",
+    "test_images.labels",
+    # their rule is `require_same_rates`
+    "train.epochs",
+    "train.steps",
+    "length.steps",
+)
+"""What may differ between a checkpoint and the run that goes on from it; a difference is told.
+
+Nothing here changes what a step computes, but for the last bits of another device, pipeline or release of torch and
+for the dtype that --train.precision auto takes from the device.
+"""
+_IN_WORDS = {
+    "images.count": "the number of training images",
+    "images.files": "the digest of the training images' names and sizes",
+    "images.labels": "the digest of the training images' labels",
+    "known_labels.count": "the number of labels that the method sees",
+    "known_labels.values": "the digest of the labels that the method sees",
+    "test_images.count": "the number of test images",
+    "test_images.files": "the digest of the test images' names and sizes",
+    "test_images.labels": "the digest of the test images' labels",
+    "machine.device": "the device",
+    "machine.dtype": "the dtype of products",
+    "machine.torch": "the release of torch",
+    "length.steps": "the number of steps of the run",
+}
+
+
+def facts_of_options(config: Config) -> Facts:
+    """Every option by its name on the command line, with the plain value that config.json holds."""
+    facts: Facts = {}
+
+    def add(values: Mapping[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict) and prefix == "" and "view" not in name:
+                add(value, f"{name}.")
+            else:
+                facts[prefix + name] = value if not isinstance(value, list | dict) else json.dumps(value)
+
+    add(json.loads(to_json(config)), "")
+    return facts
+
+
+def facts_of_images(name: str, source: Source) -> Facts:
+    """Number, names and sizes, and labels of the images of a split; digests are 16 hexadecimal digits."""
+    return {
+        f"{name}.count": len(source),
+        f"{name}.files": source.fingerprint(),
+        f"{name}.labels": _digest(source.labels, *source.classes),
+    }
+
+
+def facts_of_known_labels(labels: NDArray[np.int64]) -> Facts:
+    """How many labels the method may see, and which."""
+    return {"known_labels.count": int((labels >= 0).sum()), "known_labels.values": _digest(labels)}
+
+
+def digest(facts: Facts) -> str:
+    """16 hexadecimal digits that stand for the facts which must not differ."""
+    binding = {name: value for name, value in facts.items() if name not in HARMLESS}
+    return hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_equal_on_ranks(facts: Facts) -> None:
+    """Raise ConfigError, on all ranks, where a fact differs that is not a machine's own; all ranks must call it."""
+    if world_size() == 1:
+        return
+    everyone: list[Facts] = [{}] * world_size()
+    dist.all_gather_object(everyone, facts)
+    for number, there in enumerate(everyone):
+        for name, first, other in differing(everyone[0], there):
+            if name not in _OF_A_MACHINE:
+                raise ConfigError(
+                    f"{in_words(name)} is {other} on rank {number} and {first} on rank 0; start all processes with the "
+                    "same options and the same images"
+                )
+
+
+def require_same_run(then: Facts, now: Facts, where: object) -> list[str]:
+    """Raise ConfigError where `now` is another run than the one that `then`, kept in `where`, belongs to.
+
+    Returns a sentence for each difference that is harmless.
+    """
+    told = []
+    for name, before, after in differing(then, now):
+        if name not in HARMLESS:
+            raise ConfigError(
+                f"{in_words(name)} is {after} in this run and was {before} in the run that wrote {where}; go on with "
+                "what that run had, or start a new run in another --run.dir"
+            )
+        told.append(f"{in_words(name)} is {after} from here on and was {before} before")
+    return told
+
+
+def require_same_rates(
+    optim: OptimConfig, *, done: int, then: int, now: int, steps_per_epoch: int, whole: bool = False
+) -> None:
+    """Raise ConfigError where a run of `now` steps cannot go on from `done` steps of one of `then` steps.
+
+    The schedule decides: with "step" a run may become longer or shorter, with a cosine a run of another length would
+    have had other rates from the start. `whole`: whether the method itself follows the length.
+    """
+    if done > now:
+        raise ConfigError(
+            f"the run has {done} steps behind it and is to have {now} in all; raise --train.steps or --train.epochs"
+        )
+    if then == now or not done:
+        return
+
+    def rate(step: int, total: int) -> float:
+        return learning_rate(optim, step, total_steps=total, steps_per_epoch=steps_per_epoch)
+
+    if whole or any(rate(step, then) != rate(step, now) for step in range(done)):
+        raise ConfigError(
+            f"the run was to have {then} steps and is to have {now} now, and with --optim.schedule {optim.schedule} the "
+            f"{done} steps that it has behind it would have been others; put --train.steps and --train.epochs back, or "
+            "start a new run"
+        )
+
+
+def differing(then: Facts, now: Facts) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of every fact that is not the same in both; None for one that is missing."""
+    for name in sorted(then.keys() | now.keys()):
+        before, after = then.get(name), now.get(name)
+        if before != after:
+            yield name, before, after
+
+
+def in_words(name: str) -> str:
+    """What to call a fact in a sentence: an option as it is given, anything else in words."""
+    return _IN_WORDS.get(name) or "--" + name.replace("_", "-")
+
+
+def _digest(values: NDArray[np.int64], *names: str) -> str:
+    total = hashlib.sha256(np.ascontiguousarray(values, np.int64).tobytes())
+    for name in names:
+        total.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    return total.hexdigest()[:16]
