@@ -1,5 +1,3 @@
-import sys
+from fastssl.cli import command
 
-from fastssl.cli import main
-
-sys.exit(main())
+command()

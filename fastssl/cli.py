@@ -9,9 +9,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import tyro
 
@@ -20,9 +19,10 @@ from fastssl.config import Config, RunConfig, from_json
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl.methods import METHODS
 from fastssl.presets import load
-from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.errors import DataError, MachineError
+from fastssl_pipelines.names import printable
 
-EXIT_BAD_INPUT, EXIT_FAILED = 2, 1
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 _Options = TypeVar("_Options")
 
@@ -57,14 +57,45 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         _tell(error)
         return EXIT_BAD_INPUT
-    except TrainingError as error:
+    except (TrainingError, MachineError) as error:
         _tell(error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        return EXIT_INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not _is_about_memory(error):
+            raise
+        _tell(f"memory ran out ({_first_line(error)}); lower --train.batch-size, --method.queue-size or --data.workers")
         return EXIT_FAILED
 
 
-def _tell(error: Exception) -> None:
+def _tell(error: Exception | str) -> None:
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"fastssl{rank}: {error}", file=sys.stderr)
+    print(printable(f"fastssl{rank}: {error}"), file=sys.stderr)
+
+
+def _is_about_memory(error: Exception) -> bool:
+    # torch.OutOfMemoryError is that of a GPU; a CPU's is a RuntimeError like any other
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def command() -> NoReturn:
+    """The `fastssl` program: `main` as the whole of a process."""
+    for stream in (sys.stdout, sys.stderr):
+        # a name can hold what the terminal's encoding has no letter for
+        cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+    code = main()
+    from fastssl.train.interrupt import EXIT_STOPPED, ignore_requests
+
+    if code == EXIT_STOPPED:
+        ignore_requests()  # the exit code is settled
+    sys.exit(code)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -99,17 +130,18 @@ def pretrain(arguments: list[str]) -> int:
     config = parse(arguments)
     # resume may be called from another folder
     config = replace(config, data=config.data.absolute())
-    folder = config.run.dir or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    return _train(config, folder, new=True)
+    return _train(config, config.run.dir, new=True)
 
 
 def parse(arguments: list[str]) -> Config:
     """The configuration that the arguments of `pretrain` ask for."""
     if arguments[:1] == ["--config"]:
+        from fastssl.train.folder import config_text
+
         if len(arguments) < 2:
             raise ConfigError("--config was given without a file; name the config.json of a run")
         # not the folder that the file comes from: it holds a run
-        default = replace(from_json(_text(Path(arguments[1]))), run=RunConfig())
+        default = replace(from_json(config_text(Path(arguments[1]))), run=RunConfig())
         rest, prog = arguments[2:], "fastssl pretrain --config FILE"
     else:
         named = bool(arguments) and not arguments[0].startswith("-")
@@ -166,36 +198,34 @@ def resume(arguments: list[str]) -> int:
     """`fastssl resume RUN`."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ConfigError(f"resume takes one run folder, and {len(arguments)} arguments were given: fastssl resume RUN")
+    from fastssl.train.folder import read_config
+
     folder = Path(arguments[0])
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no config.json, so it is no run folder; give the folder that pretrain named")
-    return _train(from_json(_text(folder / "config.json")), folder, new=False)
+    return _train(from_json(read_config(folder)), folder, new=False)
 
 
-def _train(config: Config, folder: Path, *, new: bool) -> int:
+def _train(config: Config, folder: Path | None, *, new: bool) -> int:
     # imported here so that the other commands do not wait for it
     from fastssl.train.device import choose_device
     from fastssl.train.distributed import from_first_rank, joined_ranks, rank
-    from fastssl.train.folder import claimed, prepare, taken
+    from fastssl.train.folder import claimed, new_folder, prepare, taken
     from fastssl.train.trainer import Trainer
 
-    with joined_ranks(choose_device(config.train), timeout_s=config.train.timeout_s):
-        folder = Path(from_first_rank(lambda: str(folder)))  # its name has the time in it
-        if new and (folder / "config.json").exists():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(joined_ranks(choose_device(config.train), timeout_s=config.train.timeout_s))
+        if folder is None:
+            # the first rank's, as the name has the time in it
+            folder = Path(from_first_rank(lambda: str(stack.enter_context(new_folder(config.preset)))))
+        elif new and (folder / "config.json").exists():
             raise taken(folder)
         trainer = Trainer(config, folder)
         if rank() > 0:
             return trainer.train()
-        with claimed(folder):
-            prepare(folder, config, new=new)
-            return trainer.train()
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})") from None
+        claim = stack.enter_context(claimed(folder))
+        prepare(folder, config, identity=trainer.identity, new=new)
+        code = trainer.train(claim)
+        claim.require()
+        return code
 
 
 def evaluate(arguments: list[str]) -> int:

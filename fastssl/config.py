@@ -280,6 +280,7 @@ def from_json(text: str) -> Config:
     """The configuration that `to_json` wrote; raises ConfigError for text that is not one."""
     try:
         values = json.loads(text)
+        values.pop("identity", None)  # what the run found out about itself
         method = dict(values["method"])
         name = method.pop("name")
     except (ValueError, KeyError, TypeError) as error:

@@ -23,8 +23,12 @@ from fastssl.train import checkpoint
 from fastssl.train.build import build_method
 from fastssl.train.data import open_splits
 from fastssl.train.device import choose_device, choose_dtype
+from fastssl.train.folder import read_config
+from fastssl.train.identity import facts_of_images, require_same_options
 from fastssl.train.input import input_executor
+from fastssl.train.state import load_method, require_whole
 from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.files import write_whole
 
 MOCO_RATE = 30.0
 
@@ -146,15 +150,13 @@ def open_run(options: Options) -> FrozenRun:
     device = choose_device(config.train)
     dtype = choose_dtype(config.train, device)
     state = checkpoint.load(path)
+    require_whole(state, path)
+    require_same_options(state["facts"], config, path)
     method = build_method(config, device)
-    try:
-        method.load_state_dict(state["method"])
-    except RuntimeError:
-        raise ConfigError(
-            f"the weights in {path} do not fit the encoder of {options.run / 'config.json'}; give a checkpoint of "
-            "that run with --checkpoint"
-        ) from None
+    load_method(method, state, path)
     train, test = open_splits(config)
+    if options.data is None and not state["facts"].items() >= facts_of_images("images", train).items():
+        print("note: these are not the training images of the run, or not all of them; its labels may differ, too")
     for name, source in (("training", train), ("test", test)):
         if not (source.labels >= 0).any():
             raise ConfigError(
@@ -173,10 +175,7 @@ def open_run(options: Options) -> FrozenRun:
 
 def _configuration(options: Options) -> Config:
     """The run's, with the folder and the device that the options name."""
-    path = options.run / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{options.run} holds no config.json, so it is no run folder; give one that pretrain named")
-    config = from_json(path.read_text(encoding="utf-8"))
+    config = from_json(read_config(options.run))
     root = options.data or config.data.root
     if root is not None and not root.exists():
         raise ConfigError(f"the images were looked for in {root}, which does not exist; name theirs with --data DIR")
@@ -214,7 +213,11 @@ def _labelled(executor: Executor) -> int:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    try:
+        write_whole(path, json.dumps(result, indent=2).encode())
+    except OSError as error:
+        # the accuracy is worth more than the file
+        print(f"note: {path} could not be written ({error.strerror}); make {path.parent} writable")
 
 
 def _sentence(result: dict[str, Any]) -> str:

@@ -80,6 +80,8 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]]
     number_of_views: ClassVar[int]
     uses_labels: ClassVar[bool] = False
+    follows_length: ClassVar[bool] = False
+    """Whether a step depends on the number of steps of the run, beyond its learning rate."""
 
     def __init__(self, encoder: Encoder, config: MethodConfig, views: tuple[ViewSpec, ...]):
         super().__init__()

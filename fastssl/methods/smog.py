@@ -80,6 +80,7 @@ class SMoG(Method):
     """
 
     Config: ClassVar[type[MethodConfig]] = SMoGConfig
+    follows_length = True  # by the momentum of the groups
     group_momentum: Tensor
     groups: Tensor
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+
+from fastssl_pipelines.files import open_to_append
+from fastssl_pipelines.names import printable
 
 
 def duration(seconds: float) -> str:
@@ -19,11 +23,18 @@ def duration(seconds: float) -> str:
 
 
 class Console:
-    """Context manager around the output of a run; `path` gets every line that is not overwritten in place."""
+    """Context manager around the output of a run; `path` gets every line that is not overwritten in place.
+
+    Names of files reach screen and file as `printable` shows them. Where `path` cannot be written, a line says so.
+    """
 
     def __init__(self, path: Path, *, total_steps: int):
-        self.file = path.open("ab", buffering=0)
         self.screen = rich.console.Console(highlight=False)
+        self.file: BinaryIO | None = None
+        try:
+            self.file = open_to_append(path)
+        except OSError as error:
+            self.say(f"note: {path} cannot be written ({error.strerror}); what it would tell is on the screen alone")
         self.total_steps = total_steps
         self.bar = Progress(
             BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.screen, transient=True
@@ -39,10 +50,12 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
-        self.file.close()
+        if self.file:
+            self.file.close()
 
     def say(self, text: str) -> None:
         """One line that stays."""
+        text = printable(text)
         self.screen.print(text, markup=False, soft_wrap=True)
         self._record(text)
 
@@ -87,4 +100,5 @@ class Console:
     def _record(self, text: str) -> None:
         # a full disk must not end training; metrics.jsonl keeps what matters
         with suppress(OSError):
-            self.file.write(f"{text}\n".encode())
+            if self.file:
+                self.file.write(f"{text}\n".encode())

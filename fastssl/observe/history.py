@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastssl.errors import ConfigError
-from fastssl.observe.log import parse_json, whole_records
+from fastssl.observe.log import LOG_AT_MOST_BYTES, parse_json, whole_records
+from fastssl_pipelines.errors import MachineError
+from fastssl_pipelines.files import read_file
 
 _WARNING = "warning: "  # how the console marks one
 
@@ -130,6 +132,6 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return read_file(path, at_most_bytes=LOG_AT_MOST_BYTES).decode("utf-8", "replace")
+    except (OSError, MachineError):
         return ""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastssl.errors import ConfigError
+from fastssl_pipelines.files import open_to_append, read_file, write_whole
+
+LOG_AT_MOST_BYTES = 4 * 2**30  # a hundred bytes a step
 
 
 class MetricsLog:
@@ -44,7 +46,7 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records, those that wait in memory too; lines that are none, as a kill leaves one, are left out."""
-        data = self.path.read_bytes()[: self._torn_at] if self.path.exists() else b""
+        data = self._content()[: self._torn_at]
         lines = [*data.splitlines(), *(line.encode() for line in self._waiting)]
         return whole_records(lines)
 
@@ -54,24 +56,28 @@ class MetricsLog:
         A kill at any moment leaves the old file or the new one. ConfigError if it cannot be written.
         """
         kept = [record for record in self.read() if record["step"] <= step and record["event"] != "end"] if step else []
-        temporary = self.path.with_suffix(".tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
+            write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise ConfigError(
                 f"{self.path} cannot be written ({error.strerror}); make room or let the folder be written to, and go "
                 f"on with `fastssl resume {self.path.parent}`"
             ) from None
         self._waiting, self._torn_at, self._failing = [], None, False
 
+    def _content(self) -> bytes:
+        try:
+            return read_file(self.path, at_most_bytes=LOG_AT_MOST_BYTES)
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be read ({error.strerror}); put the run's own file back, or remove it to go on "
+                "without what it told"
+            ) from None
+
     def _append(self, data: bytes) -> None:
-        with self.path.open("ab", buffering=0) as file:
+        with open_to_append(self.path) as file:
             if self._torn_at is not None:
                 file.truncate(self._torn_at)
             self._torn_at = file.seek(0, os.SEEK_END)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,8 @@ from fastssl.errors import ConfigError
 from fastssl.observe import chart
 from fastssl.observe.history import METRICS, History, Metric, read_history
 from fastssl.observe.summary import ADVICE, commands, entries, headlines, mean_shares, state, worth_a_look
+from fastssl_pipelines.files import write_whole
+from fastssl_pipelines.names import printable
 
 DETAILS = (
     Metric("learning_rate", "train", "lr", "learning rate"),
@@ -76,11 +78,13 @@ def write_report(folder: Path) -> Path:
     Raises ConfigError for a folder without metrics.jsonl, and OSError where the file cannot be written.
     """
     path = folder / "report.html"
-    temporary = path.with_suffix(".html.tmp")
-    # a name from the disk can hold what UTF-8 has no letter for
-    temporary.write_text(page(read_history(folder)), encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    write_whole(path, page(read_history(folder)).encode("utf-8", "replace"))
     return path
+
+
+def escape(text: str) -> str:
+    """Text for the page, whatever names a disk gave it."""
+    return html.escape(printable(text))
 
 
 def page(history: History) -> str:

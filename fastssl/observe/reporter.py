@@ -15,6 +15,7 @@ from fastssl.observe.log import MetricsLog
 from fastssl.observe.report import write_report
 from fastssl.observe.tensorboard import TensorBoardMirror
 from fastssl.observe.window import Broken
+from fastssl_pipelines.names import printable
 
 _NAMES = {
     "raw_pixels_top1": "raw pixels",
@@ -68,7 +69,7 @@ class Reporter:
 
     def notes(self, step: int, texts: Iterable[str]) -> None:
         """What the input or the disk had to say."""
-        for text in texts:
+        for text in map(printable, texts):
             self.say(f"note: {text}")
             self._write("note", step=step, text=text)
 
@@ -77,7 +78,9 @@ class Reporter:
         self._write("train", step=step, lr=lr, **values, unreadable=unreadable)
         if self.quiet:
             return
-        left_s = (self.total_steps - step) * self.config.train.batch_size / values["images_per_s"]
+        images_left = (self.total_steps - step) * self.config.train.batch_size
+        # a line can tell of steps before a restart alone
+        left_s = images_left / values["images_per_s"] if values["images_per_s"] else 0.0
         shares = {name.removeprefix("share_"): v for name, v in values.items() if name.startswith("share_")}
         others = {"images_per_s", "memory_gib", "loss", *(f"share_{name}" for name in shares)}
         self.console.progress(
@@ -99,7 +102,13 @@ class Reporter:
         """A step whose loss or gradient is not finite, with the images of its batch."""
         numbers = {name: str(value) for name, value in broken._asdict().items() if name != "step"}
         self._write(
-            "non_finite", step=back_to, broken_step=broken.step + 1, **numbers, action=action, ids=ids, names=names
+            "non_finite",
+            step=back_to,
+            broken_step=broken.step + 1,
+            **numbers,
+            action=action,
+            ids=ids,
+            names=[*map(printable, names)],
         )
 
     def stopped(self, step: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Window:
         self._rows: list[Tensor] = []
         self._on_host = torch.empty(0)
         self._steps: list[int] = []
+        self._before = torch.empty(0, 0)  # rows of before a restart
         self._images = 0
         self._paused_s = 0.0
         self._begin_s = time.perf_counter()
@@ -80,7 +82,8 @@ class Window:
 
         The shares are those of the stopwatch's parts in the wall time.
         """
-        means = dict(zip(self._names, self._table().mean(0).tolist(), strict=True)) if self._rows else {}
+        untold = self._untold()
+        means = dict(zip(self._names, untold.mean(0).tolist(), strict=True)) if len(untold) else {}
         parts = self.stopwatch.read()
         seconds = time.perf_counter() - self._begin_s - self._paused_s
         shares = {f"share_{name}": part_s / seconds for name, part_s in parts.items()}
@@ -88,12 +91,26 @@ class Window:
         self._reset()
         return means
 
+    def state(self) -> dict[str, Any]:
+        """The values that no log line has told yet, for a checkpoint; the time that they took is not kept."""
+        return {"names": self._names, "values": self._untold()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, so that the next log line tells what it would have told."""
+        self._names, self._before = list(state["names"]), state["values"]
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside the `with` block does not count as time of training."""
         begin_s = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - begin_s
+
+    def _untold(self) -> Tensor:
+        """[steps, values], also of before a restart."""
+        if not self._rows:
+            return self._before
+        return torch.cat([self._before, self._table()]) if len(self._before) else self._table()
 
     def _table(self) -> Tensor:
         """[steps, values], on the host; a log line that was checked does not wait again."""
@@ -106,4 +123,5 @@ def peak_memory_bytes() -> int:
     """The most that this process has held: of GPU memory where it uses a GPU, else of host memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any, BinaryIO
 import torch
 
 from fastssl.errors import ConfigError, TrainingError
+from fastssl_pipelines.errors import MachineError
+from fastssl_pipelines.files import new_file, open_regular, raise_if_of_the_machine
 
-FORMAT = 2  # 1 had no checksum
+FORMAT = 3  # 1 had no checksum, 2 no identity of the run
 
 _MARK = b"fastssl sha256 "  # the file ends in this, 64 hexadecimal digits of all bytes before, and a line feed
 _TRAILER_BYTES = len(_MARK) + 65
@@ -138,7 +142,7 @@ class Checkpoints:
         try:
             write.result()
         except OSError as error:
-            path = error.filename or _path(self.folder, self._step)
+            path = error.filename or path_of(self.folder, self._step)
             self._failure = f"the checkpoint after step {self._step} was not written ({error.strerror}: {path})"
             self._untold = f"{self._failure}; training goes on, and the older ones stay until one can be written"
 
@@ -151,10 +155,10 @@ def save(folder: Path, state: dict[str, Any], *, step: int, keep: int, keep_ever
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("step_*.tmp"):
         leftover.unlink()
-    path = _path(folder, step)
+    path = path_of(folder, step)
     temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
+        with new_file(temporary) as file:
             _write_with_checksum({"format": FORMAT, "step": step, **state}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -186,18 +190,20 @@ def checkpoints(folder: Path) -> list[Path]:
 def load(path: Path) -> dict[str, Any]:
     """The state in `path`, on the CPU, with its "step".
 
-    DamagedCheckpoint for a file that is not, byte for byte, what was written; ConfigError for one of another format.
+    DamagedCheckpoint for a file that is not, byte for byte, what was written; ConfigError for one of another format or
+    that may not be read, MachineError where the disk fails.
     """
     try:
-        right = _checksum_is_right(path)
+        with open_regular(path) as file:
+            right = _checksum_is_right(file)
+            if right is False:
+                raise DamagedCheckpoint(f"{path} is damaged: its bytes do not give the checksum at its end")
+            state = _unpacked(file, path)
     except OSError as error:
+        raise_if_of_the_machine(error, path)
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise ConfigError(f"{path} may not be read ({error.strerror}); give this user the right to") from None
         raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
-    if right is False:
-        raise DamagedCheckpoint(f"{path} is damaged: its bytes do not give the checksum at its end")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds, all of which mean the same here
-        state = None
     written = state.get("format") if isinstance(state, dict) else None
     if isinstance(written, int) and written != FORMAT:
         raise ConfigError(
@@ -206,10 +212,32 @@ def load(path: Path) -> dict[str, Any]:
         )
     if not right or written != FORMAT:
         raise DamagedCheckpoint(f"{path} is cut short or no checkpoint of fastssl")
+    step = state.get("step")
+    if type(step) is not int or step < 0 or (path in checkpoints(path.parent) and step != _step_of(path)):
+        raise DamagedCheckpoint(f"{path} says that it was written after step {step}, which cannot be")
     return state
 
 
-def _path(folder: Path, step: int) -> Path:
+def _unpacked(file: BinaryIO, path: Path) -> Any:
+    """What torch saved, without running anything and without more memory than the file has bytes."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
+            raise DamagedCheckpoint(f"{path} has entries that are larger than the file, so it is no checkpoint")
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise DamagedCheckpoint(f"{path} holds a program (TorchScript), so it is no checkpoint")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (MachineError, DamagedCheckpoint, MemoryError):
+        raise
+    except Exception:  # torch and zipfile raise many kinds, all of which mean the same here
+        return None
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
     return folder / f"step_{step:09d}.pt"
 
 
@@ -252,13 +280,12 @@ def _trailer(hexdigest: str) -> bytes:
     return _MARK + hexdigest.encode() + b"\n"
 
 
-def _checksum_is_right(path: Path) -> bool | None:
+def _checksum_is_right(file: BinaryIO) -> bool | None:
     """Whether the bytes give the checksum at the end of the file; None if there is none."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        left = max(os.fstat(file.fileno()).st_size - _TRAILER_BYTES, 0)
-        while left and (piece := file.read(min(left, 1 << 20))):
-            digest.update(piece)
-            left -= len(piece)
-        trailer = file.read()
+    left = max(os.fstat(file.fileno()).st_size - _TRAILER_BYTES, 0)
+    while left and (piece := file.read(min(left, 1 << 20))):
+        digest.update(piece)
+        left -= len(piece)
+    trailer = file.read(_TRAILER_BYTES + 1)
     return trailer == _trailer(digest.hexdigest()) if trailer.startswith(_MARK) else None

@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import nn
 
 from fastssl.config import Config, OptimConfig, to_json
 from fastssl.errors import ConfigError
+from fastssl.models.queue import KeyQueue
 from fastssl.train.distributed import world_size
 from fastssl.train.schedule import learning_rate
 from fastssl_pipelines.sources import Source
@@ -67,12 +70,15 @@ HARMLESS = (
 Nothing here changes what a step computes, but for the last bits of another device, pipeline or release of torch and
 for the dtype that --train.precision auto takes from the device.
 """
+MEASURED = ("images", "known_labels", "test_images", "machine", "length")
+"""Sections of the facts that are no options."""
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _IN_WORDS = {
-    "images.count": "the number of training images",
-    "images.files": "the digest of the training images' names and sizes",
-    "images.labels": "the digest of the training images' labels",
-    "known_labels.count": "the number of labels that the method sees",
-    "known_labels.values": "the digest of the labels that the method sees",
+    "images.count": "the number of training images (--data.root)",
+    "images.files": "the digest of the training images' names and sizes (--data.root)",
+    "images.labels": "the digest of the training images' labels (--data.root)",
+    "known_labels.count": "the number of labels that the method sees (--data.label-list, --data.label-fraction)",
+    "known_labels.values": "the digest of the labels that the method sees (--data.label-list, --data.label-fraction)",
     "test_images.count": "the number of test images",
     "test_images.files": "the digest of the test images' names and sizes",
     "test_images.labels": "the digest of the test images' labels",
@@ -114,8 +120,7 @@ def facts_of_known_labels(labels: NDArray[np.int64]) -> Facts:
 
 def digest(facts: Facts) -> str:
     """16 hexadecimal digits that stand for the facts which must not differ."""
-    binding = {name: value for name, value in facts.items() if name not in HARMLESS}
-    return hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(binding(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def require_equal_on_ranks(facts: Facts) -> None:
@@ -133,20 +138,31 @@ def require_equal_on_ranks(facts: Facts) -> None:
                 )
 
 
-def require_same_run(then: Facts, now: Facts, where: object) -> list[str]:
-    """Raise ConfigError where `now` is another run than the one that `then`, kept in `where`, belongs to.
+def binding(facts: Facts) -> Facts:
+    """The facts that must not differ between a run and its checkpoints."""
+    return {name: value for name, value in facts.items() if name not in HARMLESS}
 
-    Returns a sentence for each difference that is harmless.
-    """
-    told = []
+
+def require_same_run(then: Facts, now: Facts, where: object) -> None:
+    """Raise ConfigError where `now` is another run than the one that `then`, kept in `where`, belongs to."""
+    for name, before, after in differing(binding(then), binding(now)):
+        raise ConfigError(
+            f"{in_words(name)} is {after} in this run and was {before} in the run that wrote {where}; put back what "
+            "that run had, or start a new run in another --run.dir"
+        )
+
+
+def require_same_options(then: Facts, config: Config, where: object) -> None:
+    """As `require_same_run`, for whoever has other images on purpose."""
+    options = {name: value for name, value in then.items() if name.partition(".")[0] not in MEASURED}
+    require_same_run(options, facts_of_options(config), where)
+
+
+def harmless_changes(then: Facts, now: Facts) -> Iterator[str]:
+    """A sentence for each difference that a run may have between its start and a restart."""
     for name, before, after in differing(then, now):
-        if name not in HARMLESS:
-            raise ConfigError(
-                f"{in_words(name)} is {after} in this run and was {before} in the run that wrote {where}; go on with "
-                "what that run had, or start a new run in another --run.dir"
-            )
-        told.append(f"{in_words(name)} is {after} from here on and was {before} before")
-    return told
+        if name in HARMLESS:
+            yield f"{in_words(name)} is {after} from here on and was {before} before"
 
 
 def require_same_rates(
@@ -169,10 +185,28 @@ def require_same_rates(
 
     if whole or any(rate(step, then) != rate(step, now) for step in range(done)):
         raise ConfigError(
-            f"the run was to have {then} steps and is to have {now} now, and with --optim.schedule {optim.schedule} the "
-            f"{done} steps that it has behind it would have been others; put --train.steps and --train.epochs back, or "
-            "start a new run"
+            f"the run was to have {then} steps and is to have {now} now, and with --optim.schedule {optim.schedule} "
+            f"the {done} steps behind it would have been others; put --train.steps and --train.epochs back, or start "
+            "a new run"
         )
+
+
+@torch.no_grad()
+def weights_hash(method: nn.Module) -> int:
+    """A 64-bit hash of all weights and other state that must be equal on all ranks; waits for the device.
+
+    Queues have `queue_hash`, and the running statistics of batch norm are a rank's own.
+    """
+    queues = {id(x) for module in method.modules() if isinstance(module, KeyQueue) for x in module.buffers()}
+    buffers = [
+        buffer
+        for name, buffer in method.named_buffers()
+        if id(buffer) not in queues and not name.endswith(("running_mean", "running_var"))
+    ]
+    tensors = [*method.parameters(), *buffers]
+    sums = torch.stack([x.detach().view(_BITS[x.itemsize]).sum(dtype=torch.int64) for x in tensors])
+    places = torch.arange(len(sums), device=sums.device) * 2 + 1
+    return int((sums * places).sum())
 
 
 def differing(then: Facts, now: Facts) -> Iterator[tuple[str, Any, Any]]:

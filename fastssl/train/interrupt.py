@@ -16,10 +16,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SAME_REQUEST_S = 1.0  # Ctrl-C reaches a rank from the terminal and once more from torchrun
 
 
+def ignore_requests() -> None:
+    """Take no further request to stop; for the last moments of a process, whose exit code is settled."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """Context manager around a run; after a signal `agreed` is true, at the same step on all ranks.
 
-    A second signal, a second later or more, ends the process as usual.
+    A second signal, a second later or more, ends the process as usual. After a signal the handlers stay when the `with`
+    block ends: what a run writes at its end must not be cut off by the second half of the same request.
     """
 
     def __init__(self) -> None:
@@ -36,7 +43,8 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        if self._received_s is None:
+            self._restore()
         if self._votes is not None and error is None:
             self._votes[1].wait()
 

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import time
-import zlib
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fastssl.config import Config
-from fastssl.errors import ConfigError, TrainingError
+from fastssl.errors import TrainingError
 from fastssl.evaluate.online import OnlineKNN
-from fastssl.methods import Clock
-from fastssl.models.norm import averaged_statistics, load_statistics
+from fastssl.methods import METHODS, Clock
+from fastssl.models.norm import averaged_statistics
 from fastssl.models.queue import gather_state, queue_hash
 from fastssl.observe.reporter import Reporter
 from fastssl.observe.window import Broken, Window
 from fastssl.train.build import build_method, build_step, compiles, training_steps
-from fastssl.train.checkpoint import Checkpoints
+from fastssl.train.checkpoint import Checkpoints, path_of
 from fastssl.train.data import open_splits
 from fastssl.train.device import choose_device, set_numerics
 from fastssl.train.distributed import first_on_each_machine, from_first_rank, rank, world_size
+from fastssl.train.folder import Claim
+from fastssl.train.identity import (
+    MEASURED,
+    binding,
+    digest,
+    facts_of_images,
+    facts_of_known_labels,
+    facts_of_options,
+    harmless_changes,
+    require_equal_on_ranks,
+    require_same_rates,
+    require_same_run,
+    weights_hash,
+)
 from fastssl.train.input import input_executor
 from fastssl.train.interrupt import EXIT_STOPPED, StopRequest
 from fastssl.train.schedule import learning_rate
+from fastssl.train.state import load_state, require_whole
 from fastssl.train.step import seed_step
 
 RAW_PIXELS_AT_MOST = 100_000  # images; beyond that the baseline costs more than it tells
@@ -50,12 +66,24 @@ class Trainer:
     def __init__(self, config: Config, folder: Path):
         self.config, self.folder = config, folder
         self.device = choose_device(config.train)
+        options = facts_of_options(config)
+        require_equal_on_ranks(options)  # before anything that would wait for the others in another shape
         self.numerics = set_numerics(config.train, self.device)
         with first_on_each_machine():  # which makes the index, for the others to find it
             splits = open_splits(config)
         self.notes = [*splits.train.notes, *splits.test.notes]
         self.steps = training_steps(config, splits.train, self.notes.append)
         self.total_steps = config.train.steps or config.train.epochs * self.steps.steps_per_epoch
+        self.facts = options | {
+            **facts_of_images("images", splits.train),
+            **facts_of_images("test_images", splits.test),
+            **(facts_of_known_labels(self.steps.plan.labels) if METHODS[config.method.name].uses_labels else {}),
+            "length.steps": self.total_steps,
+            "machine.device": self.device.type,
+            "machine.dtype": f"{self.numerics.dtype}".removeprefix("torch."),
+            "machine.torch": str(torch.__version__),
+        }
+        require_equal_on_ranks(self.facts)
         dtype = self.numerics.dtype
         self.executor, self.test_executor = (
             input_executor(config.data, source, device=self.device, dtype=dtype) for source in splits
@@ -66,11 +94,19 @@ class Trainer:
         train = config.train
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=train.keep_checkpoints, keep_every=train.keep_every)
         self.skipped: list[int] = []
+        self.window_state: dict[str, Any] | None = None
         self.first_step = self._restore()
 
-    def train(self) -> int:
-        """Train to the end or to a stop signal; returns the exit code."""
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What config.json holds of the identity of a run: a digest, and what the options beside it do not say."""
+        measured = {name: value for name, value in self.facts.items() if name.partition(".")[0] in MEASURED}
+        return {"digest": digest(self.facts), **measured}
+
+    def train(self, claim: Claim | None = None) -> int:
+        """Train to the end or to a stop signal; returns the exit code. `claim`: the first rank's hold on the folder."""
         quiet = rank() > 0
+        self.claim = claim
         self.reporter = Reporter(self.folder, self.config, total_steps=self.total_steps, quiet=quiet)
         with StopRequest() as stop, self.reporter, closing(self.checkpoints):
             first = self._begin()
@@ -84,6 +120,8 @@ class Trainer:
         config, total = self.config.train, self.total_steps
         eval_every = self.config.eval.every_epochs * self.steps.steps_per_epoch
         window = Window(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
+        if self.window_state:
+            window.load_state(self.window_state)
         with closing(self.executor.stream(self.steps, first, total)) as stream:
             for batch in window.timed(stream):
                 if batch.step not in self.skipped:
@@ -101,7 +139,7 @@ class Trainer:
                     if last or done % eval_every == 0:
                         self._evaluate(done)
                     if saving:
-                        self._save(done, wait=last or stopping)
+                        self._save(done, window.state(), wait=last or stopping)
                 if stopping and not last:
                     self.reporter.stopped(done)
                     return EXIT_STOPPED
@@ -129,10 +167,13 @@ class Trainer:
         say(f"{self.device}, {self.numerics.text}, {compiled}{graph}, {self.executor.name} pipeline")
         for note in self.notes:
             say(f"warning: {note}")
-        digest = zlib.crc32(plan.labels.tobytes())
-        self._require_the_labels_of_the_start(known, digest)
-        self.facts = {"images": plan.num_samples, "labels": known, "labels_crc32": digest, "ranks": world_size()}
-        self.reporter.start(step=first, **self.facts)
+        changes = [*self._harmless_changes()]
+        self.start_record = {"images": plan.num_samples, "labels": known, "ranks": world_size()} | {
+            "identity": digest(self.facts),
+            "facts": self.facts,
+        }
+        self.reporter.start(step=first, **self.start_record)
+        self.reporter.notes(first, changes)
         self._tell_what_was_noticed(first)
         if first == 0:
             self._evaluate(0)
@@ -140,18 +181,15 @@ class Trainer:
             with self.train_step.autocast:
                 self.method.prepare(self.executor.stream(self.steps, 0, self.steps.steps_per_epoch))
             # a disk that cannot be written is found now, and there is a state to go back to
-            self._save(0, wait=True)
+            self._save(0, {}, wait=True)
         return first
 
-    def _require_the_labels_of_the_start(self, known: int, digest: int) -> None:
+    def _harmless_changes(self) -> Iterator[str]:
+        """What differs from the last start of this run, if there was one."""
         starts = [record for record in self.reporter.log.read() if record["event"] == "start"]
-        if not (self.first_step and self.method.uses_labels and starts):
-            return
-        if starts[-1].get("labels_crc32", digest) != digest:
-            raise ConfigError(
-                f"the run in {self.folder} began with other labels ({starts[-1]['labels']} known then, {known} now); "
-                "put the file of --data.label-list and the images of --data.root back, or start a new run"
-            )
+        then = starts[-1].get("facts") if starts and self.first_step else None
+        if isinstance(then, dict):
+            yield from harmless_changes(then, self.facts)
 
     def _tell_what_was_noticed(self, done: int) -> None:
         for teller in (self.executor, self.test_executor, self.checkpoints):
@@ -168,17 +206,19 @@ class Trainer:
             self.reporter.train(done, values, lr=self._learning_rate(done - 1), unreadable=unreadable)
 
     def _compare_ranks(self, done: int) -> int:
-        """Require that all ranks have the same queue; the number of images that any of them could not read."""
+        """Require that all ranks have the same weights and queue; the number of images that any could not read."""
         if world_size() == 1:
             return len(self.executor.unreadable)
         everyone: list[Any] = [None] * world_size()
-        dist.all_gather_object(everyone, (queue_hash(self.method), list(self.executor.unreadable)))
-        hashes, unreadable = zip(*everyone, strict=True)
-        if len(set(hashes)) > 1:
-            raise TrainingError(
-                f"the queues of the processes differ after step {done}, which must never be: please report it with "
-                f"{self.folder}/config.json and env.json; the last checkpoint may be wrong too"
-            )
+        hashes = {"weights": weights_hash(self.method), "queues": queue_hash(self.method)}
+        dist.all_gather_object(everyone, (hashes, list(self.executor.unreadable)))
+        found, unreadable = zip(*everyone, strict=True)
+        for what in hashes:
+            if len({of_rank[what] for of_rank in found}) > 1:
+                raise TrainingError(
+                    f"the {what} of the processes differ after step {done}, which must never be: please report it with "
+                    f"{self.folder}/config.json and env.json; the last checkpoint may be wrong too"
+                )
         return len(set().union(*unreadable))
 
     def _evaluate(self, done: int) -> None:
@@ -190,7 +230,9 @@ class Trainer:
         self.reporter.evaluation(done, knn_top1=top1, seconds=time.perf_counter() - started)
         self._tell_what_was_noticed(done)
 
-    def _save(self, done: int, *, wait: bool) -> None:
+    def _save(self, done: int, window: dict[str, Any], *, wait: bool) -> None:
+        if self.claim:
+            self.claim.require()
         with averaged_statistics(self.method) as statistics:
             state = {
                 "method": gather_state(self.method),
@@ -198,6 +240,9 @@ class Trainer:
                 "optimizer": self.train_step.optimizer.state_dict(),
                 "scaler": self.train_step.scaler.state_dict(),
                 "skipped": self.skipped,
+                "window": window,
+                "facts": binding(self.facts),
+                "length": self.total_steps,
             }
             if rank() == 0:
                 self.checkpoints.save(state, step=done, wait=wait)
@@ -209,13 +254,27 @@ class Trainer:
         state = from_first_rank(self.checkpoints.newest)
         if state is None:
             return 0
-        self.method.load_state_dict(state["method"])
-        if len(state["statistics"]) == world_size():
-            load_statistics(self.method, state["statistics"])
-        self.train_step.optimizer.load_state_dict(state["optimizer"])
-        self.train_step.scaler.load_state_dict(state["scaler"])
+        path = path_of(self.checkpoints.folder, state["step"])
+        require_whole(state, path)
+        self._require_this_run(state, path)
+        load_state(self.method, self.train_step.optimizer, state, path)
+        if state["scaler"]:  # empty where the run was not in fp16
+            self.train_step.scaler.load_state_dict(state["scaler"])
         self.skipped = sorted({*self.skipped, *state["skipped"]})
+        self.window_state = state["window"] or None
         return state["step"]
+
+    def _require_this_run(self, state: dict[str, Any], path: Path) -> None:
+        """ConfigError where a checkpoint belongs to another run."""
+        require_same_run(state["facts"], self.facts, path)
+        require_same_rates(
+            self.config.optim,
+            done=state["step"],
+            then=state["length"],
+            now=self.total_steps,
+            steps_per_epoch=self.steps.steps_per_epoch,
+            whole=self.method.follows_length,
+        )
 
     def _leave_out(self, broken: Broken) -> int:
         """Go back to the last checkpoint and have `broken` skipped from there; TrainingError where that is not wanted.
@@ -228,7 +287,7 @@ class Trainer:
                 self.checkpoints.flush()
             first = self._restore()
             self.skipped.append(broken.step)
-            self.reporter.start(step=first, **self.facts)
+            self.reporter.start(step=first, **self.start_record)
             self._tell_what_was_noticed(first)
         where = f"loss {broken.loss}, gradient norm {broken.gradient_norm} at step {broken.step + 1}"
         ids = self.steps.ids_of_all_ranks(broken.step).tolist()

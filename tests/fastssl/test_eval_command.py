@@ -209,7 +209,7 @@ def test_the_unlabelled_images_of_a_run_are_not_needed(image_folder, tmp_path):
         ("linear {run} --data /no/such/data", ["/no/such/data", "--data"]),
         ("linear {run} --data {flat}", ["{flat}", "no labels", "--data"]),
         ("linear {run} --device cuda", ["--device cuda"]),
-        ("linear {wide}", ["do not fit", "--checkpoint"]),
+        ("linear {wide}", ["--model.width is 0.125", "was 0.0625", "{wide}/checkpoints"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(finished, tmp_path, capsys, arguments, words):

@@ -168,7 +168,7 @@ def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
     assert main(["resume", str(folder)]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
-    for word in ("other labels (3 known then, 3 now)", "--data.label-list", str(folder)):
+    for word in ("labels that the method sees", "--data.label-list", str(folder)):
         assert word in error
     (data / "list.txt").write_text(good)
     assert main(["resume", str(folder)]) == 0

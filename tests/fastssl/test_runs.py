@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -249,6 +250,8 @@ def test_of_two_runs_that_start_at_once_the_later_is_refused(tmp_path, capsys, m
 
     class Slow:
         """While this trainer is made, another run takes the folder."""
+
+        identity: ClassVar[dict] = {}
 
         def __init__(self, config, folder):
             folder.mkdir()

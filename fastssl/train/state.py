@@ -1,0 +1,75 @@
+"""What a checkpoint holds of a run, put back into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastssl.errors import ConfigError
+from fastssl.models.norm import load_statistics
+from fastssl.train.distributed import world_size
+
+_PARTS: dict[str, type] = {
+    "method": dict,
+    "statistics": torch.Tensor,
+    "optimizer": dict,
+    "scaler": dict,
+    "skipped": list,
+    "window": dict,
+    "facts": dict,
+    "length": int,
+}
+
+
+def require_whole(state: dict[str, Any], where: Path) -> None:
+    """Raise ConfigError for a checkpoint that lacks a part of what the trainer writes."""
+    for name, kind in _PARTS.items():
+        if not isinstance(state.get(name), kind):
+            raise _does_not_fit(where, f"it has no {name}")
+
+
+def load_state(method: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> None:
+    """Put method, batch norm statistics and optimizer back; ConfigError that says what does not fit.
+
+    The identity of the run was compared before, so what does not fit here was put together by somebody else.
+    """
+    load_method(method, state, where)
+    try:
+        if len(state["statistics"]) == world_size():
+            load_statistics(method, state["statistics"])
+        _require_same_groups(optimizer, state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {list(value.shape)} for weights of {list(parameter.shape)}")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise _does_not_fit(where, f"its optimizer or its statistics: {error}") from None
+
+
+def load_method(method: nn.Module, state: dict[str, Any], where: Path) -> None:
+    """Put the weights and buffers of a method back; ConfigError that names the first that does not fit."""
+    given, own = state["method"], method.state_dict()
+    if not all(isinstance(value, torch.Tensor) for value in given.values()):
+        raise _does_not_fit(where, "its weights are no tensors")
+    if differing := sorted(map(str, given.keys() ^ own.keys())):
+        side = "lacks" if differing[0] in own else "has, and the run has not,"
+        raise _does_not_fit(where, f"it {side} {differing[0]} ({len(differing)} such)")
+    try:
+        method.load_state_dict(given)
+    except RuntimeError as error:
+        raise _does_not_fit(where, " ".join(str(error).split("\n")[1].split())) from None
+
+
+def _require_same_groups(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+    own = optimizer.state_dict()["param_groups"]
+    for group, other in zip(own, given["param_groups"], strict=True):
+        if differing := sorted(group.keys() ^ other.keys()):
+            raise ValueError(f"the option {differing[0]} is only in one of them")
+
+
+def _does_not_fit(where: Path, what: str) -> ConfigError:
+    return ConfigError(f"{where} does not fit this run ({what}); put the run's own checkpoint back, or start a new run")
