@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import types
-import typing
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,24 +14,42 @@ import tyro
 
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.methods import METHODS, MethodConfig
+from fastssl.validation import (
+    Checked,
+    Count,
+    Decay,
+    Images,
+    Range,
+    Rate,
+    Seconds,
+    Share,
+    Temperature,
+    Weight,
+    build,
+    refused,
+    require,
+)
 from fastssl_pipelines.views import ViewSpec
 
-
-def _require(holds: bool, option: str, given: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{option} {given} was given; it must be {allowed}")
+_Deviation = Annotated[float, Range(least=0.001, most=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Checked, prefix="--run."):
     dir: Path | None = None
     """Run folder; by default runs/<preset>-<date>."""
     tensorboard: bool = False
     """Write the numbers of metrics.jsonl for TensorBoard, too, into its folder `tensorboard`."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # sentences name the folder for the user to type
+        readable = self.dir is None or str(self.dir).isprintable()
+        require(readable, "--run.dir", self.dir, "a path of visible characters and spaces")
+
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked, prefix="--data."):
     root: Path | None = None
     """Images: a folder of class folders of JPEG or PNG, of .tar shards or of images alone, a .tar file, or a text file
     of paths; or a folder that holds such as train and val or test (train.tar, train.txt)."""
@@ -39,11 +57,11 @@ class DataConfig:
     """Data set that torchvision knows by this name; root is then the folder that torchvision keeps it in."""
     download: bool = False
     """Fetch the named data set where its files are missing."""
-    pictures: int = 0
+    pictures: Annotated[int, Range(least=0, most=10**6)] = 0
     """Procedural pictures to train on where no root is given; 0 means that a root is needed."""
     pipeline: Literal["auto", "dali", "torchvision", "resident"] = "auto"
     """What decodes, crops and resizes; auto keeps small data sets decoded in memory."""
-    label_fraction: float = 1.0
+    label_fraction: Share = 1.0
     """Share of each class whose labels the method may see, 0 to 1."""
     label_list: Path | None = None
     """Text file of base names (or class/name), one a line: the method may see the labels of these images alone."""
@@ -53,19 +71,19 @@ class DataConfig:
     """Text file of image names (class/name or base name), one a line: these images are left out of everything."""
     decode: Literal["auto", "gpu", "gpu-region", "cpu", "cpu-region"] = "auto"
     """Where the dali pipeline decodes for a GPU; -region: no more of an image than its views need; auto measures."""
-    workers: int = 2
+    workers: Annotated[int, Range(least=0, most=1024)] = 2
     """Processes that decode for the torchvision pipeline, or threads for the others."""
-    prefetch: int = 2
+    prefetch: Annotated[int, Range(least=1, most=256)] = 2
     """Batches that are prepared ahead."""
-    resident_gib: float = 2.0
+    resident_gib: Annotated[float, Range(least=0, most=10**6)] = 2.0
     """Size up to which the auto pipeline keeps a data set decoded in memory."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
     """Channel means for normalisation, in units of the [0, 1] range."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[_Deviation, _Deviation, _Deviation] = (0.229, 0.224, 0.225)
     """Channel standard deviations for normalisation."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.label_fraction <= 1, "--data.label-fraction", self.label_fraction, "in [0, 1]")
+        super().__post_init__()
         if self.label_list is not None and self.label_fraction < 1:
             raise ConfigError(
                 f"--data.label-list {self.label_list} was given with a label fraction of {self.label_fraction}; the "
@@ -82,10 +100,6 @@ class DataConfig:
             )
         if self.download and self.dataset is None:
             raise ConfigError("--data.download was given without a name; add --data.dataset NAME or drop it")
-        _require(self.pictures >= 0, "--data.pictures", self.pictures, "at least 0")
-        _require(self.workers >= 0, "--data.workers", self.workers, "at least 0")
-        _require(self.prefetch >= 1, "--data.prefetch", self.prefetch, "at least 1")
-        _require(self.resident_gib >= 0, "--data.resident-gib", self.resident_gib, "at least 0")
 
     def absolute(self) -> DataConfig:
         """The same with absolute paths, for a run that is resumed from another folder."""
@@ -95,66 +109,58 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked, prefix="--model."):
     encoder: str = "resnet50"
     """torchvision ResNet by name, or timm/<model>."""
-    width: float = 1.0
+    width: Annotated[float, Range(above=0, most=16)] = 1.0
     """Multiplies the channels of every stage of a ResNet."""
     stem: Literal["imagenet", "small", "small-pool"] = "imagenet"
     """First layer: 7x7 stride 2 and max-pool, or 3x3 stride 1 without or with max-pool."""
     norm: Literal["local", "split", "sync", "group", "apex-group"] = "split"
     """Batch norm over a device's part of the batch, over `splits` groups of the batch, or over all devices; or group
     norm, torch's or that of NVIDIA apex."""
-    splits: int = 8
+    splits: Annotated[int, Range(least=1, most=2**16)] = 8
     """Groups of split batch norm, on all devices together: 8 on one device stands for 8 devices."""
-
-    def __post_init__(self) -> None:
-        _require(self.width > 0, "--model.width", self.width, "above 0")
-        _require(self.splits >= 1, "--model.splits", self.splits, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Checked, prefix="--optim."):
     optimizer: Literal["sgd", "lars", "adamw", "lamb", "novograd"] = "sgd"
     """SGD with momentum; LARS, the same with a rate for each parameter tensor, for large batches; AdamW; LAMB and
     NovoGrad, which only apex has."""
     impl: Literal["torch", "apex"] = "torch"
     """Whose optimiser: torch's fused ones (LARS: ours), or those of NVIDIA apex, where it is installed."""
-    lr: float = 0.03
+    lr: Rate = 0.03
     """Learning rate after the warm-up, for the batch size as given (it is not rescaled)."""
-    momentum: float = 0.9
+    momentum: Decay = 0.9
     """Momentum of SGD and LARS."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the means of the gradient and of its square in AdamW, LAMB and NovoGrad."""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """Weight decay, on all parameters as in the official MoCo code."""
     decay_norm_and_bias: bool = True
     """Let the weight decay act on batch norm and biases too."""
-    trust: float = 0.001
+    trust: Annotated[float, Range(above=0, most=1000)] = 0.001
     """Size of a LARS step in units of the parameter's norm, at learning rate 1."""
-    clip_norm: float | None = None
+    clip_norm: Rate | None = None
     """Norm to which a longer gradient is shortened; by default none is."""
     schedule: Literal["cosine", "cosine-epoch", "step"] = "cosine"
     """Cosine every step, cosine every epoch (official MoCo), or times 0.1 at each milestone."""
-    final_lr: float = 0.0
+    final_lr: Annotated[float, Range(least=0)] = 0.0
     """Learning rate at which the cosine ends."""
-    milestones: tuple[int, ...] = (120, 160)
+    milestones: tuple[Count, ...] = (120, 160)
     """Epochs of the step schedule."""
-    warmup_epochs: int = 0
+    warmup_epochs: Annotated[int, Range(least=0, most=10**12)] = 0
     """Epochs of linear warm-up from `warmup_lr` to `lr`."""
-    warmup_lr: float = 0.0
+    warmup_lr: Annotated[float, Range(least=0)] = 0.0
     """Learning rate at which the warm-up starts."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "--optim.lr", self.lr, "above 0")
-        _require(0 <= self.momentum < 1, "--optim.momentum", self.momentum, "in [0, 1)")
-        _require(self.weight_decay >= 0, "--optim.weight-decay", self.weight_decay, "at least 0")
-        _require(self.trust > 0, "--optim.trust", self.trust, "above 0")
-        _require(all(0 <= beta < 1 for beta in self.betas), "--optim.betas", self.betas, "in [0, 1)")
-        _require(self.clip_norm is None or self.clip_norm > 0, "--optim.clip-norm", self.clip_norm, "above 0")
-        _require(self.warmup_epochs >= 0, "--optim.warmup-epochs", self.warmup_epochs, "at least 0")
+        super().__post_init__()
         for option, value in (("--optim.final-lr", self.final_lr), ("--optim.warmup-lr", self.warmup_lr)):
-            _require(0 <= value <= self.lr, option, value, f"in [0, {self.lr}], as --optim.lr is {self.lr}")
+            require(value <= self.lr, option, value, f"in [0, {self.lr}], as --optim.lr is {self.lr}")
+        ascending = all(one < other for one, other in itertools.pairwise(self.milestones))
+        require(ascending, "--optim.milestones", self.milestones, "in ascending order")
         if self.impl == "apex" and self.optimizer == "lars":
             raise ConfigError(
                 "--optim.impl apex was given with --optim.optimizer lars, which is our own: drop one of them"
@@ -164,18 +170,18 @@ class OptimConfig:
                 f"--optim.optimizer {self.optimizer} was given; NVIDIA apex has it: add --optim.impl apex"
             )
         cosine = self.schedule != "step"
-        _require(cosine or self.final_lr == 0, "--optim.final-lr", self.final_lr, "0 with --optim.schedule step")
+        require(cosine or self.final_lr == 0, "--optim.final-lr", self.final_lr, "0 with --optim.schedule step")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    epochs: int = 200
+class TrainConfig(Checked, prefix="--train."):
+    epochs: Count = 200
     """Passes over the training images."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps in all; overrides epochs."""
-    batch_size: int = 256
+    batch_size: Images = 256
     """Images a step, on all devices together."""
-    accumulate: int = 1
+    accumulate: Images = 1
     """Parts into which each device cuts its share of a step, one after the other, to save memory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
@@ -190,50 +196,40 @@ class TrainConfig:
     """Capture forward and backward as one CUDA graph, which saves launches; one GPU alone."""
     non_finite: Literal["stop", "skip"] = "stop"
     """When loss or gradient is not finite: stop, or go back to the last checkpoint and leave that step out."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between two progress lines."""
-    checkpoint_every: int = 200
+    checkpoint_every: Count = 200
     """Steps between two checkpoints; one is written at the start, at the end and when stopped, too."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints to keep."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Steps between checkpoints that are kept for good, a multiple of checkpoint_every."""
-    timeout_s: float = 600.0
+    timeout_s: Seconds = 600.0
     """Seconds that the other devices wait for one that does not answer, before they end with an error."""
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints")
-        for name in (*counts, "keep_every"):
-            value = getattr(self, name)
-            option = "--train." + name.replace("_", "-")
-            _require(value is None or value >= 1, option, value, "at least 1")
+        super().__post_init__()
         every = self.checkpoint_every
         whole = self.keep_every is None or self.keep_every % every == 0
-        _require(whole, "--train.keep-every", self.keep_every, f"a multiple of --train.checkpoint-every {every}")
-        _require(self.timeout_s > 0, "--train.timeout-s", self.timeout_s, "above 0")
+        require(whole, "--train.keep-every", self.keep_every, f"a multiple of --train.checkpoint-every {every}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    every_epochs: int = 40
+class EvalConfig(Checked, prefix="--eval."):
+    every_epochs: Count = 40
     """Epochs between two kNN evaluations, each of which costs about a quarter of an epoch; there is one before and one
     after training as well."""
-    k: int = 200
+    k: Count = 200
     """Neighbours that vote."""
-    temperature: float = 0.1
+    temperature: Temperature = 0.1
     """Temperature of the votes."""
-
-    def __post_init__(self) -> None:
-        _require(self.every_epochs >= 1, "--eval.every-epochs", self.every_epochs, "at least 1")
-        _require(self.k >= 1, "--eval.k", self.k, "at least 1")
-        _require(self.temperature > 0, "--eval.temperature", self.temperature, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Pretrain an image encoder; every option below has the preset's value as its default."""
 
-    seed: int = 0
+    seed: Annotated[int, Range(least=0, below=2**63)] = 0
     """All randomness of the run follows from it."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -249,7 +245,10 @@ class Config:
     eval_view: Annotated[ViewSpec, tyro.conf.Suppress]
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2**63)")
+        super().__post_init__()
+        # it is part of the name of a run folder
+        named = re.fullmatch(r"[\w.+ -]{1,100}", self.preset) is not None
+        require(named, "preset", self.preset, "at most 100 letters, digits, dots, dashes or spaces")
         batch, splits = self.train.batch_size, self.model.splits
         self.method.check_batch(batch)
         multiple = splits * self.method.batch_multiple
@@ -258,6 +257,13 @@ class Config:
                 f"--train.batch-size {batch} was given with --model.splits {splits}; split batch norm needs a batch "
                 f"that is a multiple of {multiple} for {self.method.name}: change one of them or take "
                 "--model.norm local"
+            )
+        groups = {"split": splits, "local": self.train.accumulate, "sync": self.train.accumulate}
+        if batch < 2 * groups.get(self.model.norm, 0):
+            raise ConfigError(
+                f"--train.batch-size {batch} was given with --model.norm {self.model.norm}, --model.splits {splits} "
+                f"and --train.accumulate {self.train.accumulate}; batch norm needs 2 images or more in each of its "
+                "groups: raise the batch size, lower the others or take --model.norm group"
             )
         if self.train.accumulate > 1 and self.method.whole_batch:
             raise ConfigError(
@@ -278,36 +284,41 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """The configuration that `to_json` wrote; raises ConfigError for text that is not one."""
-    try:
-        values = json.loads(text)
-        values.pop("identity", None)  # what the run found out about itself
-        method = dict(values["method"])
-        name = method.pop("name")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"the configuration is not one that fastssl wrote ({error!r})") from None
+    values = _parsed(text)
+    values.pop("identity", None)  # what the run found out about itself
+    if "method" in values:
+        values["method"] = _method(values["method"])
+    return build(Config, values)
+
+
+def _method(values: Any) -> MethodConfig:
+    if not isinstance(values, dict):
+        raise refused("method", values, "an object with the name and the options of a method")
+    name, options = values.get("name"), {key: value for key, value in values.items() if key != "name"}
+    if not isinstance(name, str):
+        raise refused("method.name", name, "the name of a method")
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
-    return _build(Config, {**values, "method": _build(METHODS[name].Config, method)})
+    return build(METHODS[name].Config, options, "method")
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            raise unknown_name(f"option in the configuration's {cls.__name__}", name, known)
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _coerce(hints[name], value) for name, value in values.items()})
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the configuration is no JSON that fastssl wrote ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError("the configuration is no JSON object; take the file as fastssl wrote it")
+    return values
 
 
-def _coerce(hint: Any, value: Any) -> Any:
-    """JSON's lists, strings and objects back to the tuples, paths and dataclasses that `hint` asks for."""
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        item = typing.get_args(hint)[0]
-        return tuple(_coerce(item, each) for each in value)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
-        return _coerce(next(arg for arg in typing.get_args(hint) if arg is not type(None)), value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(typing.cast(type, hint), value)
-    return value
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return values
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")

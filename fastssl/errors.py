@@ -16,7 +16,7 @@ class TrainingError(RuntimeError):
 
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
     """The error for a name that is not one of `allowed`, with the nearest one suggested."""
-    allowed = sorted(allowed)
+    allowed, given = sorted(allowed), given[:60]
     close = difflib.get_close_matches(given, allowed, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     # a library can have a thousand names; then the suggestion has to do

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from fastssl.errors import ConfigError
 from fastssl.models.encoders import Encoder
+from fastssl.validation import Checked, Dim, Temperature
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 
+MOST_FEATURES = 2**36  # numbers of a queue or of a set of groups, on all devices together
+
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig:
+class MethodConfig(Checked, prefix="--method."):
     """Options that every method has; a method's own configuration adds to them."""
 
     name: ClassVar[str]
@@ -25,14 +28,19 @@ class MethodConfig:
     whole_batch: ClassVar[bool] = False
     """Whether the loss of an image depends on the others of its step, so that it cannot be cut into parts."""
 
-    temperature: float = 0.2
+    temperature: Temperature = 0.2
     """Softmax temperature of the contrastive logits."""
-    dim: int = 128
+    dim: Dim = 128
     """Features that the head gives to the loss."""
 
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "above 0")
-        require(self.dim >= 1, "dim", self.dim, "at least 1")
+    def check_room(self, option: str, rows: int) -> None:
+        """Raise ConfigError where `rows` features, as many as --method.`option` asks for, are beyond any memory."""
+        if rows * self.dim > MOST_FEATURES:
+            raise ConfigError(
+                f"--method.{option} {getattr(self, option.replace('-', '_'))} was given with --method.dim {self.dim}; "
+                f"they ask for {4 * rows * self.dim / 2**30:.0f} GiB and at most {4 * MOST_FEATURES / 2**30:.0f} are "
+                "allowed: lower one of them"
+            )
 
     def check_batch(self, batch_size: int) -> None:
         """Raise ConfigError where a step of `batch_size` images, all ranks together, does not fit the options."""
@@ -41,12 +49,6 @@ class MethodConfig:
                 f"--train.batch-size {batch_size} was given with {self.name}, which mixes the images of a batch in "
                 f"pairs; it must be a multiple of {self.batch_multiple}"
             )
-
-
-def require(holds: bool, option: str, given: object, allowed: str) -> None:
-    """Raise ConfigError about --method.`option` unless `holds`."""
-    if not holds:
-        raise ConfigError(f"--method.{option} {given} was given; it must be {allowed}")
 
 
 class Clock(NamedTuple):

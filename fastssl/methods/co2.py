@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fastssl.methods.base import require
 from fastssl.methods.moco import MoCoConfig, MoCoV2
+from fastssl.validation import Temperature, Weight
 from fastssl_kernels import consistency
 
 
@@ -19,17 +19,12 @@ class CO2Config(MoCoConfig):
     name: ClassVar[str] = "co2"
     paper: ClassVar[str] = "arXiv 2010.02217"
 
-    consistency_weight: float = 0.3
+    consistency_weight: Weight = 0.3
     """Factor of the consistency term (alpha); 0 gives MoCo."""
-    consistency_temperature: float = 0.05
+    consistency_temperature: Temperature = 0.05
     """Temperature of the two distributions over the queue."""
     include_positive: bool = False
     """Let the own key stand in both distributions, as in lightly."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.consistency_weight >= 0, "consistency-weight", self.consistency_weight, "at least 0")
-        require(self.consistency_temperature > 0, "consistency-temperature", self.consistency_temperature, "above 0")
 
 
 class CO2(MoCoV2):

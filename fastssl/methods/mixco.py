@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastssl.methods.base import MethodConfig, MethodOutput, require
+from fastssl.methods.base import MethodConfig, MethodOutput
 from fastssl.methods.mixing import uniform_rows
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod
 from fastssl.train.distributed import gather_rows, rank
+from fastssl.validation import Temperature, Weight
 from fastssl_pipelines.batch import Batch
 
 
@@ -25,15 +26,10 @@ class MixCoConfig(MomentumConfig):
     batch_multiple: ClassVar[int] = 2
     whole_batch: ClassVar[bool] = True
 
-    mix_temperature: float = 0.05
+    mix_temperature: Temperature = 0.05
     """Temperature of the mixed term; 0.05 is the official default, 1.0 that of the ImageNet script."""
-    mix_weight: float = 1.0
+    mix_weight: Weight = 1.0
     """Factor of the mixed term."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.mix_temperature > 0, "mix-temperature", self.mix_temperature, "above 0")
-        require(self.mix_weight >= 0, "mix-weight", self.mix_weight, "at least 0")
 
 
 class MixCo(MomentumMethod):

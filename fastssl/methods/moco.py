@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastssl.methods.base import MethodConfig, MethodOutput
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod
+from fastssl.validation import Temperature
 from fastssl_pipelines.batch import Batch
 
 
@@ -39,7 +40,7 @@ class MoCoV1Config(MoCoConfig):
     name: ClassVar[str] = "mocov1"
     paper: ClassVar[str] = "arXiv 1911.05722"
 
-    temperature: float = 0.07
+    temperature: Temperature = 0.07
     head: Literal["linear", "mlp", "mlp-bn"] = "linear"
 
 

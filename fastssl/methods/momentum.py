@@ -13,13 +13,14 @@ from torch.nn.functional import normalize
 import fastssl_kernels
 from fastssl.errors import ConfigError
 from fastssl.methods import sharded
-from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput, require
+from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput
 from fastssl.models.encoders import Encoder
 from fastssl.models.heads import build_head
 from fastssl.models.momentum import ema_update_, momentum_copy
 from fastssl.models.norm import inverse_permutation
 from fastssl.models.queue import KeyQueue
 from fastssl.train.distributed import gather_rows, local_rows, world_size
+from fastssl.validation import Decay, Rows, Width
 from fastssl_pipelines.views import ViewSpec
 
 SHARDABLE = ("mocov1", "mocov2", "mixco", "unmix", "ressl", "msvq")  # whose losses `sharded` has
@@ -29,13 +30,13 @@ SHARDABLE = ("mocov1", "mocov2", "mixco", "unmix", "ressl", "msvq")  # whose los
 class MomentumConfig(MethodConfig):
     """Options of a momentum encoder and its queue."""
 
-    queue_size: int = 65536
+    queue_size: Rows = 65536
     """Keys that the queue holds (K)."""
-    momentum: float = 0.999
+    momentum: Decay = 0.999
     """Share of the momentum encoder that survives a step."""
     head: Literal["linear", "mlp", "mlp-bn"] = "mlp"
     """Projection head: one linear layer (v1), linear, ReLU, linear (v2), or the same with batch norm."""
-    hidden_dim: int | None = None
+    hidden_dim: Width | None = None
     """Width of the head's hidden layer; by default that of the encoder's features."""
     shuffle: bool = True
     """Shuffle the key batch, so that batch norm groups do not tell a query its key."""
@@ -44,9 +45,7 @@ class MomentumConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.queue_size >= 1, "queue-size", self.queue_size, "at least 1")
-        require(0 <= self.momentum <= 1, "momentum", self.momentum, "in [0, 1]")
-        require(self.hidden_dim is None or self.hidden_dim >= 1, "hidden-dim", self.hidden_dim, "at least 1")
+        self.check_room("queue-size", self.queue_size)
         if self.shard_queue and self.name not in SHARDABLE:
             raise ConfigError(
                 f"--method.shard-queue was given with {self.name}, whose loss needs the whole queue on every device; "

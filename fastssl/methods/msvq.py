@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 
-from fastssl.methods.base import Clock, MethodConfig, MethodOutput, require
+from fastssl.methods.base import Clock, MethodConfig, MethodOutput
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod, momentum_rows
 from fastssl.models.encoders import Encoder
 from fastssl.models.momentum import ema_update_, momentum_copy
 from fastssl.train.distributed import gather_rows
+from fastssl.validation import Decay, Rows, Temperature, Width
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 
@@ -24,19 +25,14 @@ class MSVQConfig(MomentumConfig):
     name: ClassVar[str] = "msvq"
     paper: ClassVar[str] = "arXiv 2305.05370"
 
-    temperature: float = 0.1
-    teacher_temperature: float = 0.04
+    temperature: Temperature = 0.1
+    teacher_temperature: Temperature = 0.04
     """Temperature of the teachers' softmax over their queue."""
-    queue_size: int = 4096
-    momentum: float = 0.99
-    second_momentum: float = 0.95
+    queue_size: Rows = 4096
+    momentum: Decay = 0.99
+    second_momentum: Decay = 0.95
     """Share of the second teacher that survives a step."""
-    hidden_dim: int | None = 2048
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.teacher_temperature > 0, "teacher-temperature", self.teacher_temperature, "above 0")
-        require(0 <= self.second_momentum <= 1, "second-momentum", self.second_momentum, "in [0, 1]")
+    hidden_dim: Width | None = 2048
 
 
 class MSVQ(MomentumMethod):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastssl.methods.base import MethodConfig, MethodOutput, require
+from fastssl.methods.base import MethodConfig, MethodOutput
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod
+from fastssl.validation import Dim, Rows, Temperature, Width
 from fastssl_pipelines.batch import Batch
 
 
@@ -17,16 +18,12 @@ class ReSSLConfig(MomentumConfig):
     name: ClassVar[str] = "ressl"
     paper: ClassVar[str] = "arXiv 2107.09282"
 
-    temperature: float = 0.1
-    teacher_temperature: float = 0.04
+    temperature: Temperature = 0.1
+    teacher_temperature: Temperature = 0.04
     """Temperature of the teacher's softmax over the queue; below the student's, so that it is sharper."""
-    dim: int = 512
-    queue_size: int = 131072
-    hidden_dim: int | None = 4096
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.teacher_temperature > 0, "teacher-temperature", self.teacher_temperature, "above 0")
+    dim: Dim = 512
+    queue_size: Rows = 131072
+    hidden_dim: Width | None = 4096
 
 
 class ReSSL(MomentumMethod):

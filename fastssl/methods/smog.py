@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastssl.errors import ConfigError
-from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput, require
+from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput
 from fastssl.models.encoders import Encoder
 from fastssl.models.heads import MLPBatchNormHead, ProjectionHead
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.models.momentum import ema_update_, momentum_copy
 from fastssl.models.queue import KeyQueue
 from fastssl.train.distributed import gather_rows, gather_rows_with_gradient
+from fastssl.validation import Count, Decay, Range, Rows, Share, Temperature, Width, require
 from fastssl_kernels import assign_groups, group_cross_entropy, update_groups
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
@@ -33,31 +34,30 @@ class SMoGConfig(MethodConfig):
     paper: ClassVar[str] = "arXiv 2207.06167"
     whole_batch: ClassVar[bool] = True
 
-    temperature: float = 0.1
-    groups: int = 3000
+    temperature: Temperature = 0.1
+    groups: Rows = 3000
     """Groups of one head."""
-    heads: int = 3
+    heads: Annotated[int, Range(least=1, most=1024)] = 3
     """Sets of groups; the loss is their mean."""
-    group_momentum: float = 0.99
+    group_momentum: Share = 0.99
     """Share of a group that survives a step at the end of the run; it falls linearly from 1."""
     groups_gradient: bool = True
     """Let the gradient reach the encoder through the groups too, as the authors' README says; their code stops it."""
-    reset_epochs: int = 1
+    reset_epochs: Count = 1
     """Epochs between two k-means resets of the groups."""
-    bank_size: int = 1281167
+    bank_size: Rows = 1281167
     """Latest images whose projections the k-means sees; more than an epoch has is the same as an epoch."""
-    hidden_dim: int = 2048
+    hidden_dim: Width = 2048
     """Width of projector and predictor."""
-    momentum: float = 0.999
+    momentum: Decay = 0.999
     """Share of the momentum encoder that survives a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("groups", "heads", "reset_epochs", "hidden_dim"):
-            require(getattr(self, name) >= 1, name.replace("_", "-"), getattr(self, name), "at least 1")
-        for name in ("group_momentum", "momentum"):
-            require(0 <= getattr(self, name) <= 1, name.replace("_", "-"), getattr(self, name), "in [0, 1]")
-        require(self.bank_size >= self.groups, "bank-size", self.bank_size, f"at least --method.groups {self.groups}")
+        enough = self.bank_size >= self.groups
+        require(enough, "--method.bank-size", self.bank_size, f"at least --method.groups {self.groups}")
+        self.check_room("bank-size", BANKS * self.bank_size)
+        self.check_room("groups", self.heads * self.groups)
 
     def check_batch(self, batch_size: int) -> None:
         super().check_batch(batch_size)

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastssl.methods.base import MethodConfig, MethodOutput, require
+from fastssl.methods.base import MethodConfig, MethodOutput
 from fastssl.methods.mixing import swap_neighbours
 from fastssl.methods.moco import MoCoConfig, MoCoV2
+from fastssl.validation import Share
 from fastssl_pipelines.batch import Batch
 
 
@@ -22,13 +23,8 @@ class UnMixConfig(MoCoConfig):
     paper: ClassVar[str] = "arXiv 2003.05438"
     batch_multiple: ClassVar[int] = 2
 
-    global_probability: float = 0.5
+    global_probability: Share = 0.5
     """Chance that a step mixes whole images (Mixup); else it pastes a box of one into the other (CutMix)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        share = self.global_probability
-        require(0 <= share <= 1, "global-probability", share, "in [0, 1]")
 
 
 class UnMix(MoCoV2):

@@ -1,0 +1,199 @@
+"""Checks of a dataclass against its own type hints, and against the ranges that are written in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from fastssl.errors import ConfigError, unknown_name
+from fastssl_pipelines.names import printable
+
+_SHOWN_CHARACTERS = 60
+_NAME_BYTES, _PATH_BYTES = 255, 4095  # of one part and of a whole path, on Linux
+_KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", Path: "a path"}
+
+_Built = TypeVar("_Built")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Where a number must lie; stands in the hint, as in Annotated[float, Range(above=0, most=10)]."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        """Whether the value, which must be finite, lies in the range."""
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        if (self.least, self.most) == (0, 1):
+            return "in [0, 1]"
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
+
+
+# what several options share; the upper limits are far from use, and what lies above them is a slip of the hand
+Count = Annotated[int, Range(least=1, most=10**12)]
+Dim = Annotated[int, Range(least=1, most=2**14)]
+Width = Annotated[int, Range(least=1, most=2**15)]
+Rows = Annotated[int, Range(least=1, most=2**28)]
+Images = Annotated[int, Range(least=1, most=2**20)]
+Threads = Annotated[int, Range(least=1, most=1024)]
+Seconds = Annotated[float, Range(above=0, most=10**7)]
+Share = Annotated[float, Range(least=0, most=1)]
+Decay = Annotated[float, Range(least=0, below=1)]
+Weight = Annotated[float, Range(least=0, most=1000)]
+Rate = Annotated[float, Range(above=0, most=1e30)]  # float32 ends at 3e38
+Temperature = Annotated[float, Range(above=0.0001, most=10000)]  # logits that float16 holds
+
+
+class Checked:
+    """Base of dataclasses that refuse, when they are made, what their type hints do not allow.
+
+    `prefix` and the name of a field are the option that a ConfigError names. A subclass checks in its own
+    `__post_init__` how its fields go together, after a call of this one.
+    """
+
+    prefix: ClassVar[str] = "--"
+
+    def __init_subclass__(cls, prefix: str | None = None) -> None:
+        super().__init_subclass__()
+        if prefix is not None:
+            cls.prefix = prefix
+
+    def __post_init__(self) -> None:
+        for name, hint in hints_of(type(self)).items():
+            option = self.prefix + name.replace("_", "-")
+            object.__setattr__(self, name, conform(hint, getattr(self, name), option))
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """The type hints of a dataclass by field, with the ranges in them."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def conform(hint: Any, value: Any, name: str) -> Any:
+    """`value` as `hint` wants it: an integer as a float and, from JSON, a list as a tuple, a text as a path and an
+    object as a dataclass.
+
+    Raises ConfigError, which calls the value `name`, for a value of another type or out of a range in the hint.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _in_range(conform(arguments[0], value, name), value, arguments[1:], name)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else conform(arguments[0], value, name)
+    if origin is Literal:
+        if not any(value == choice and type(value) is type(choice) for choice in arguments):
+            raise refused(name, value, f"one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        return _tuple(arguments, value, name)
+    if dataclasses.is_dataclass(hint):
+        return _section(typing.cast(type, hint), value, name)
+    return _plain(hint, value, name)
+
+
+def build(cls: type[_Built], values: dict[str, Any], place: str = "") -> _Built:
+    """The dataclass from a JSON object that stands at `place` of its file.
+
+    Raises ConfigError for a field that is unknown, missing or not as its hint and the class's own checks ask.
+    """
+    hints = hints_of(cls)
+    path = f"{place}." if place else ""
+    for name in values:
+        if name not in hints:
+            raise unknown_name(f"option in the configuration's {cls.__name__}", name, hints)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        # an option can be younger than the file, a section cannot
+        section = dataclasses.is_dataclass(hints[field.name])
+        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if field.name not in values and (section or not optional):
+            raise ConfigError(f"the configuration has no {path}{field.name}; take the file as fastssl wrote it")
+    fields = {name: conform(hints[name], value, path + name) for name, value in values.items()}
+    try:
+        return cls(**fields)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{place or 'the configuration'}: {error}") from None
+
+
+def _in_range(value: Any, given: Any, notes: tuple[Any, ...], name: str) -> Any:
+    for note in notes:
+        if isinstance(note, Range) and not note.holds(value):
+            raise refused(name, given, str(note))
+    return value
+
+
+def _tuple(items: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise refused(name, value, "a list")
+    if items[-1] is Ellipsis:
+        items = items[:1] * len(value)
+    if len(value) != len(items):
+        raise refused(name, value, f"a list of {len(items)}")
+    # an option names all its values together, a place in a file each of them
+    names = [name if name.startswith("-") else f"{name}[{number}]" for number in range(len(items))]
+    return tuple(conform(*each) for each in zip(items, value, names, strict=True))
+
+
+def _section(cls: type, value: Any, name: str) -> Any:
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, dict):
+        raise refused(name, value, f"an object with the fields of {cls.__name__}")
+    return build(cls, value, name)
+
+
+def _plain(kind: type, value: Any, name: str) -> Any:
+    if kind is Path and isinstance(value, str | Path):
+        return checked_path(value, name)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:
+            raise refused(name, value, _KINDS[float])
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise refused(name, value, _KINDS[kind])
+    return value
+
+
+def checked_path(path: str | Path, name: str) -> Path:
+    """The path, unless no file system can hold it: ConfigError for an empty one, one with a zero byte or too long."""
+    try:
+        whole = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise refused(name, str(path), "a path that can be encoded") from None
+    if not whole or b"\0" in whole:
+        raise refused(name, str(path), "a path without zero bytes that is not empty")
+    if len(whole) > _PATH_BYTES or any(len(part) > _NAME_BYTES for part in whole.split(b"/")):
+        allowed = f"a path of at most {_PATH_BYTES} bytes, {_NAME_BYTES} in each part"
+        raise refused(name, str(path), allowed)
+    return Path(path)
+
+
+def require(holds: bool, option: str, given: object, allowed: str) -> None:
+    """Raise ConfigError, that `given` must be `allowed`, unless it `holds`."""
+    if not holds:
+        raise refused(option, given, allowed)
+
+
+def refused(name: str, value: object, allowed: str) -> ConfigError:
+    """The error that calls the value `name` and says what is allowed in its place."""
+    return ConfigError(f"{name} {_shown(value)} was given; it must be {allowed}")
+
+
+def _shown(value: Any) -> str:
+    text = printable(f'"{value}"' if isinstance(value, str) else str(value))
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
