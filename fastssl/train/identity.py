@@ -210,8 +210,8 @@ def weights_hash(method: nn.Module) -> int:
 
 
 def differing(then: Facts, now: Facts) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of every fact that is not the same in both; None for one that is missing."""
-    for name in sorted(then.keys() | now.keys()):
+    """Name and both values of every fact that is not the same in both, options first; None for one that is missing."""
+    for name in sorted(then.keys() | now.keys(), key=lambda name: (name.partition(".")[0] in MEASURED, name)):
         before, after = then.get(name), now.get(name)
         if before != after:
             yield name, before, after

@@ -58,7 +58,11 @@ class Commands:
 
     def start(self, arguments, ranks=1):
         """Returns the process ids, rank by rank."""
-        jobs = [[arguments, environment] for environment in environments(ranks)]
+        return self.start_each([arguments] * ranks)
+
+    def start_each(self, arguments_of_ranks):
+        """As `start`, with arguments for each rank."""
+        jobs = [*map(list, zip(arguments_of_ranks, environments(len(arguments_of_ranks)), strict=True))]
         self.server.stdin.write(json.dumps(jobs).encode() + b"\n")
         return json.loads(self.server.stdout.readline())
 
