@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastssl.benchmark.command import require_file, require_positive, torch_threads, wait, write_json
+from fastssl.benchmark.command import require_file, torch_threads, wait, write_json
 from fastssl.benchmark.training import as_training, synthetic_batches
 from fastssl.config import Config, ModelConfig, OptimConfig, TrainConfig
 from fastssl.errors import ConfigError
 from fastssl.methods.moco import MoCoV2Config
 from fastssl.presets import load
 from fastssl.train.device import choose_device, choose_dtype
+from fastssl.validation import Count, Images, Range, Rows, Threads, check
 from fastssl_pipelines.batch import Batch
 
 from . import report
@@ -38,16 +39,16 @@ TARGET = 4.0  # times lightly as shipped
 class Options:
     """MoCo v2 with a ResNet-18 for 32 px on random views in memory: time and loss of a step, all sides in turn."""
 
-    batch_size: int = 64
-    queue_size: int = 4096
-    width: float = 1.0
+    batch_size: Images = 64
+    queue_size: Rows = 4096
+    width: Annotated[float, Range(above=0, most=16)] = 1.0
     """Of the ResNet-18."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None
+    threads: Threads | None = None
     """Threads of the CPU; by default those that torch takes."""
-    steps: int = 5
+    steps: Count = 5
     """Steps of a round."""
-    repeats: int = 5
+    repeats: Count = 5
     """Rounds, in each of which all take turns."""
     json: Path | None = None
     """File to write all numbers to."""
@@ -72,7 +73,7 @@ class Row:
 def main(arguments: Sequence[str]) -> None:
     """Measure what the arguments ask for, print the table, write the JSON; ConfigError for what cannot be met."""
     options = tyro.cli(Options, args=list(arguments), prog="python -m bench step")
-    require_positive(options, "batch_size", "queue_size", "width", "threads", "steps", "repeats")
+    check(options)
     require_file("--json", options.json)
     if options.queue_size % options.batch_size:
         raise ConfigError(

@@ -14,6 +14,7 @@ import tyro
 from fastssl.errors import ConfigError
 from fastssl.observe.progress import PatientBar
 from fastssl.train.data import split_roots
+from fastssl.validation import Checked, Threads
 from fastssl_pipelines.inspection import Finding, Kind, inspect_all
 from fastssl_pipelines.opening import list_images
 
@@ -22,19 +23,18 @@ SHOWN = 5  # names of a kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Reads and decodes every image; exit code 1 where some are unusable or contradict one another."""
 
-    root: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    root: Annotated[Path, tyro.conf.Positional]
     """what --data.root of a run would be; training and test images are both checked"""
     quarantine: Path | None = None
     """file to write the names of these images to, one a line, for --data.quarantine of fastssl pretrain"""
-    workers: int = os.cpu_count() or 1
+    workers: Threads = os.cpu_count() or 1
     """threads that read and decode"""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"--workers {self.workers} was given; it must be at least 1")
+        super().__post_init__()
         if self.quarantine is not None:
             _require_new(self.quarantine)
 

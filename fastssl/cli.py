@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +113,9 @@ def _dispatch(arguments: list[str]) -> int:
         "verify": verify,
         "doctor": doctor,
     }
+    if any(argument == "" or argument.endswith("=") for argument in arguments):
+        # a path would be the current folder
+        raise ConfigError("an argument is empty, as of a variable that is not set; give every option its value")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else EXIT_BAD_INPUT
@@ -151,12 +154,13 @@ def parse(arguments: list[str]) -> Config:
     if "--data.label-list" in given and "--data.label-fraction" not in given:
         # the list takes the place of the preset's share
         default = replace(default, data=replace(default.data, label_fraction=1.0))
-    return _options(default, rest, prog)
-
-
-def _options(default: _Options, arguments: list[str], prog: str) -> _Options:
     with _told_in_a_sentence():
-        return tyro.cli(type(default), default=default, args=arguments, prog=prog)
+        return tyro.cli(Config, default=default, args=rest, prog=prog)
+
+
+def _options(cls: type[_Options], arguments: list[str], prog: str) -> _Options:
+    with _told_in_a_sentence():
+        return tyro.cli(cls, args=arguments, prog=prog)
 
 
 def _options_and_rest(cls: type[_Options], arguments: list[str], prog: str) -> tuple[_Options, list[str]]:
@@ -167,15 +171,25 @@ def _options_and_rest(cls: type[_Options], arguments: list[str], prog: str) -> t
 
 @contextlib.contextmanager
 def _told_in_a_sentence() -> Iterator[None]:
-    """Turns what tyro says before it exits into a ConfigError."""
+    """Turns what tyro says before it exits into a ConfigError, or back into ours that it caught."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             yield
+    except (AssertionError, OSError) as error:
+        # tyro's own options, which write the completions of a shell
+        raise ConfigError(f"{error}; see --help") from None
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(_sentence(errors.getvalue())) from None
+        raise _cause(stop) or ConfigError(_sentence(errors.getvalue())) from None
+
+
+def _cause(stop: BaseException) -> ConfigError | None:
+    error = stop.__context__
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__context__
+    return error
 
 
 def _sentence(message: str) -> str:
@@ -188,10 +202,10 @@ def _sentence(message: str) -> str:
         if line.startswith("╭") or (text and set(text) <= {"─", "-"}):
             paragraphs.append([])
     _title, error, *rest = paragraphs
-    # our own sentences name the option themselves
-    error[0] = re.sub(r"^Error parsing [^-]\S*: ", "", error[0])
     hint = next((p[1].split()[0] for p in rest if p and p[0].startswith("Perhaps you meant")), None)
-    return " ".join(error) + (f"; did you mean {hint}?" if hint else "")
+    # the kinds that tyro tried for an optional value say no more than their list does
+    text, *_kinds = " ".join(error).split(" Got errors:")
+    return textwrap.shorten(text, 300, placeholder=" ...") + (f"; did you mean {hint}?" if hint else "")
 
 
 def resume(arguments: list[str]) -> int:
@@ -234,9 +248,9 @@ def evaluate(arguments: list[str]) -> int:
 
     protocol, *rest = arguments or [""]
     if protocol == "knn":
-        return eval_knn(_options(KNNOptions(), rest, "fastssl eval knn"))
+        return eval_knn(_options(KNNOptions, rest, "fastssl eval knn"))
     if protocol == "linear":
-        return eval_linear(_options(LinearOptions(), rest, "fastssl eval linear"))
+        return eval_linear(_options(LinearOptions, rest, "fastssl eval linear"))
     raise unknown_name("evaluation", protocol, ["knn", "linear"])
 
 
@@ -244,14 +258,14 @@ def plot(arguments: list[str]) -> int:
     """`fastssl plot RUN [RUN ...] [--out DIR]`."""
     from fastssl.observe.plot import Options, run
 
-    return run(_options(Options(), arguments, "fastssl plot"))
+    return run(_options(Options, arguments, "fastssl plot"))
 
 
 def report(arguments: list[str]) -> int:
     """`fastssl report RUN`."""
     from fastssl.observe.report import Options, run
 
-    return run(_options(Options(), arguments, "fastssl report"))
+    return run(_options(Options, arguments, "fastssl report"))
 
 
 def data(arguments: list[str]) -> int:
@@ -261,7 +275,7 @@ def data(arguments: list[str]) -> int:
     task, *rest = arguments or [""]
     if task != "check":
         raise unknown_name("task for data", task, ["check"])
-    return run(_options(Options(), rest, "fastssl data check"))
+    return run(_options(Options, rest, "fastssl data check"))
 
 
 def preview(arguments: list[str]) -> int:
@@ -278,11 +292,11 @@ def bench(arguments: list[str]) -> int:
     if task == "input":
         from fastssl.benchmark import input as input_benchmark
 
-        return input_benchmark.run(_options(input_benchmark.Options(), rest, "fastssl bench input"))
+        return input_benchmark.run(_options(input_benchmark.Options, rest, "fastssl bench input"))
     if task == "step":
         from fastssl.benchmark import step
 
-        return step.run(_options(step.Options(), rest, "fastssl bench step"))
+        return step.run(_options(step.Options, rest, "fastssl bench step"))
     if task == "e2e":
         from fastssl.benchmark import end_to_end
 
@@ -312,7 +326,7 @@ def verify(arguments: list[str]) -> int:
     """`fastssl verify [LOSS] [--device D] [--dtype D]`."""
     from fastssl.verify import Options, run
 
-    return run(_options(Options(), arguments, "fastssl verify"))
+    return run(_options(Options, arguments, "fastssl verify"))
 
 
 def doctor(arguments: list[str]) -> int:

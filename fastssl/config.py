@@ -159,7 +159,7 @@ class OptimConfig(Checked, prefix="--optim."):
         super().__post_init__()
         for option, value in (("--optim.final-lr", self.final_lr), ("--optim.warmup-lr", self.warmup_lr)):
             require(value <= self.lr, option, value, f"in [0, {self.lr}], as --optim.lr is {self.lr}")
-        ascending = all(one < other for one, other in itertools.pairwise(self.milestones))
+        ascending = all(one <= other for one, other in itertools.pairwise(self.milestones))
         require(ascending, "--optim.milestones", self.milestones, "in ascending order")
         if self.impl == "apex" and self.optimizer == "lars":
             raise ConfigError(
@@ -284,11 +284,14 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """The configuration that `to_json` wrote; raises ConfigError for text that is not one."""
-    values = _parsed(text)
-    values.pop("identity", None)  # what the run found out about itself
-    if "method" in values:
-        values["method"] = _method(values["method"])
-    return build(Config, values)
+    try:
+        values = _parsed(text)
+        values.pop("identity", None)  # what the run found out about itself
+        if "method" in values:
+            values["method"] = _method(values["method"])
+        return build(Config, values)
+    except RecursionError:
+        raise ConfigError("the configuration is nested too deep to be one; take the file as fastssl wrote it") from None
 
 
 def _method(values: Any) -> MethodConfig:
@@ -305,7 +308,7 @@ def _method(values: Any) -> MethodConfig:
 def _parsed(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"the configuration is no JSON that fastssl wrote ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError("the configuration is no JSON object; take the file as fastssl wrote it")

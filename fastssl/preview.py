@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from fastssl.train.build import training_steps
 from fastssl.train.data import open_splits
 from fastssl.train.device import choose_device
 from fastssl.train.input import input_executor
+from fastssl.validation import Checked, Images, Range
 from fastssl_pipelines.errors import UnreadableImages
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.plan import BatchPlan, ViewPlan
@@ -44,20 +46,18 @@ _JITTER = ("brightness", "contrast", "saturation", "hue")  # the numbers in View
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Draws the views of a training step; all options of `fastssl pretrain` count too."""
 
-    images: int = 8
+    images: Images = 8
     """rows: the first images of the step's batch"""
-    step: int = 0
+    step: Annotated[int, Range(least=0)] = 0
     """training step"""
     out: Path = Path("preview.png")
     """file to write"""
 
     def __post_init__(self) -> None:
-        for option, value, least in (("--images", self.images, 1), ("--step", self.step, 0)):
-            if value < least:
-                raise ConfigError(f"{option} {value} was given; it must be at least {least}")
+        super().__post_init__()
         if self.out.suffix.lower() != ".png" or not self.out.parent.is_dir():
             raise ConfigError(f"--out {self.out} was given; it must be the name of a .png file in an existing folder")
 

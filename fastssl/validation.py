@@ -53,7 +53,7 @@ Seconds = Annotated[float, Range(above=0, most=10**7)]
 Share = Annotated[float, Range(least=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 Weight = Annotated[float, Range(least=0, most=1000)]
-Rate = Annotated[float, Range(above=0, most=1e30)]  # float32 ends at 3e38
+Rate = Annotated[float, Range(above=0, most=1e38)]  # float32 ends at 3e38
 Temperature = Annotated[float, Range(above=0.0001, most=10000)]  # logits that float16 holds
 
 
@@ -72,9 +72,14 @@ class Checked:
             cls.prefix = prefix
 
     def __post_init__(self) -> None:
-        for name, hint in hints_of(type(self)).items():
-            option = self.prefix + name.replace("_", "-")
-            object.__setattr__(self, name, conform(hint, getattr(self, name), option))
+        check(self, self.prefix)
+
+
+def check(options: object, prefix: str = "--") -> None:
+    """Make every field of a dataclass what its hint wants, as `conform` does; ConfigError where it cannot be."""
+    for name, hint in hints_of(type(options)).items():
+        option = prefix + name.replace("_", "-")
+        object.__setattr__(options, name, conform(hint, getattr(options, name), option))
 
 
 def hints_of(cls: type) -> dict[str, Any]:
@@ -144,8 +149,9 @@ def _tuple(items: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
         items = items[:1] * len(value)
     if len(value) != len(items):
         raise refused(name, value, f"a list of {len(items)}")
-    # an option names all its values together, a place in a file each of them
-    names = [name if name.startswith("-") else f"{name}[{number}]" for number in range(len(items))]
+    # on the command line one option has all the values, in a file each has a place
+    option = name.startswith("-")
+    names = [f"{name} {_shown(value)}: value" if option else f"{name}[{number}]" for number in range(len(items))]
     return tuple(conform(*each) for each in zip(items, value, names, strict=True))
 
 
@@ -195,5 +201,8 @@ def refused(name: str, value: object, allowed: str) -> ConfigError:
 
 
 def _shown(value: Any) -> str:
-    text = printable(f'"{value}"' if isinstance(value, str) else str(value))
+    if isinstance(value, list | tuple):
+        text = " ".join(f"{each:g}" if isinstance(each, float) else _shown(each) for each in value)
+    else:
+        text = printable(f'"{value}"' if isinstance(value, str) else str(value))
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

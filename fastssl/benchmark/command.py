@@ -14,15 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 from fastssl.errors import ConfigError
 
 
-def require_positive(options: object, *names: str) -> None:
-    """Raise ConfigError for an option that is given and not above 0, a count or a length in seconds."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            allowed = "above 0" if isinstance(value, float) else "at least 1"
-            raise ConfigError(f"--{name.replace('_', '-')} {value} was given; it must be {allowed}")
-
-
 def require_file(option: str, path: Path | None) -> None:
     """Raise ConfigError for a path that no file can be written to."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastssl.benchmark import machine, rates
-from fastssl.benchmark.command import require_file, require_positive, torch_threads, write_json, write_trace
+from fastssl.benchmark.command import require_file, torch_threads, write_json, write_trace
 from fastssl.benchmark.recipes import Views
 from fastssl.benchmark.step import PARTS
 from fastssl.benchmark.training import as_training, synthetic_batches
@@ -31,6 +31,7 @@ from fastssl.train.data import open_splits
 from fastssl.train.device import choose_device, set_numerics
 from fastssl.train.input import input_executor
 from fastssl.train.schedule import learning_rate
+from fastssl.validation import Checked, Count, Seconds, Threads
 from fastssl_pipelines.batch import Batch
 
 WARM_UPS, TRACED_STEPS = 3, 5
@@ -39,14 +40,14 @@ WITHIN = 0.05  # a gap, a share of waiting or a slowdown below this is no findin
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Measures input and step together and each alone; all options of `fastssl pretrain` count too."""
 
-    seconds: float = 10.0
+    seconds: Seconds = 10.0
     """length of each measurement"""
-    repeats: int = 3
+    repeats: Count = 3
     """rounds, in each of which input, step and both take turns"""
-    threads: int | None = None
+    threads: Threads | None = None
     """threads of the CPU for the step; by default those that torch takes"""
     json: Path | None = None
     """file to write all numbers to"""
@@ -54,7 +55,7 @@ class Options:
     """folder for a torch.profiler trace of some steps on the real input"""
 
     def __post_init__(self) -> None:
-        require_positive(self, "seconds", "repeats", "threads")
+        super().__post_init__()
         require_file("--json", self.json)
 
 

@@ -17,13 +17,14 @@ from rich.table import Table
 
 from fastssl.benchmark import machine, rates
 from fastssl.benchmark.candidates import Candidate, Result, candidates
-from fastssl.benchmark.command import require_file, require_positive, write_json
+from fastssl.benchmark.command import require_file, write_json
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.observe.progress import PatientBar
 from fastssl.presets import load
 from fastssl.train.data import split_roots
 from fastssl.train.device import choose_device, choose_dtype
+from fastssl.validation import Checked, Count, Images, Seconds, Threads
 from fastssl_pipelines.executor import available_executors
 from fastssl_pipelines.index import cache_folder
 from fastssl_pipelines.opening import open_source
@@ -37,22 +38,22 @@ Pipeline = Literal["dali", "torchvision", "resident"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Measures images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators."""
 
     preset: Annotated[str, tyro.conf.Positional] = "mocov2-imagenet"
     """whose views and normalisation are taken"""
     root: Path | None = None
     """images, as --data.root of a run; without it, generated photographs of ImageNet's sizes"""
-    images: int = 512
+    images: Images = 512
     """photographs to generate, where there is no --root; they are kept for the next time"""
-    workers: int = 2
+    workers: Threads = 2
     """threads or processes of every candidate"""
-    batch_size: int = 64
+    batch_size: Images = 64
     """images a batch"""
-    seconds: float = 5.0
+    seconds: Seconds = 5.0
     """length of each measurement"""
-    repeats: int = 3
+    repeats: Count = 3
     """rounds, in each of which all candidates take turns"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the views are wanted"""
@@ -62,7 +63,7 @@ class Options:
     """file to write all numbers to"""
 
     def __post_init__(self) -> None:
-        require_positive(self, "images", "workers", "batch_size", "repeats", "seconds")
+        super().__post_init__()
         require_file("--json", self.json)
 
 

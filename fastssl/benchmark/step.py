@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastssl.benchmark import machine
-from fastssl.benchmark.command import require_file, require_positive, torch_threads, write_json
+from fastssl.benchmark.command import require_file, torch_threads, write_json
 from fastssl.benchmark.training import Candidate, Passes, Result, candidates, encoder_passes, synthetic_batches
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.presets import load
 from fastssl.train.build import build_method
 from fastssl.train.device import choose_device, set_numerics
+from fastssl.validation import Checked, Count, Images, Threads
 
 BATCH_ON_A_CPU = 64
 TRACED_STEPS = 5
@@ -36,20 +37,20 @@ PARTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Measures the training step of a preset on random views, and how far it is from the encoder's own limit."""
 
     preset: Annotated[str, tyro.conf.Positional] = "mocov2-cifar10"
     """whose method, encoder and views are taken"""
-    batch_size: int | None = None
+    batch_size: Images | None = None
     """images a step; by default the preset's on a GPU and 64 on a CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
-    threads: int | None = None
+    threads: Threads | None = None
     """threads of the CPU; by default those that torch takes"""
-    steps: int = 20
+    steps: Count = 20
     """steps of a round, each of which begins with the same weights; the loss is that of the last"""
-    repeats: int = 5
+    repeats: Count = 5
     """rounds, in each of which all variants take turns"""
     json: Path | None = None
     """file to write all numbers to"""
@@ -57,7 +58,7 @@ class Options:
     """folder for a torch.profiler trace of some steps of the chosen variant"""
 
     def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "threads", "steps", "repeats")
+        super().__post_init__()
         require_file("--json", self.json)
 
 

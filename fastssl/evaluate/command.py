@@ -27,6 +27,7 @@ from fastssl.train.folder import read_config
 from fastssl.train.identity import facts_of_images, require_same_options
 from fastssl.train.input import input_executor
 from fastssl.train.state import load_method, require_whole
+from fastssl.validation import Checked, Count, Images, Rate, Temperature
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.files import write_whole
 
@@ -34,10 +35,10 @@ MOCO_RATE = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """What both protocols ask for."""
 
-    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    run: Annotated[Path, tyro.conf.Positional]
     """run folder"""
     checkpoint: Path | None = None
     """file to evaluate in place of the run's newest checkpoint"""
@@ -51,14 +52,10 @@ class Options:
 class KNNOptions(Options):
     """Weighted vote of the nearest training images; every training label is used."""
 
-    k: int | None = None
+    k: Count | None = None
     """neighbours that vote; None: the run's --eval.k"""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """of the votes; None: the run's --eval.temperature"""
-
-    def __post_init__(self) -> None:
-        _require(self.k is None or self.k >= 1, "--k", self.k, "at least 1")
-        _require(self.temperature is None or self.temperature > 0, "--temperature", self.temperature, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +64,22 @@ class LinearOptions(Options):
 
     protocol: Literal["cached", "full"] = "cached"
     """cached: on features computed once, without augmentation; full: on new random crops in each epoch, as in MoCo"""
-    lr: tuple[float, ...] = ()
+    lr: tuple[Rate, ...] = ()
     """cached: rates to choose from on held-out training images, 0.03 to 30 if none is given; full: the rate, 30"""
     schedule: Schedule | None = None
     """times 0.1 at 60 and 80 % of the epochs, or cosine to 0; None: cosine for cached, step for full"""
-    epochs: int = 100
+    epochs: Count = 100
     """passes over the training images"""
-    batch_size: int = 256
+    batch_size: Images = 256
     """images a step"""
 
     def __post_init__(self) -> None:
-        _require(all(rate > 0 for rate in self.lr), "--lr", " ".join(f"{rate:g}" for rate in self.lr), "above 0")
+        super().__post_init__()
         if self.protocol == "full" and len(self.lr) > 1:
             raise ConfigError(
                 f"{len(self.lr)} rates were given with --protocol full, which trains with one; give one --lr, or take "
                 "--protocol cached to choose"
             )
-        _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
-        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
 
 
 class FrozenRun(NamedTuple):
@@ -235,8 +230,3 @@ def _rate(result: dict[str, Any]) -> str:
     text += f", the best of {rates[0]} to {rates[-1]} on held-out training images"
     edge = f"{result['lr']:g}" in (rates[0], rates[-1])
     return text + (" (the end of the range: try more with --lr)" if edge else "")
-
-
-def _require(holds: bool, option: str, given: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{option} {given} was given; it must be {allowed}")

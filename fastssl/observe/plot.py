@@ -10,6 +10,7 @@ import tyro
 
 from fastssl.errors import ConfigError
 from fastssl.observe.history import METRICS, History, Metric, Part, Series, read_history
+from fastssl.validation import Checked
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -20,10 +21,10 @@ _DOTS_AT_MOST = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Draws loss, contrast accuracy, kNN accuracy, images/s and the shares of time of runs as PNG files."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = tyro.MISSING
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """run folders; several are drawn into the same pictures"""
     out: Path | None = None
     """folder to write to; by default the run folder, and the current folder for several runs"""

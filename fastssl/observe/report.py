@@ -15,6 +15,7 @@ from fastssl.errors import ConfigError
 from fastssl.observe import chart
 from fastssl.observe.history import METRICS, History, Metric, read_history
 from fastssl.observe.summary import ADVICE, commands, entries, headlines, mean_shares, state, worth_a_look
+from fastssl.validation import Checked
 from fastssl_pipelines.files import write_whole
 from fastssl_pipelines.names import printable
 
@@ -53,10 +54,10 @@ summary { cursor: pointer; margin: .6rem 0; }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Writes a run's numbers, charts, notes and configuration into RUN/report.html, one file for any browser."""
 
-    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    run: Annotated[Path, tyro.conf.Positional]
     """run folder; the run may still go on"""
 
 

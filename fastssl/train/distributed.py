@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,17 +17,47 @@ from fastssl.errors import ConfigError, TrainingError
 
 _Value = TypeVar("_Value")
 _LONG = timedelta(days=1)  # for work of one rank that others wait for, such as an index of millions of files
+_RANKS = 2**20  # more than were ever started
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def started_ranks() -> int:
     """Number of processes that torchrun, or whoever sets its variables, started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _variable("WORLD_SIZE", least=1, most=_RANKS, default=1)
 
 
 def local_rank() -> int:
     """Number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _variable("LOCAL_RANK", least=0, most=_RANKS - 1, default=0)
+
+
+def _variable(name: str, *, least: int, most: int, default: int) -> int:
+    """An integer of the environment; ConfigError for one that is none or not from `least` to `most`."""
+    text = os.environ.get(name, str(default))
+    if re.fullmatch("[0-9]{1,9}", text) is None or not least <= int(text) <= most:
+        raise ConfigError(
+            f"{name} is {text[:60]!r} in the environment; it must be an integer from {least} to {most}: set it as "
+            "torchrun does, or unset it to train with one process"
+        )
+    return int(text)
+
+
+def _check_variables() -> None:
+    """Raise ConfigError for an environment in which this process would wait for others that never come."""
+    ranks = started_ranks()
+    if "WORLD_SIZE" in os.environ:
+        for name in ("RANK", "LOCAL_RANK"):
+            _variable(name, least=0, most=ranks - 1, default=0)
+    if ranks == 1:
+        return
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE is {ranks} and {', '.join(missing)} is not set; start the run with torchrun, or set what "
+            "torchrun sets for every process"
+        )
+    _variable("MASTER_PORT", least=1, most=2**16 - 1, default=1)
+    if not os.environ["MASTER_ADDR"].strip():
+        raise ConfigError("MASTER_ADDR is empty in the environment; set it to the address of the first process")
 
 
 @contextmanager
@@ -36,14 +67,10 @@ def joined_ranks(device: torch.device, *, timeout_s: float) -> Iterator[None]:
     NCCL carries what lies on a GPU and gloo the rest. A rank that does not answer for `timeout_s` seconds, or is gone,
     ends the others: TrainingError where torch lets us tell it, an abort by NCCL's watchdog else.
     """
+    _check_variables()
     if started_ranks() == 1:
         yield
         return
-    if missing := [name for name in _VARIABLES if name not in os.environ]:
-        raise ConfigError(
-            f"WORLD_SIZE is {started_ranks()} and {', '.join(missing)} is not set; start the run with torchrun, or set "
-            "what torchrun sets for every process"
-        )
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+LARGEST_SIZE = 2**14  # pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,12 +32,16 @@ class ViewSpec:
     centre: float | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"a view of {self.size} pixels was asked for; size must be at least 1")
+        if not 1 <= self.size <= LARGEST_SIZE:
+            raise ValueError(
+                f"a view of {self.size} pixels was asked for; size must be at least 1 and at most {LARGEST_SIZE}"
+            )
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale {self.scale} was given; it must be 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio {self.ratio} was given; it must be 0 < low <= high")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(f"ratio {self.ratio} was given; it must be 0 < low <= high, both finite")
+        if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1] <= LARGEST_SIZE:
+            raise ValueError(f"blur_sigma {self.blur_sigma} was given; it must be 0 <= low <= high <= {LARGEST_SIZE}")
         for name in ("flip", "jitter_probability", "grey", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} was given; a probability lies in [0, 1]")

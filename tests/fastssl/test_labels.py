@@ -45,7 +45,7 @@ def arguments(data, *more):
 
 def seen(data, *more):
     """Label by file name, as one epoch of training steps gives them to the method."""
-    config = parse(["unimoco-cifar10", *arguments(data, "--train.batch-size 1 --model.norm local", *more)])
+    config = parse(["unimoco-cifar10", *arguments(data, "--train.batch-size 1 --model.norm group", *more)])
     source = open_splits(config).train
     steps = training_steps(config, source)
     batches = [steps[step] for step in range(steps.steps_per_epoch)]
