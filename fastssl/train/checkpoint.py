@@ -21,6 +21,7 @@ FORMAT = 3  # 1 had no checksum, 2 no identity of the run
 
 _MARK = b"fastssl sha256 "  # the file ends in this, 64 hexadecimal digits of all bytes before, and a line feed
 _TRAILER_BYTES = len(_MARK) + 65
+_PICKLE_AT_MOST_BYTES = 4 * 2**20  # a ResNet-152 needs 0.5 MB; each byte can cost a hundred when it is read
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -226,6 +227,9 @@ def _unpacked(file: BinaryIO, path: Path) -> Any:
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
             raise DamagedCheckpoint(f"{path} has entries that are larger than the file, so it is no checkpoint")
+        pickles = [entry.file_size for entry in entries if entry.filename.endswith(".pkl")]
+        if sum(pickles) > _PICKLE_AT_MOST_BYTES:
+            raise DamagedCheckpoint(f"{path} describes its tensors in {sum(pickles)} bytes, so it is no checkpoint")
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise DamagedCheckpoint(f"{path} holds a program (TorchScript), so it is no checkpoint")
         file.seek(0)
