@@ -15,5 +15,12 @@ class UnreadableImages(DataError):
         self.reasons = reasons
 
 
-class MachineError(RuntimeError):
+class InputError(RuntimeError):
+    """The input cannot go on, and no image and no option is to blame: a worker that died, a disk that does not answer.
+
+    What happened and what to change, in a sentence; ends a run, loses no image.
+    """
+
+
+class MachineError(InputError):
     """The machine cannot read, whatever the file holds: descriptors, memory or a disk; ends a run, loses no image."""

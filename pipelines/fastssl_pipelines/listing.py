@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,13 +14,27 @@ from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+# What Pillow decodes here, by its content and not by its suffix.
+SUFFIXES_OF = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pnm"),
+}
+SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
+SUFFIXES_SHOWN = ".jpg, .png, ..."  # in a sentence
 THREADS = 8  # they wait for the disk; a stat takes the CPU 2 microseconds, a header 30
 CHUNK = 256  # a future for every file would cost more than its stat
 _OPEN_AT_MOST = 512  # descriptors; a process may have 1024 by default
 
 Progress = Callable[[str, int, int], object]
 """Called now and then with what is being done, how many are done, and of how many."""
+
+Ignored = tuple[tuple[str, int], ...]
+"""For suffixes with their dot, "" for names without one, how many files are no images and are not used."""
 
 
 class Names:
@@ -104,6 +119,7 @@ class Listing:
     modification time in ns, -1 where they cannot be reached. `names`, `file`, `offsets`, `lengths`: for every image
     its name, the number of its file, ascending, and its stretch of bytes. `archives`: None if every image is a
     whole file. `labels`: int64 [n], -1 = unknown, else an index into `classes`. `labelled_by`: what told the labels.
+    `ignored`: files that are not used, most frequent suffix first; `ignored_in`: those in each archive of `files`.
     """
 
     name: str
@@ -119,6 +135,8 @@ class Listing:
     classes: tuple[str, ...]
     labelled_by: str
     archives: OpenFiles | None
+    ignored: Ignored = ()
+    ignored_in: tuple[Ignored, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -160,6 +178,7 @@ def whole_files(
     labels: NDArray[np.int64] | None = None,
     classes: tuple[str, ...] = (),
     labelled_by: str = "nothing",
+    ignored: Ignored = (),
 ) -> Listing:
     """The listing of images that are files of their own; without `labels` all are -1."""
     names = Names.of(files)
@@ -179,7 +198,24 @@ def whole_files(
         classes=classes,
         labelled_by=labelled_by,
         archives=None,
+        ignored=ignored,
     )
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name, its last part, is the system's business and no data."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name, hidden or not, is taken for an image."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def suffixes_of(names: Iterable[str]) -> Ignored:
+    """How many of the names have which suffix, in small letters; the most frequent first."""
+    counts = Counter(os.path.splitext(name)[1].lower() for name in names)
+    return tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def numbered(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
