@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from fastssl_pipelines.decoding import BROKEN_IMAGE, open_image, upright_size
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.listing import CHUNK, THREADS, Listing, Names, Progress
-from fastssl_pipelines.sources import BROKEN_IMAGE, FORMATS, Source, broken_image, digest_of
+from fastssl_pipelines.sources import Source, broken_image, digest_of
 
-_VERSION = 1
+_VERSION = 2
 _HEADER_BYTES = 32 * 1024  # holds the size in nearly every file; else the whole file is read
 
 Lister = Callable[[Listing | None], Listing]
@@ -233,10 +232,8 @@ def _size(listing: Listing, row: int) -> tuple[int, int]:
 
 
 def _size_in(encoded: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        if 0 in image.size:
-            raise ValueError("it has no pixels")
-        return image.size
+    with open_image(encoded) as image:
+        return upright_size(image)
 
 
 def _packed(name: str, names: Names) -> dict[str, NDArray[Any]]:

@@ -12,21 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from fastssl_pipelines.decoding import BROKEN_IMAGE, FORMATS, decode, open_image, upright_size
 from fastssl_pipelines.errors import DataError
 
-FORMATS = ("JPEG", "PNG")
-
 _FINGERPRINT_IMAGES = 10_000
-
-# What PIL raises on broken files; a SyntaxError is a broken PNG chunk.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Source(ABC):
     """Numbered images with known sizes.
 
     `labels`: int64 [n], the true labels, -1 = unknown, else an index into `classes`.
-    `widths`, `heights`: int32 [n], pixels as stored; an EXIF orientation is not applied.
+    `widths`, `heights`: int32 [n], in pixels of the upright picture, as an EXIF orientation turns it.
     `defects`: a sentence by the number of each image that is known to be unreadable; its width and height are 0.
     `notes`: sentences that the user should see.
     """
@@ -45,7 +41,7 @@ class Source(ABC):
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The bytes of a JPEG or PNG file; DataError for an image of `defects` and where they cannot be read."""
+        """The bytes of an image file; DataError for an image of `defects` and where they cannot be read."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
@@ -63,25 +59,22 @@ class Source(ABC):
         """16 hexadecimal digits that stand for names and sizes in bytes of all images, in their order."""
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
-        """The decoded image, uint8 [H, W, 3], RGB; DataError if it cannot be decoded or has another size by now."""
+        """The upright picture, uint8 [H, W, 3], RGB; DataError if it cannot be decoded or has another size by now."""
         encoded = self.encoded(index)
         known = int(self.widths[index]), int(self.heights[index])
         try:
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                if image.size != known:
-                    raise ValueError(f"it has {image.size} pixels and had {known} when the index was made")
-                if image.mode == "I;16":
-                    # PIL would clip 16-bit grey at 255, which makes nearly every pixel white.
-                    return np.repeat(np.array(image)[:, :, None] >> 8, 3, axis=2).astype(np.uint8)
-                return np.array(image.convert("RGB"))
+            with open_image(encoded) as image:
+                if (size := upright_size(image)) != known:
+                    raise ValueError(f"it has {size} pixels and had {known} when the index was made")
+                return decode(image)
         except BROKEN_IMAGE as error:
             raise broken_image(self.describe(index), error, self.option) from error
 
 
 def broken_image(name: str, error: Exception, option: str) -> DataError:
-    """The DataError for an image called `name` on which PIL raised `error`."""
+    """The DataError for an image called `name` on which Pillow raised `error`."""
     unknown = isinstance(error, UnidentifiedImageError)  # its own message shows the address of an object
-    reason = "it is neither JPEG nor PNG" if unknown else " ".join(str(error).split())
+    reason = f"it is none of {', '.join(FORMATS)}" if unknown else " ".join(str(error).split())
     return DataError(f"{name} cannot be read as an image ({reason}); remove or replace it in {option}")
 
 

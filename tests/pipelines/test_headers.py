@@ -48,3 +48,19 @@ def test_what_is_put_together_as_it_should_be(content):
 )
 def test_what_is_not(content):
     assert not well_formed(content, 50, 40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_turned_picture_is_not_and_one_that_says_upright_is(kind):
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        content = encoded(kind, exif=exif)
+        for size in ((50, 40), (40, 50)):
+            assert well_formed(content, *size) == (orientation == 1 and size == (50, 40))
+
+
+def test_a_png_of_16_bits_is_not():
+    file = io.BytesIO()
+    Image.fromarray(photo(40, 50, 0)[:, :, 0].astype("uint16") * 257).save(file, "PNG")
+    assert not well_formed(file.getvalue(), 50, 40)

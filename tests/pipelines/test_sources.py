@@ -97,9 +97,7 @@ def test_files_without_a_readable_header_keep_their_numbers(with_garbage):
     assert list(with_garbage.defects) == [1, 2]
     for number, name in ((1, "1.jpg"), (2, "2.jpg")):
         for read in (with_garbage.pixels, with_garbage.encoded):
-            with pytest.raises(
-                DataError, match=rf"{name} cannot be read .*neither JPEG nor PNG.*--data\.root"
-            ) as raised:
+            with pytest.raises(DataError, match=rf"{name} cannot be read .*none of JPEG, PNG.*--data\.root") as raised:
                 read(number)
             assert str(raised.value) == with_garbage.defects[number]
             assert "\n" not in str(raised.value)
@@ -137,15 +135,6 @@ def test_a_file_that_breaks_or_goes_after_the_scan_is_named(tmp_path):
         source.pixels(0)
     with pytest.raises(DataError, match=r"gone\.jpg cannot be read .*--data\.root"):
         source.pixels(1)
-
-
-def test_an_exif_orientation_is_not_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    save(tmp_path / "turned.jpg", picture(20, 30), exif=exif)
-    source = ImageFolder(tmp_path)
-    assert (source.heights[0], source.widths[0]) == (20, 30)
-    assert source.pixels(0).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA", "CMYK"])
