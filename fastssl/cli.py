@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import sys
@@ -125,6 +126,11 @@ def _dispatch(arguments: list[str]) -> int:
     command, *rest = arguments
     if command not in commands:
         raise unknown_name("command", command, commands)
+    if importlib.util.find_spec("fcntl") is None:
+        raise ConfigError(
+            f"fastssl {command} needs a POSIX system, such as Linux, and this is {sys.platform}; of fastssl only the "
+            "losses (import fastssl_kernels) work here"
+        )
     return commands[command](rest)
 
 

@@ -21,7 +21,7 @@ FORMAT = 3  # 1 had no checksum, 2 no identity of the run
 
 _MARK = b"fastssl sha256 "  # the file ends in this, 64 hexadecimal digits of all bytes before, and a line feed
 _TRAILER_BYTES = len(_MARK) + 65
-_PICKLE_AT_MOST_BYTES = 4 * 2**20  # a ResNet-152 needs 0.5 MB; each byte can cost a hundred when it is read
+_PICKLE_AT_MOST_BYTES = 4 * 2**20  # a ResNet-152 with AdamW needs 0.3 MB; each byte can cost a hundred when it is read
 _PLAIN = (type(None), bool, int, float, str)
 
 

@@ -1,0 +1,240 @@
+"""How runs end: signals once and twice, between log lines, before training, and without memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastssl.cli import main
+from tests.fastssl.commands import commands_into
+from tests.fastssl.test_runs import assert_same, final_state
+from tests.faults.runs import PICTURES, TINY, sentence, train
+
+STEPS = 60
+# checkpoints and log lines that do not fall together
+UNEVEN = ["--train.steps", str(STEPS), "--train.log-every", "5", "--train.checkpoint-every", "7"]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    with commands_into(tmp_path_factory.mktemp("output") / "output.txt") as commands:
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def alone(commands, tmp_path_factory):
+    """The same run, left alone."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    assert commands.run(["pretrain", *TINY, *PICTURES, *UNEVEN, "--run.dir", str(folder)]) == [0]
+    return folder
+
+
+def log_of(folder):
+    """What the log tells, without times and restarts."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("event", "step", "loss", "lr", "gradient_norm", "contrast_accuracy", "knn_top1", "reason")
+    told = [record for record in records if record["event"] in ("train", "eval", "end")]
+    return [{name: record[name] for name in names if name in record} for record in told]
+
+
+def checkpointed(folder):
+    """The last step with a checkpoint, or -1."""
+    return max((int(path.stem.removeprefix("step_")) for path in (folder / "checkpoints").glob("*.pt")), default=-1)
+
+
+def stop_after(commands, folder, arguments, step, number, wait_s):
+    """Start a command and send it a signal `wait_s` seconds after the checkpoint of `step` is there."""
+    (process,) = commands.start(arguments)
+    while not commands.ended(within_s=0.001) and checkpointed(folder) < step:
+        pass
+    commands.ended(within_s=wait_s)
+    os.kill(process, number)
+    return commands.exit_codes()[0]
+
+
+def stopped_and_resumed(commands, folder, seed, number):
+    """Stop a run three times, then let it end; returns the steps after which it was stopped."""
+    generator = random.Random(seed)
+    stops, step = [], 0
+    for _ in range(3):
+        resumes = (folder / "config.json").exists()
+        new = ["pretrain", *TINY, *PICTURES, *UNEVEN, "--run.dir", str(folder)]
+        arguments = ["resume", str(folder)] if resumes else new
+        stop_after(commands, folder, arguments, step, number, generator.uniform(0, 0.2))
+        stops.append(checkpointed(folder))
+        step = stops[-1] + generator.randrange(1, 8)
+    assert commands.run(["resume", str(folder)]) == [0]
+    return stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_the_log_of_a_stopped_run_is_that_of_one_left_alone(commands, alone, tmp_path, number):
+    stops = stopped_and_resumed(commands, tmp_path / "run", 0, number)
+    assert any(step % 5 for step in stops)  # between two log lines
+    assert_same(final_state(tmp_path / "run"), final_state(alone))
+    assert log_of(tmp_path / "run") == log_of(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_the_log_is_the_same_wherever_a_run_is_stopped(commands, alone, tmp_path, seed, number):
+    stopped_and_resumed(commands, tmp_path / "run", seed, number)
+    assert_same(final_state(tmp_path / "run"), final_state(alone))
+    assert log_of(tmp_path / "run") == log_of(alone)
+
+
+def process_of(folder, *more):
+    """A run that goes on for long, as the program that users start, when its second log line is there."""
+    arguments = [*TINY, *PICTURES, "--train.steps", "100000", "--train.checkpoint-every", "1000", "--run.dir", folder]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastssl", "pretrain", *map(str, arguments), *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = folder / "metrics.jsonl"
+    while not (log.exists() and '"step": 2,' in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("between_s", [0.0, 0.05, 0.2, 0.5, 0.9])
+def test_a_second_signal_within_a_second_belongs_to_the_first(tmp_path, between_s):
+    process = process_of(tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + between_s
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 75
+    assert process.stderr.read() == ""
+    end = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (end["event"], end["reason"]) == ("end", "stopped")
+    assert checkpointed(tmp_path / "run") == end["step"]
+
+
+@pytest.mark.slow
+def test_signals_in_a_row_give_the_exit_code_of_one(tmp_path):
+    """A terminal, a launcher and an impatient user."""
+    process = process_of(tmp_path / "run")
+    started = time.monotonic()
+    while process.poll() is None and time.monotonic() - started < 0.9:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    assert process.wait(60) == 75
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_torchrun_is_its_own(tmp_path):
+    """torchrun gives 1 whatever its ranks returned, as the README says; the run is saved and goes on."""
+    arguments = [*TINY, *PICTURES, "--train.steps", "100000", "--run.dir", str(tmp_path / "run")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "fastssl", "pretrain", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"step": 4,' in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=90)
+    end = json.loads(log.read_text().splitlines()[-1])
+    assert (end["event"], end["reason"]) == ("end", "stopped"), error
+    assert checkpointed(tmp_path / "run") == end["step"]
+    assert process.returncode == 1
+
+
+def test_an_interrupt_before_training_is_a_line_and_130(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastssl.train.trainer.open_splits", interrupted)
+    assert train(tmp_path / "run") == 130
+    assert sentence(capsys) == "fastssl: interrupted"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB\nGPU 0 has a total capacity of"),
+    ],
+    ids=["python", "torch on a CPU", "torch on a GPU"],
+)
+def test_memory_that_runs_out_is_a_sentence(tmp_path, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("fastssl.train.step.TrainStep.__call__", fail)
+    assert train(tmp_path / "run") == 1
+    line = sentence(capsys)
+    assert "memory ran out" in line
+    assert "--train.batch-size" in line
+
+
+def test_another_error_of_torch_is_a_fault_of_ours_and_stays_a_traceback(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("expected scalar type Float but found Half")
+
+    monkeypatch.setattr("fastssl.train.step.TrainStep.__call__", fail)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        train(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_limit_of_address_space_is_a_sentence(tmp_path):
+    """The allocator itself says no, not a stand-in."""
+    code = (
+        "import resource, sys; from fastssl.cli import main; import fastssl.train.trainer, fastssl.doctor\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = [*TINY, *PICTURES, "--method.queue-size", "4000000", "--run.dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "pretrain", *arguments, "--train.steps", "2"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "memory ran out" in done.stderr.splitlines()[-1]
+    assert main(["methods"]) == 0
+
+
+WINDOWS = """
+import signal, sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+del signal.SIGUSR1
+import torch, fastssl_kernels
+rows = torch.nn.functional.normalize(torch.randn(9, 8), dim=1)
+assert fastssl_kernels.info_nce(rows[:4], rows[:4], rows, temperature=0.2).isfinite()
+from fastssl.cli import main
+sys.exit(main(["pretrain"]))
+"""
+
+
+def test_a_platform_without_posix_has_the_losses_and_a_sentence():
+    done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "Linux" in line
+    assert "fastssl_kernels" in line
