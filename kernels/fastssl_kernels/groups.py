@@ -37,6 +37,7 @@ def group_cross_entropy(
 def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
     """The group nearest to each row: int64 [N], the number of the largest product; of equal ones the first.
 
+    A NaN counts as the largest product: a row of NaN is assigned to group 0, and every row to the first group of NaN.
     `features`: [N, C]. `groups`: [G, C]. Neither needs a gradient. Dtypes and errors as in `info_nce`.
     """
     checks.check_rows(("groups",), features=features, groups=groups)
@@ -47,13 +48,14 @@ def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
 def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor) -> tuple[Tensor, Tensor]:
     """Assign each row to its nearest group and move the groups: g <- normalize(m g + (1 - m) mean of its rows).
 
-    `features`: [N, C], of all ranks. `groups`: [G, C], constant. A group without rows keeps its vector.
+    `features`: [N, C], of all ranks. `groups`: [G, C], constant. A group without rows keeps its vector;
+    with a NaN in any feature, each group that has rows becomes NaN.
     `momentum`: a number in [0, 1], or a tensor [] of one, which is not looked at.
     Returns unit groups [G, C] in float32 (float64 for float64), differentiable in `features`, and the
     assignment to the old groups, int64 [N].
     """
     checks.check_rows(features=features, groups=groups)
-    checks.check_momentum(momentum)
+    checks.check_momentum(features, momentum)
     assignment = assign_groups(features, groups)
     sums, members = _group_sums(features, assignment, len(groups))
     old = float_rows(groups, features)

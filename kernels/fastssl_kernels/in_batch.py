@@ -19,7 +19,8 @@ def nt_xent(
     The 2N rows are those of `first`, then those of `second`, both [N, C] and of one dtype. Row loss:
     log(sum over the other 2N - 1 rows of exp(x.y / t)) - x.(the other view) / t. With `labels`, int64 [N],
     -1 = unknown, all other rows of a known label are positives and the second term is their mean: the
-    supervised contrastive loss (arXiv 2004.11362, eq. 2), without a factor t / base temperature.
+    supervised contrastive loss (arXiv 2004.11362, eq. 2), without a factor t / base temperature. A label
+    below -1 is a ValueError on a CPU, and NaN in all rows elsewhere, where looking would wait for the device.
 
     The mean is over the 2N rows; reduction "none" gives [2N]. Both views get a gradient; backward reads its
     own copy of them again. Dtypes and errors as in `info_nce`.
@@ -28,7 +29,6 @@ def nt_xent(
     checks.check_temperature(temperature)
     rows = torch.cat([first, second])
     own = torch.arange(len(first), device=first.device)
-    # Numbers below -1, which no class has, make the two views of an unlabelled image a class of their own.
-    classes = -2 - own if labels is None else torch.where(labels == -1, -2 - own, labels)
+    classes = own if labels is None else labels
     loss, *_ = ops.nt_xent(rows, classes.repeat(2), float(temperature), requested())
     return reduce_rows(loss, reduction)

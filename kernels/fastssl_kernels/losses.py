@@ -33,11 +33,15 @@ def info_nce(
     `return_accuracy`, (loss, accuracy): the share of rows, or per row 0 or 1, in which no queue entry is
     nearer than the own key; a tie within rounding may go either way.
 
+    `temperature`: a number from 0.001 to 1000. Tensors may have any strides; those of the queue are copied where
+    it is not contiguous. A NaN in the queue makes every row NaN, and one in a row that row.
+
     Raises TypeError or ValueError for inputs outside this contract; with FASTSSL_DEBUG=1 also for rows that
     are not unit vectors.
     """
     checks.check_pairs(query, queue, key=key)
     checks.check_temperature(temperature)
+    checks.check_switch(return_accuracy=return_accuracy)
     loss, _, accuracy = ops.info_nce(query, key, queue, float(temperature), return_accuracy, requested())
     return reduce_rows(loss, reduction, accuracy if return_accuracy else None)
 
@@ -60,11 +64,14 @@ def unicon(
 
     `query_labels`: int64 [N]. `queue_labels`: int64 [K]. -1 is unknown. A queue entry is positive where its
     label is known and equals the query's, else negative, so for an unlabelled query this is `info_nce`. A row
-    without negatives has loss 0. All else as in `info_nce`; accuracy is that of the own key, as in MoCo.
+    without negatives has loss 0. A label below -1 is a ValueError on a CPU; elsewhere, where looking would
+    wait for the device, it makes its row NaN, and in the queue all rows. All else as in `info_nce`; accuracy
+    is that of the own key, as in MoCo.
     """
     checks.check_pairs(query, queue, key=key)
     checks.check_labels(query, queue, query_labels, queue_labels)
     checks.check_temperature(temperature)
+    checks.check_switch(return_accuracy=return_accuracy)
     loss, _, accuracy = ops.unicon(
         query, key, queue, query_labels, queue_labels, float(temperature), return_accuracy, requested()
     )
@@ -92,6 +99,7 @@ def sup_con(
     checks.check_pairs(query, queue, key=key)
     checks.check_labels(query, queue, query_labels, queue_labels)
     checks.check_temperature(temperature)
+    checks.check_switch(return_accuracy=return_accuracy)
     loss, _, accuracy = ops.sup_con(
         query, key, queue, query_labels, queue_labels, float(temperature), return_accuracy, requested()
     )
@@ -141,6 +149,7 @@ def consistency(
     """
     checks.check_pairs(query, queue, key=key)
     checks.check_temperature(temperature)
+    checks.check_switch(include_positive=include_positive)
     loss, _, _ = ops.consistency(query, key, queue, float(temperature), include_positive, requested())
     return reduce_rows(loss, reduction)
 
@@ -206,10 +215,11 @@ def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: 
     """Mean squared distance of a query to the k queue entries nearest to its key (MSF, arXiv 2105.07269).
 
     Row loss: mean over the k entries with the largest key.m of 2 - 2 q.m. MSF enqueues the keys first, so
-    that the own key is among them. Entries that tie for the last place are chosen arbitrarily. Dtypes,
-    gradient (to `query`), reduction and errors as in `info_nce`.
+    that the own key is among them. Entries that tie for the last place are chosen arbitrarily. A NaN in the
+    queue is nearest to every key; a key that is not finite gives NaN. Dtypes, gradient (to `query`),
+    reduction and errors as in `info_nce`.
     """
     checks.check_pairs(query, queue, key=key)
-    checks.check_neighbours(queue, k)
-    loss, _, _ = ops.mean_shift(query, key, queue, k, requested())
+    checks.check_neighbors(queue, k)
+    loss, _, _ = ops.mean_shift(query, key, queue, int(k), requested())
     return reduce_rows(loss, reduction)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .autograd import keep_gradient, once, scale_gradient
 from .backend import resolve
-from .checks import check_unit_rows
+from .checks import check_index_values, check_label_values, check_unit_rows
 from .numerics import accumulation_dtype
 
 _LossRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], accuracy [N] or empty
@@ -42,7 +42,10 @@ def watch_losses(before: _Call, after: _Call) -> Iterator[None]:
 
 
 def _op(function: Callable[..., Any]) -> Any:
-    """`function` as op fastssl::<its name>, deaf to autocast, on the device of its first argument, a tensor."""
+    """`function` as op fastssl::<its name>: deaf to autocast, on the device of its first argument, a tensor.
+
+    Its tensors are contiguous, whatever the caller's: an implementation need not know of other layouts.
+    """
 
     @functools.wraps(function)
     def guarded(*given: Any) -> Any:
@@ -51,7 +54,7 @@ def _op(function: Callable[..., Any]) -> Any:
             before()
         # Triton launches on the current device, wherever the tensors are.
         with torch.autocast(given[0].device.type, enabled=False), torch.cuda.device_of(given[0]):
-            result = function(*given)
+            result = function(*(x.contiguous() if isinstance(x, Tensor) else x for x in given))
         if after:
             after()
         return result
@@ -96,6 +99,7 @@ def unicon(
     backend: str,
 ) -> _LossRows:
     check_unit_rows(query=query, key=key, queue=queue)
+    check_label_values(query_labels=query_labels, queue_labels=queue_labels)
     return _implementation(backend, queue).unicon_rows(
         query, key, queue, query_labels, queue_labels, temperature, return_accuracy
     )
@@ -113,6 +117,7 @@ def sup_con(
     backend: str,
 ) -> _LossRows:
     check_unit_rows(query=query, key=key, queue=queue)
+    check_label_values(query_labels=query_labels, queue_labels=queue_labels)
     return _implementation(backend, queue).sup_con_rows(
         query, key, queue, query_labels, queue_labels, temperature, return_accuracy
     )
@@ -148,6 +153,7 @@ def mixco(
     backend: str,
 ) -> _LossRows:
     check_unit_rows(query=query, keys=keys, queue=queue)
+    check_index_values("keys", keys, first=first, second=second)
     return _implementation(backend, keys, queue).mixco_rows(query, keys, queue, first, second, weight, temperature)
 
 
@@ -176,13 +182,17 @@ def group_cross_entropy(
     prediction: Tensor, groups: Tensor, target: Tensor, temperature: float, backend: str
 ) -> _GroupRows:
     check_unit_rows(prediction=prediction, groups=groups)
+    check_index_values("groups", groups, target=target)
     return _implementation(backend, groups).group_cross_entropy_rows(prediction, groups, target, temperature)
 
 
 @_op
 def nt_xent(rows: Tensor, labels: Tensor, temperature: float, backend: str) -> _BatchRows:
     check_unit_rows(rows=rows)
-    return _implementation(backend, rows).nt_xent_rows(rows, labels, temperature)
+    check_label_values(labels=labels)
+    if not labels.is_cpu:
+        rows = rows.masked_fill((labels < -1)[:, None], torch.nan)  # which every row sees
+    return _implementation(backend, rows).nt_xent_rows(rows, _classes(labels), temperature)
 
 
 @_op
@@ -219,6 +229,12 @@ def queue_read_gradient(
 @_op
 def nearest(rows: Tensor, bank: Tensor, count: int, backend: str) -> Tensor:
     return _implementation(backend, bank).nearest(rows, bank, count)
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """Labels [2N] of both views in which the views of an unlabelled image are a class of their own, below -1."""
+    own = torch.arange(len(labels), device=labels.device) % (len(labels) // 2)
+    return torch.where(labels == -1, -2 - own, labels)
 
 
 def _implementation(backend: str, *banks: Tensor) -> ModuleType:
@@ -304,6 +320,7 @@ def _batch_gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor
     if upstream is None:
         return (None,) * 4
     rows, labels, gradient, lse, share = ctx.saved_tensors
+    labels = _classes(labels)
     as_bank = bank_gradient(rows, rows, labels[None], labels, lse, share, upstream, ctx.temperature, True, ctx.backend)
     return once((upstream[:, None] * gradient + as_bank).to(rows.dtype), rows), None, None, None
 

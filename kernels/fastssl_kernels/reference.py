@@ -12,7 +12,16 @@ from torch import Tensor
 
 from . import checks
 from .numerics import accumulation_dtype
-from .rows import QueueRead, float_rows, reduce_rows, row_weights, stack_targets, stack_teachers
+from .rows import (
+    QueueRead,
+    float_rows,
+    reduce_rows,
+    row_weights,
+    stack_targets,
+    stack_teachers,
+    two_rows,
+    wrong_labels,
+)
 
 
 def queue_read(query: Tensor, bank: Tensor, *, temperature: float) -> QueueRead:
@@ -35,6 +44,7 @@ def info_nce(
     """Cross-entropy of the own key (class 0) against the queue."""
     checks.check_pairs(query, queue, key=key)
     checks.check_temperature(temperature)
+    checks.check_switch(return_accuracy=return_accuracy)
     logits = _own_and_queue(query, key, queue) / temperature
     return reduce_rows(_info_nce_rows(logits), reduction, _accuracy(logits, return_accuracy))
 
@@ -54,7 +64,10 @@ def unicon(
     checks.check_pairs(query, queue, key=key)
     checks.check_labels(query, queue, query_labels, queue_labels)
     checks.check_temperature(temperature)
+    checks.check_switch(return_accuracy=return_accuracy)
+    checks.check_label_values(query_labels=query_labels, queue_labels=queue_labels)
     logits = _own_and_queue(query, key, queue) / temperature
+    logits = logits.masked_fill(wrong_labels(query_labels, queue_labels)[:, None], torch.nan)
     positive = _own_and_same(query_labels, queue_labels)
     negatives = logits.masked_fill(positive, -torch.inf).logsumexp(1)
     positives = (-logits).masked_fill(~positive, -torch.inf).logsumexp(1)
@@ -76,7 +89,10 @@ def sup_con(
     checks.check_pairs(query, queue, key=key)
     checks.check_labels(query, queue, query_labels, queue_labels)
     checks.check_temperature(temperature)
+    checks.check_switch(return_accuracy=return_accuracy)
+    checks.check_label_values(query_labels=query_labels, queue_labels=queue_labels)
     logits = _own_and_queue(query, key, queue) / temperature
+    logits = logits.masked_fill(wrong_labels(query_labels, queue_labels)[:, None], torch.nan)
     loss = _mean_over_positives(logits, _own_and_same(query_labels, queue_labels))
     return reduce_rows(loss, reduction, _accuracy(logits, return_accuracy))
 
@@ -111,6 +127,7 @@ def consistency(
     """Half the sum of both KL divergences between the query's and the key's softmax over the queue."""
     checks.check_pairs(query, queue, key=key)
     checks.check_temperature(temperature)
+    checks.check_switch(include_positive=include_positive)
     of_query, of_key = _similarity(query, queue) / temperature, _similarity(key, queue) / temperature
     if include_positive:
         own = _dot(query, key)[:, None] / temperature
@@ -135,6 +152,7 @@ def mixco(
     checks.check_index(query, first=first, second=second)
     checks.check_temperature(temperature)
     checks.check_weight(query, weight)
+    checks.check_index_values("keys", keys, first=first, second=second)
     weight = row_weights(query, weight)
     logits = torch.cat([_similarity(query, keys), _similarity(query, queue)], 1) / temperature
     of_first, of_second = logits.gather(1, first[:, None])[:, 0], logits.gather(1, second[:, None])[:, 0]
@@ -167,22 +185,22 @@ def group_cross_entropy(
     """Cross-entropy of the softmax over groups, mean over the targets of a row; gradient to groups too."""
     checks.check_groups(prediction, groups, target)
     checks.check_temperature(temperature)
-    logits = _similarity(prediction, groups) / temperature
-    targets = stack_targets(target)
-    rows = torch.stack([F.cross_entropy(logits, row_targets, reduction="none") for row_targets in targets])
-    return reduce_rows(rows.mean(0), reduction)
+    checks.check_index_values("groups", groups, target=target)
+    # Not `F.cross_entropy`, to which a target of -100 is a loss of 0.
+    log_softmax = (_similarity(prediction, groups) / temperature).log_softmax(1)
+    return reduce_rows(-log_softmax.gather(1, stack_targets(target).T).mean(1), reduction)
 
 
 def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
     """The group nearest to each row."""
     checks.check_rows(("groups",), features=features, groups=groups)
-    return _similarity(features, groups).argmax(1)
+    return _similarity(two_rows(features), groups).argmax(1)[: len(features)]
 
 
 def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor) -> tuple[Tensor, Tensor]:
     """Assign each row to its nearest group, move the groups towards the mean of their rows."""
     checks.check_rows(features=features, groups=groups)
-    checks.check_momentum(momentum)
+    checks.check_momentum(features, momentum)
     assignment = assign_groups(features, groups)
     members = F.one_hot(assignment, len(groups)).T.to(accumulation_dtype(features.dtype))
     count = members.sum(1, keepdim=True)
@@ -195,9 +213,10 @@ def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor)
 def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: str = "mean") -> Tensor:
     """Mean squared distance of the query to the k queue entries nearest to the key."""
     checks.check_pairs(query, queue, key=key)
-    checks.check_neighbours(queue, k)
+    checks.check_neighbors(queue, k)
     nearest = _similarity(key, queue).topk(k, dim=1).indices
-    return reduce_rows(2 - 2 * _similarity(query, queue).gather(1, nearest).mean(1), reduction)
+    rows = 2 - 2 * _similarity(query, queue).gather(1, nearest).mean(1)
+    return reduce_rows(rows.masked_fill(~key.isfinite().all(1), torch.nan), reduction)
 
 
 def nt_xent(
@@ -208,11 +227,13 @@ def nt_xent(
     checks.check_temperature(temperature)
     rows = torch.cat([first, second])
     labels = torch.arange(len(first), device=first.device) if labels is None else labels
+    checks.check_label_values(labels=labels)
     positive = _same(labels.repeat(2), labels.repeat(2))
     # An unlabelled row's positive is its other view.
     positive |= torch.eye(len(first), dtype=torch.bool, device=first.device).repeat(2, 2)
     own = torch.eye(len(rows), dtype=torch.bool, device=first.device)
     logits = (_similarity(rows, rows) / temperature).masked_fill(own, -torch.inf)
+    logits = logits.masked_fill((labels < -1).any(), torch.nan)
     return reduce_rows(_mean_over_positives(logits, positive & ~own), reduction)
 
 

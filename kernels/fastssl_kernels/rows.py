@@ -63,6 +63,16 @@ def stack_targets(target: Tensor) -> Tensor:
     return target if target.ndim == 2 else target[None]
 
 
+def wrong_labels(labels: Tensor, bank_labels: Tensor) -> Tensor:
+    """bool [N]: the rows whose loss is NaN, because their own label, or one of the bank's, is below -1."""
+    return (labels < -1) | (bank_labels < -1).any()
+
+
+def two_rows(rows: Tensor) -> Tensor:
+    """[N, C], a lone row twice: its products alone may round equal entries differently."""
+    return torch.cat([rows, rows]) if len(rows) == 1 else rows
+
+
 def row_weights(query: Tensor, weight: float | Tensor) -> Tensor:
     """A number or tensor of weights as [N] on the query's device."""
     dtype = accumulation_dtype(query.dtype)

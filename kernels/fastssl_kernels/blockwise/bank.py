@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import LOG2_E
-from ..rows import QueueRead, float_rows
+from ..rows import QueueRead, float_rows, two_rows
 from .reads import covariance_read, dot, labelled_read, read
 from .stream import Bank, Products, by_chunks, in_base_2, matches, row_chunks
 
@@ -77,19 +77,26 @@ def queue_read_gradient(
 
 
 def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
-    """int64 [N, count]: the most similar entries, in descending order."""
+    """int64 [N, count]: the most similar entries, in descending order; of one, of equal entries the first."""
     rows, entries = float_rows(rows, rows), Bank(rows, bank)
 
     def nearest_to(chunk: slice) -> tuple[Tensor, Tensor]:
-        best = rows.new_empty(len(rows[chunk]), 0)
+        few = two_rows(rows[chunk])
+        best = few.new_empty(len(few), 0)
         numbers = best.to(torch.int64)
         for here, block in entries.blocks(rows):
-            similarity, inside = (rows[chunk] @ block.T).topk(min(count, len(block)), dim=1)
-            best, order = torch.cat([best, similarity], 1).topk(min(count, here.stop), dim=1)
+            similarity, inside = _highest(few @ block.T, count)
+            best, order = _highest(torch.cat([best, similarity], 1), count)
             numbers = torch.cat([numbers, inside + here.start], 1).gather(1, order)
-        return best, numbers
+        return best[: len(rows[chunk])], numbers[: len(rows[chunk])]
 
     return by_chunks(rows, nearest_to)[1]
+
+
+def _highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest of each row, if it has as many, and their columns."""
+    # Of equal values `max` takes the first and `topk` any.
+    return values.max(1, keepdim=True) if count == 1 else values.topk(min(count, values.shape[1]), dim=1)
 
 
 def take(bank: Tensor, numbers: Tensor) -> Tensor:

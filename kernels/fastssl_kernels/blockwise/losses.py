@@ -124,7 +124,8 @@ def unmix_rows(
 def mean_shift_rows(query: Tensor, key: Tensor, queue: Tensor, k: int) -> Rows:
     """2 - 2 q.c, c the mean of the key's neighbours."""
     query = float_rows(query, query)
-    mean = torch.zeros_like(query)
+    # A key that is not finite has no nearest entries.
+    mean = torch.zeros_like(query).masked_fill_(~key.isfinite().all(1, keepdim=True), torch.nan)
     for numbers in nearest(key, queue, k).T:
         mean += queue[numbers].to(query.dtype) / k
     return _without_accuracy(2 - 2 * dot(query, mean), -2 * mean)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..rows import wrong_labels
 from .stream import Bank, MomentSums, Products, Sums, by_chunks, empty_sums, matches
 
 _ATTENTION_ROWS = 64  # that a thread of torch's attention takes at a time
@@ -107,7 +108,8 @@ def labelled_read(
 
     With `skip_own` row and entry of one number are the same and do not see each other.
     """
-    labels = _no_unknown(labels)
+    if not skip_own:  # of a batch that is its own bank, the labels are of known classes
+        rows, labels = _without_unknown(rows, labels, bank_labels)
 
     def read_chunk(chunk: slice) -> tuple[Tensor, ...]:
         logits, sums, entry = Products(rows[chunk]), Sums(rows[chunk]), empty_sums(rows[chunk])
@@ -133,7 +135,7 @@ def labelled_read(
 
 def pair_read(rows: Tensor, labels: Tensor, bank: Bank, bank_labels: Tensor) -> tuple[Read, Read, Tensor]:
     """Entries without the row's label; those with it, their logits negated; the largest logit [N] of all."""
-    labels = _no_unknown(labels)
+    rows, labels = _without_unknown(rows, labels, bank_labels)
 
     def read_chunk(chunk: slice) -> tuple[Tensor, ...]:
         logits, negatives, positives = Products(rows[chunk]), Sums(rows[chunk]), Sums(rows[chunk])
@@ -160,6 +162,7 @@ def _read(sums: Sums) -> Read:
     return Read(sums.largest, sums.total, sums.mean())
 
 
-def _no_unknown(labels: Tensor) -> Tensor:
-    """Unknown labels replaced by one that no entry has."""
-    return labels.masked_fill(labels == -1, torch.iinfo(labels.dtype).min)
+def _without_unknown(rows: Tensor, labels: Tensor, bank_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Unknown labels replaced by one that no entry has, and rows by NaN where a label is no label."""
+    known = labels.masked_fill(labels == -1, torch.iinfo(labels.dtype).min)
+    return rows.masked_fill(wrong_labels(labels, bank_labels)[:, None], torch.nan), known

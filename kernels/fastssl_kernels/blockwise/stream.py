@@ -33,7 +33,8 @@ class Bank:
     def __init__(self, rows: Tensor, *parts: Tensor) -> None:
         self._parts = parts
         self._dtype = accumulation_dtype(rows.dtype)
-        self.center = parts[-1][:_CENTERED].to(self._dtype).mean(0)
+        # What is not finite stays in its entry: in the center it would hide which entries are.
+        self.center = parts[-1][:_CENTERED].to(self._dtype).mean(0).nan_to_num(0, 0, 0)
         """[C]"""
 
     def centered(self, entries: Tensor) -> Tensor:

@@ -60,4 +60,4 @@ def combine_pairs_kernel(
     store_row(gradient, row, slope * inverse_temperature, features, FEATURES)
     if ACCURACY:
         top = largest_logit(largest, row, rows, splits, SPLITS)
-        tl.store(accuracy + row, (own >= top).to(tl.float32))
+        tl.store(accuracy + row, ((own >= top) & (value == value)).to(tl.float32))

@@ -74,7 +74,7 @@ def combine_target_kernel(
         all_mean = weighted / total
         if ACCURACY:
             top = largest_logit(largest, row, rows, splits, SPLITS)
-            tl.store(accuracy + row, (own >= top).to(tl.float32))
+            tl.store(accuracy + row, ((own >= top) & (all_lse == all_lse)).to(tl.float32))
     else:
         all_lse, all_mean = merge_new(lse, mean, row, stacked, splits, features, SPLITS, FEATURES)
     value = (all_lse - tl.sum(q * target, 0)) * LN2

@@ -57,10 +57,12 @@ def labelled_read_kernel(
     positive_total = tl.zeros([ROWS], tl.float32)
     positive_rounded = tl.zeros([ROWS], tl.float32)
     positive = tl.zeros([ROWS, FEATURES], tl.float32)
+    lowest_label = tl.full([ENTRIES], -1, tl.int64)
     for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         tile = load_tile(queue, first, entries, queue_stride, features, ENTRIES, FEATURES, FULL)
         entry_label = tl.load(queue_labels + entry, mask=entry < entries, other=-1)
+        lowest_label = tl.minimum(lowest_label, entry_label)
         logits = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
         # Beyond the tail the label is -1, which matches nothing.
         same = (row_label[:, None] == entry_label[None, :]) & (row_label != -1)[:, None]
@@ -84,6 +86,10 @@ def labelled_read_kernel(
                 tile, positive_shift, positive_total, positive_rounded, positive,
                 ONLINE and PAIRS, ROUNDED and PAIRS, PRECISION,
             )  # fmt: skip
+    if not SKIP_OWN:  # there the views of an unlabelled image are a class below -1
+        # A label that is none must be seen; looking on the host would wait for the device.
+        wrong = (row_label < -1) | (tl.min(lowest_label, 0) < -1)
+        total = tl.where(wrong, float("nan"), total)
     store_partial(
         first_lse, first_mean, split, first_row, rows, features, shift, total, rounded, weighted, ROWS, FEATURES
     )

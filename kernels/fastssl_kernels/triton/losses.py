@@ -151,6 +151,8 @@ def mean_shift_rows(query: Tensor, key: Tensor, queue: Tensor, k: int) -> Rows:
     """Mean shift; arguments as in `fastssl_kernels.mean_shift`."""
     query = query.float()
     mean = queue[nearest(key, queue, k)].float().mean(1)
+    # A key that is not finite has no nearest entries.
+    mean.masked_fill_(~key.isfinite().all(1, keepdim=True), torch.nan)
     return Rows(2 - 2 * (query * mean).sum(1), -2 * mean, query.new_empty(0))
 
 

@@ -88,12 +88,14 @@ def nearest_kernel(
     x = round_to(x.to(tl.float32), bank.dtype.element_ty)
     if LIMITED:
         below = tl.load(limit + row, mask=row < rows, other=0)
-    # An empty slot loses against every entry, and names one that exists: a NaN finds nothing nearer.
+    # An empty slot loses against every entry, and names one that exists.
     best = key_of(tl.full([ROWS, COUNT], float("-inf"), tl.float32), tl.broadcast_to(slot[None, :], [ROWS, COUNT]))
     lowest = tl.min(best, 1)
     for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
         tile = load_tile(bank, first, entries, bank_stride, features, ENTRIES, FEATURES, FULL)
         similarity = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
+        # A NaN is nearest, as to `topk`: no comparison finds it, and it would be hidden.
+        similarity = tl.where(similarity == similarity, similarity, float("inf"))
         if not FULL:
             similarity = tl.where(first + column < entries, similarity, float("-inf"))
         if LIMITED:

@@ -122,7 +122,7 @@ def store_partial(
     row = first + tl.arange(0, ROWS)
     column = tl.arange(0, FEATURES)[None, :]
     at = tl.cast(split, tl.int64) * rows + row
-    filled = total > 0
+    filled = total != 0  # NaN is no empty sum
     tl.store(lse + at, tl.where(filled, shift + tl.log2(tl.where(filled, total, 1.0)), LOWEST), mask=row < rows)
     value = weighted / tl.where(filled, rounded, 1.0)[:, None]
     tl.store(mean + at[:, None] * features + column, value, mask=(row < rows)[:, None] & (column < features))
