@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -77,15 +79,18 @@ class Checked:
 
 def check(options: object, prefix: str = "--") -> None:
     """Make every field of a dataclass what its hint wants, as `conform` does; ConfigError where it cannot be."""
-    for name, hint in hints_of(type(options)).items():
+    for name, hint in _hints(type(options)).items():
         option = prefix + name.replace("_", "-")
         object.__setattr__(options, name, conform(hint, getattr(options, name), option))
 
 
-def hints_of(cls: type) -> dict[str, Any]:
+def _read_hints(cls: type) -> dict[str, Any]:
     """The type hints of a dataclass by field, with the ranges in them."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+_hints: Callable[[type], dict[str, Any]] = functools.cache(_read_hints)
 
 
 def conform(hint: Any, value: Any, name: str) -> Any:
@@ -115,7 +120,7 @@ def build(cls: type[_Built], values: dict[str, Any], place: str = "") -> _Built:
 
     Raises ConfigError for a field that is unknown, missing or not as its hint and the class's own checks ask.
     """
-    hints = hints_of(cls)
+    hints = _hints(cls)
     path = f"{place}." if place else ""
     for name in values:
         if name not in hints:
