@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.lists import read_names
 from fastssl_pipelines.sources import Source
 
 
@@ -54,14 +55,3 @@ def listed_labels(source: Source, path: Path) -> ListedLabels:
     rows = list(row_of.values())
     labels[rows] = source.labels[rows]
     return ListedLabels(labels, unmatched)
-
-
-def read_names(path: Path, option: str) -> set[str]:
-    """The names in a UTF-8 text file, one a line; DataError that names `option` where it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {option} must be a text file") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; {option} must be a text file, one name a line") from None
-    return {os.path.normpath(line.strip()) for line in lines if line.strip()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 
 
 def printable(text: str) -> str:
@@ -24,12 +26,10 @@ def from_line(line: str) -> str:
     """The name that a line stands for: what `to_line` was given; a name that only looks like JSON is taken as it is."""
     line = line.strip()
     if line.startswith(_QUOTE):
-        try:
+        with suppress(ValueError):  # no JSON, or no name that a file system could hold
             name = json.loads(line)
-        except ValueError:
-            return line
-        if isinstance(name, str):
-            return name
+            if isinstance(name, str) and b"\0" not in os.fsencode(name):
+                return name
     return line
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.labels import read_names
+from fastssl_pipelines.lists import read_names
 from fastssl_pipelines.sources import Source, Subset
 
 OPTION = "--data.quarantine"

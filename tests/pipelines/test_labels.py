@@ -138,7 +138,7 @@ def test_a_wrong_label_list_is_explained(joint, tmp_path, text, message):
 
 def test_an_unreadable_label_list_is_explained(joint, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name, reason in (("none", "No such file"), ("", "Is a directory"), ("binary", "is not UTF-8")):
+    for name, reason in (("none", "No such file"), ("", "not a regular file"), ("binary", "is not UTF-8")):
         with pytest.raises(DataError, match=rf"{reason}.*--data\.label-list must be a text file"):
             listed_labels(joint, tmp_path / name)
 

@@ -65,7 +65,7 @@ def test_more_files_than_a_scan_chunk(tmp_path):
     [
         (lambda root: None, "is not a folder"),
         (lambda root: root.write_text("a file"), "is not a folder"),
-        (lambda root: root.mkdir(), "holds no .jpg, .jpeg, .png file and no class folder"),
+        (lambda root: root.mkdir(), r"holds no image file \(\.jpg, \.png, \.\.\.\) and no class folder"),
         (lambda root: (root / "cat").mkdir(parents=True), "class folder .*cat holds no"),
         (
             lambda root: [save(root / "cat" / "1.png", picture(2, 2)), save(root / "2.png", picture(2, 2))],
