@@ -5,9 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from fastssl_pipelines.names import printable
+
 
 class ConfigError(ValueError):
-    """An option, preset or run folder that cannot be used as given."""
+    """An option, preset or run folder that cannot be used as given; names in the sentence are shown in one line."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 class TrainingError(RuntimeError):

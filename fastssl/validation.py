@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastssl.errors import ConfigError, unknown_name
-from fastssl_pipelines.names import printable
 
 _SHOWN_CHARACTERS = 60
 _NAME_BYTES, _PATH_BYTES = 255, 4095  # of one part and of a whole path, on Linux
@@ -209,5 +208,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         text = " ".join(f"{each:g}" if isinstance(each, float) else _shown(each) for each in value)
     else:
-        text = printable(f'"{value}"' if isinstance(value, str) else str(value))
+        text = f'"{value}"' if isinstance(value, str) else str(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
