@@ -16,6 +16,8 @@ from fastssl.observe.progress import PatientBar
 from fastssl.train.data import split_roots
 from fastssl.validation import Checked, Threads
 from fastssl_pipelines.inspection import Finding, Kind, inspect_all
+from fastssl_pipelines.lists import write_names
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.opening import list_images
 
 EXIT_FOUND = 1
@@ -54,14 +56,17 @@ def run(options: Options) -> int:
     rate = total / (time.perf_counter() - started)
     prefixes = [f"{root.name}: " if len(roots) > 1 else "" for root in roots]
     for line in _summary(findings, prefixes):
-        print(line)
+        print(printable(line))
+    for prefix, listing in zip(prefixes, listings, strict=True):
+        if ignored := listing.told_ignored():
+            print(printable(f"{prefix}{ignored}"))
     # an image has at most one such defect
     bad = [finding.name for finding in findings if not finding.defect.kind.harmless]
     print(f"{total} images read at {rate:.0f} images/s, {len(bad) or 'none'} of them unusable or contradictory")
     if options.quarantine is not None:
         names = list(dict.fromkeys(bad))
         _write(options.quarantine, names)
-        print(f"{len(names)} names are in {options.quarantine}, for --data.quarantine of fastssl pretrain")
+        print(printable(f"{len(names)} names are in {options.quarantine}, for --data.quarantine of fastssl pretrain"))
     elif bad:
         print("to train without them: --quarantine LIST here, then --data.quarantine LIST of fastssl pretrain")
     return EXIT_FOUND if bad else 0
@@ -86,22 +91,16 @@ def _summary(findings: list[Finding], prefixes: list[str]) -> Iterator[str]:
 
 def _require_new(path: Path) -> None:
     """What stands in the way of the list is told before hours of reading."""
-    if path.is_dir() or (path.exists() and path.stat().st_size > 0):
+    if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
         raise ConfigError(f"--quarantine {path} is there already; remove it or give the name of a new file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"--quarantine {path} was given; {path.parent} must be a folder that can be written to")
 
 
 def _write(path: Path, names: list[str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.writelines(os.fsencode(name) + b"\n" for name in names)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_names(path, names)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(
             f"--quarantine {path} could not be written ({error.strerror}); give a file on a disk with room"
         ) from None

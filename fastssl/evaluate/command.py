@@ -19,6 +19,7 @@ from fastssl.evaluate.features import extract_features
 from fastssl.evaluate.frozen import train_on_crops
 from fastssl.evaluate.knn import knn_of_encoder
 from fastssl.evaluate.linear import RATES, Classifiers, Recipe, Schedule, train_probe
+from fastssl.evaluate.online import number_of_classes
 from fastssl.train import checkpoint
 from fastssl.train.build import build_method
 from fastssl.train.data import open_splits
@@ -153,11 +154,16 @@ def open_run(options: Options) -> FrozenRun:
     if options.data is None and not state["facts"].items() >= facts_of_images("images", train).items():
         print("note: these are not the training images of the run, or not all of them; its labels may differ, too")
     for name, source in (("training", train), ("test", test)):
-        if not (source.labels >= 0).any():
+        if not number_of_classes(source):
             raise ConfigError(
                 f"the {name} images ({source.name}) have no labels, and an evaluation needs some; give class folders "
                 "with --data DIR"
             )
+    if number_of_classes(train) < 2:
+        raise ConfigError(
+            f"the training images ({train.name}) are all of one class, and an evaluation needs two; give class "
+            "folders with --data DIR"
+        )
     return FrozenRun(
         config=config,
         encoder=method.encoder(),

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastssl.config import Config
 from fastssl.evaluate.knn import knn_of_encoder
 from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.sources import Source
 from fastssl_pipelines.views import ViewSpec
 
 RAW_PIXELS_SIDE = 32  # raw pixels are compared at this size: 3072 numbers an image
+
+
+def number_of_classes(source: Source) -> int:
+    """How many classes its images have, as far as their labels are known."""
+    return len(np.unique(source.labels[source.labels >= 0]))
 
 
 class OnlineKNN:
@@ -23,8 +30,8 @@ class OnlineKNN:
 
     @property
     def possible(self) -> bool:
-        """Whether both splits have labels to judge by."""
-        return all((executor.source.labels >= 0).any() for executor in (self.train, self.test))
+        """Whether there are test labels to judge by, and training labels of two classes, so that it can go wrong."""
+        return number_of_classes(self.train.source) >= 2 and number_of_classes(self.test.source) >= 1
 
     def top1(self, encoder: nn.Module) -> float:
         """Top-1 in percent of the encoder's features."""

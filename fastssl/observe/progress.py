@@ -7,6 +7,8 @@ import time
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastssl_pipelines.names import printable
+
 PATIENCE = 1.0  # seconds
 
 
@@ -18,8 +20,10 @@ class PatientBar:
 
     def __init__(self) -> None:
         screen = rich.console.Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=screen, transient=True)
+        what = TextColumn("{task.description}", markup=False)
+        self._bar = Progress(
+            what, BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), console=screen, transient=True
+        )
         self._task = self._bar.add_task("", total=None)
         self._visible = screen.is_terminal
         self._start = time.monotonic()
@@ -32,6 +36,6 @@ class PatientBar:
             self._bar.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        self._bar.update(self._task, description=what, completed=done, total=total)
+        self._bar.update(self._task, description=printable(what), completed=done, total=total)
         if self._visible and time.monotonic() - self._start > PATIENCE:
             self._bar.start()

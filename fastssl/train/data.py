@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 
 from fastssl.config import Config
 from fastssl.errors import ConfigError
+from fastssl.methods import METHODS
 from fastssl.observe.progress import PatientBar
 from fastssl_pipelines.labels import listed_labels
-from fastssl_pipelines.listing import Progress
+from fastssl_pipelines.listing import Progress, is_hidden
 from fastssl_pipelines.named import open_named
 from fastssl_pipelines.opening import open_source
 from fastssl_pipelines.pictures import picture_source
@@ -22,7 +24,13 @@ from fastssl_pipelines.quarantine import quarantine_list, without
 from fastssl_pipelines.shards import SHARD_SUFFIX
 from fastssl_pipelines.sources import JointSource, Source, Subset
 
+_SHOWN = 5  # names in a sentence
 HELD_OUT = 10  # without a test split, every tenth image of a class is kept from training and used as one
+
+
+# The first that is there is taken.
+_TRAIN_NAMES = ("train", "training")
+_TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 class Splits(NamedTuple):
@@ -49,26 +57,42 @@ def open_splits(config: Config) -> Splits:
 
 def split_roots(root: Path) -> tuple[Path, ...]:
     """Where under --data.root the training images are and, if there are any apart, the test images."""
+    train = _split(root, _TRAIN_NAMES)
+    return tuple(filter(None, (train, _split(root, _TEST_NAMES)))) if train else (root,)
 
-    def part(*names: str) -> Path | None:
-        paths = [root / (name + suffix) for name in names for suffix in ("", ".tar", ".txt")]
-        return next((path for path in paths if (path.is_file() if path.suffix else path.is_dir())), None)
 
-    train = part("train")
-    return tuple(filter(None, (train, part("test", "val")))) if train else (root,)
+def _split(root: Path, names: tuple[str, ...]) -> Path | None:
+    """What is called by the first of the names that is there, in small or capital letters."""
+    try:
+        entries = sorted(os.listdir(root), reverse=True)  # small letters first
+    except OSError:  # which opening it explains
+        return None
+    for name in names:
+        for suffix, is_there in (("", os.path.isdir), (SHARD_SUFFIX, os.path.isfile), (".txt", os.path.isfile)):
+            for entry in entries:
+                if entry.endswith(suffix) and entry.removesuffix(suffix).lower() == name and is_there(root / entry):
+                    return root / entry
+    return None
 
 
 def known_labels(config: Config, source: Source, warn: Callable[[str], object]) -> NDArray[np.int64]:
     """The labels that the method may see, int64 [n], -1 = unknown: by --data.label-list, else --data.label-fraction.
 
-    `warn` is called with a sentence where some names of the list are not found.
+    `warn` is called with a sentence where some names of the list are not found, and where labels teach nothing.
     """
     path = config.data.label_list
     if path is None:
-        return partial_labels(source.labels, config.data.label_fraction, config.seed)
-    labels, unmatched = listed_labels(source, path)
-    if unmatched:
-        warn(f"{path}: {len(unmatched)} of its names belong to no labelled training image, as {unmatched[0]}")
+        labels = partial_labels(source.labels, config.data.label_fraction, config.seed)
+    else:
+        labels, unmatched = listed_labels(source, path)
+        if unmatched:
+            warn(f"{path}: {len(unmatched)} of its names belong to no labelled training image, as {unmatched[0]}")
+    known = np.unique(labels[labels >= 0])
+    if len(known) == 1 and METHODS[config.method.name].uses_labels:
+        warn(
+            f"all known labels are one class, {source.classes[known[0]]}, so its images have no negatives among one "
+            f"another, and without other images the loss is 0; {config.method.name} needs labels of two classes"
+        )
     return labels
 
 
@@ -88,16 +112,52 @@ def _labelled_splits(config: Config, progress: Progress) -> Splits:
         return Splits(*open_named(data.dataset, data.root, download=data.download))
     roots = split_roots(data.root)
     train = open_source(roots[0], progress=progress)
+    train.notes += tuple(_oddities(data.root, roots, train))
     if len(roots) == 1:
         return _hold_out(train)
     test = open_source(roots[1], progress=progress)
-    if test.classes != train.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
-        raise ConfigError(
-            f"{roots[0]} and {roots[1]} under --data.root must hold the same classes; "
-            f"only one of them has {', '.join(differing[:5])}"
-        )
+    _number_alike(train, test)
     return Splits(train, test)
+
+
+def _oddities(root: Path, roots: tuple[Path, ...], train: Source) -> Iterator[str]:
+    """Sentences about folders that are perhaps no splits, or splits that are taken for classes."""
+    if roots[0] != root and roots[0].is_dir():
+        beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
+        if unused := sorted(set(beside) - {path.name for path in roots}):
+            taken = " and ".join(path.name for path in roots)
+            yield f"{root}: {taken} is what is used; the folders beside it are not: {_some(unused)}"
+    if train.classes and all(name.lower() in _TRAIN_NAMES + _TEST_NAMES for name in train.classes):
+        yield (
+            f"the classes of {train.name} are called {_some(train.classes)}, as splits are; if they are splits, call "
+            "the folder of the training images train"
+        )
+
+
+def _number_alike(train: Source, test: Source) -> None:
+    """Give the test images the labels that their classes have in training; ConfigError for a class that is not there.
+
+    Classes without test images are allowed, with a note.
+    """
+    if test.classes == train.classes:
+        return
+    if unknown := sorted(set(test.classes) - set(train.classes)):
+        raise ConfigError(
+            f"{test.name} has {len(test.classes)} classes and {train.name} {len(train.classes)}, and the training "
+            f"images have none called {_some(unknown)}; the test images under --data.root must be of training classes"
+        )
+    label_of = {name: label for label, name in enumerate(train.classes)}
+    # the last one is for the label -1
+    renumbered = np.array([*(label_of[name] for name in test.classes), -1], np.int64)
+    without_test = [name for name in train.classes if name not in set(test.classes)]
+    test.labels, test.classes = renumbered[test.labels], train.classes
+    test.notes += (f"{test.name} has no images of {len(without_test)} of the training classes: {_some(without_test)}",)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _unlabelled(config: Config, progress: Progress) -> Source:

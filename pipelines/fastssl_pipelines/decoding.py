@@ -24,6 +24,11 @@ BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 Pixels = NDArray[np.uint8]
 
+
+class UnsupportedPixels(ValueError):
+    """The file is whole and its pixels are none that a picture could be made of."""
+
+
 _ORIENTED_BY = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))  # in Image.info
 
 # From the pixels as stored to the upright picture.
@@ -40,13 +45,15 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
 
 def open_image(encoded: bytes) -> Image.Image:
     """The image file with its pixels not yet decoded; an error of BROKEN_IMAGE for what training cannot use."""
-    _keep_pillow_quiet()
+    keep_pillow_quiet()
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if 0 in image.size:
         raise ValueError("it has no pixels")
     # Pillow brings the 16 bits of a PGM file to the range of 16 bits and calls them I
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
-        raise ValueError("its numbers have no range that is black to white; 8 or 16 bits a channel, unsigned, have one")
+        raise UnsupportedPixels(
+            "its numbers have no range that is black to white; 8 or 16 bits a channel, unsigned, have one"
+        )
     return image
 
 
@@ -83,7 +90,7 @@ def decode(image: Image.Image) -> Pixels:
 
 
 @cache
-def _keep_pillow_quiet() -> None:
+def keep_pillow_quiet() -> None:
     """What Pillow finds odd but decodes is told by `fastssl data check`, not by warnings among the lines of a run."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())

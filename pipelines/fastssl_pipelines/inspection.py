@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,21 +13,29 @@ from enum import Enum
 from itertools import accumulate
 
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
+from fastssl_pipelines.decoding import BROKEN_IMAGE, UnsupportedPixels, keep_pillow_quiet, open_image, orientation_of
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.listing import Listing, Progress
-from fastssl_pipelines.sources import BROKEN_IMAGE, FORMATS
+from fastssl_pipelines.headers import PNG_BIT_DEPTH_AT
+from fastssl_pipelines.listing import SUFFIXES_OF, Listing, Progress
 
 _CHUNK = 16  # images for one thread at a time: a progress bar that moves, and few futures
 _DIGEST_BYTES = 16
 _ANOTHER = "another image takes its place"
 
-# How files begin and end, and the names that they should have.
-_MARKS = {
-    "JPEG": (b"\xff\xd8\xff", b"\xff\xd9", (".jpg", ".jpeg")),
-    "PNG": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82", (".png",)),
+# How files begin, and how those end that have a mark for it.
+_STARTS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "BMP": rb"BM",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "GIF": rb"GIF8[79]a",
+    "PPM": rb"P[1-6]\s",
 }
-_PNG_BIT_DEPTH = 24  # its place in the file
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_TIFF_BIT_DEPTHS = 258  # its tag
 
 
 class Kind(Enum):
@@ -36,8 +45,11 @@ class Kind(Enum):
     UNREADABLE = "unreadable file", _ANOTHER, False
     TRUNCATED = "truncated", _ANOTHER, False
     CORRUPT = "corrupt", _ANOTHER, False
-    OTHER_FORMAT = "neither JPEG nor PNG", _ANOTHER, False
+    OTHER_FORMAT = "another format", _ANOTHER, False
+    TOO_LARGE = "too large", _ANOTHER, False
     MISLABELLED = "one file in two classes", "used with every one of the labels", False
+    LEAKED = "in training and test images", "used in both: accuracies are too high", True
+    TURNED = "EXIF orientation", "applied", True
     WRONG_SUFFIX = "misleading suffix", "none: the content counts", True
     CMYK = "CMYK", "converted to RGB", True
     SIXTEEN_BIT = "16 bits a channel", "the upper 8 bits are used", True
@@ -72,26 +84,28 @@ def inspect(encoded: bytes, name: str) -> tuple[Defect, ...]:
     """
     if not encoded:
         return (Defect(Kind.ZERO_SIZE),)
-    format = next((format for format, (start, _, _) in _MARKS.items() if encoded.startswith(start)), None)
+    format = next((format for format, start in _STARTS.items() if re.match(start, encoded, re.DOTALL)), None)
     if format is None:
         return (Defect(Kind.OTHER_FORMAT, _other_format(encoded)),)
-    _, end, suffixes = _MARKS[format]
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with open_image(encoded) as image:
+            found = {
+                Kind.TURNED: orientation_of(image) != 1,
+                Kind.WRONG_SUFFIX: not name.lower().endswith(SUFFIXES_OF[format]),
+                Kind.CMYK: image.mode == "CMYK",
+                Kind.SIXTEEN_BIT: _has_16_bits(image, encoded),
+            }
             # an eighth of the size: the whole file is still read, and its pixels are not needed
             image.draft(None, (1, 1))
             image.load()
-            found = {
-                Kind.WRONG_SUFFIX: not name.lower().endswith(suffixes),
-                Kind.CMYK: image.mode == "CMYK",
-                Kind.SIXTEEN_BIT: format == "PNG" and encoded[_PNG_BIT_DEPTH] == 16,
-                Kind.ANIMATED: getattr(image, "n_frames", 1) > 1,
-            }
+            found[Kind.ANIMATED] = _has_more_pictures(image)
+    except UnsupportedPixels as error:
+        return (Defect(Kind.OTHER_FORMAT, str(error)),)
+    except Image.DecompressionBombError as error:
+        return (Defect(Kind.TOO_LARGE, str(error).split(",")[0]),)
     except BROKEN_IMAGE as error:
         reason = "its header is broken" if isinstance(error, UnidentifiedImageError) else str(error)
-        # a download into a file of the final size leaves zeros at the end
-        whole = encoded.rstrip(b"\0").endswith(end)
-        return (Defect(Kind.CORRUPT if whole else Kind.TRUNCATED, reason),)
+        return (Defect(Kind.TRUNCATED if _ends_early(encoded, format, reason) else Kind.CORRUPT, reason),)
     return tuple(Defect(kind, format if kind is Kind.WRONG_SUFFIX else "") for kind, is_so in found.items() if is_so)
 
 
@@ -99,7 +113,7 @@ def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress
     """The defects of all images of the listings, in their order; `workers` threads read and decode.
 
     Usable files of the same bytes that lie in two classes, of one listing or of two, are all MISLABELLED: which of
-    the labels is right cannot be told.
+    the labels is right cannot be told. Those of one class that lie in two listings are LEAKED.
     """
     images = _Joined(listings)
     found: list[tuple[int, Defect]] = []
@@ -119,6 +133,8 @@ def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress
         classes = sorted({name for name in map(images.class_of, group) if name is not None})
         if len(classes) > 1:
             found += [(image, Defect(Kind.MISLABELLED, " and ".join(classes))) for image in group]
+        elif len({images.name_of(image)[0] for image in group}) > 1:
+            found += [(image, Defect(Kind.LEAKED)) for image in group]
     found.sort(key=lambda pair: pair[0])
     return [Finding(*images.name_of(image), defect) for image, defect in found]
 
@@ -162,7 +178,26 @@ def _inspect_image(listing: Listing, row: int) -> tuple[bytes | None, tuple[Defe
     return None, defects
 
 
+def _ends_early(encoded: bytes, format: str, reason: str) -> bool:
+    # a download into a file of the final size leaves zeros at the end
+    return not encoded.rstrip(b"\0").endswith(_ENDS[format]) if format in _ENDS else "truncated" in reason
+
+
+def _has_16_bits(image: Image.Image, encoded: bytes) -> bool:
+    if isinstance(image, TiffImageFile):
+        return 16 in image.tag_v2.get(_TIFF_BIT_DEPTHS, ())
+    return encoded[PNG_BIT_DEPTH_AT] == 16 if image.format == "PNG" else image.mode.startswith("I")
+
+
+def _has_more_pictures(image: Image.Image) -> bool:
+    try:
+        return int(getattr(image, "n_frames", 1)) > 1
+    except Exception:  # what follows the first one is broken in ways of its own, and is not used
+        return True
+
+
 def _other_format(encoded: bytes) -> str:
+    keep_pillow_quiet()
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return image.format or ""

@@ -38,7 +38,7 @@ BAD = {
     "a/cut.jpg": picture(32)[:400],
     "a/empty.jpg": b"",
     "a/twice.jpg": picture(33),
-    "b/gif.jpg": picture(34, "GIF", mode="P"),
+    "b/icon.jpg": picture(34, "ICO"),
     "b/once more.jpg": picture(33),
 }
 
@@ -70,9 +70,66 @@ def test_bad_images_fail_and_are_named(tmp_path, capsys):
     assert "5 of them unusable or contradictory" in printed
     for name in BAD:
         assert f"    {name}" in printed
-    assert "    b/gif.jpg (GIF)\n" in printed
+    assert "    b/icon.jpg (ICO)\n" in printed
     assert "    a/twice.jpg (a and b)\n    b/once more.jpg (a and b)\n" in printed
     assert "--quarantine LIST" in printed
+
+
+def test_files_that_are_no_images_are_counted(tmp_path, capsys):
+    write(tmp_path / "train", GOOD | {"a/clip.webm": b"", "b/label.txt": b"", "b/other.txt": b""})
+    write(tmp_path / "test", {"a/8.jpg": picture(98), "b/9.jpg": picture(99), "notes.csv": b"", ".hidden": b""})
+    assert check(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "train: 3 files are not used: 2 .txt, 1 .webm\n" in printed
+    assert "test: 1 file is not used: 1 .csv\n" in printed
+
+
+def test_images_of_training_that_are_test_images_too_are_told(tmp_path, capsys):
+    write(tmp_path / "train", GOOD)
+    write(tmp_path / "test", {"a/again.jpg": GOOD["a/1.jpg"], "b/new.jpg": picture(99)})
+    assert check(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "in training and test images       2  used in both: accuracies are too high\n" in printed
+    assert "    train: a/1.jpg\n    test: a/again.jpg\n" in printed
+
+
+NAMES = [
+    "caf\udce9.jpg",
+    "new\nline.jpg",
+    " leading.jpg",
+    '"quoted".jpg',
+    "\x1b[31mred.jpg",
+    "\u2028.jpg",
+    "tab\t1.jpg",
+]
+
+
+def test_any_name_is_shown_and_listed_and_found_again(tmp_path, capsys):
+    root = tmp_path / "data"
+    write(root / "train", GOOD | {f"a/{name}": b"" for name in NAMES})
+    write(root / "test", {"a/8.jpg": picture(98), "b/9.jpg": picture(99)})
+    assert check(root, "--quarantine", tmp_path / "bad.txt") == EXIT_FOUND
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable()
+    assert r"    train: a/\x1b[31mred.jpg" in printed
+    train = open_splits(parse(["--data.root", str(root), "--data.quarantine", str(tmp_path / "bad.txt")])).train
+    assert train.notes == ()
+    assert {train.name_of(row) for row in range(len(train))} == GOOD.keys()
+    assert not train.defects
+
+
+@pytest.mark.parametrize("kind", ["link", "dead link", "fifo"])
+def test_the_list_is_not_written_through_what_lies_there(tmp_path, capsys, kind):
+    root, listed, victim = write(tmp_path / "data", GOOD | BAD), tmp_path / "bad.txt", tmp_path / "victim"
+    if kind == "fifo":
+        os.mkfifo(listed)
+    else:
+        listed.symlink_to(victim)
+        if kind == "link":
+            victim.write_text("precious")
+    assert check(root, "--quarantine", listed) == 2
+    assert "bad.txt is there already" in capsys.readouterr().err
+    assert victim.exists() == (kind == "link")
 
 
 def test_of_many_names_the_first_are_shown(tmp_path, capsys):

@@ -75,8 +75,64 @@ def test_every_form_of_a_split(root, form):
 
 def test_splits_of_different_classes_are_refused(root):
     write(root / "val" / "bird" / "1.png")
-    with pytest.raises(ConfigError, match=r"--data\.root must hold the same classes; only one of them has bird"):
+    write(root / "val" / "ape" / "1.png")
+    told = r"val has 4 classes and .*train 2, and the training images have none called ape, bird; .*--data\.root"
+    with pytest.raises(ConfigError, match=told):
         splits(root)
+
+
+def test_test_images_are_labelled_by_the_names_of_the_training_classes(root):
+    shutil.rmtree(root / "val" / "cat")
+    for number in (0, 1):
+        write(root / "train" / "ape" / f"{number}.png")
+    train, test = splits(root)
+    assert train.classes == test.classes == ("ape", "cat", "dog")
+    assert test.labels.tolist() == [2, 2]
+    (note,) = test.notes
+    assert "val has no images of 2 of the training classes: ape, cat" in note
+    assert train.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("training", "validation"), ("Train", "Test"), ("TRAIN", "valid"), ("Training", "VAL")],
+)
+@pytest.mark.parametrize("form", [None, pack, listed])
+def test_splits_may_be_called_otherwise(root, train, test, form):
+    for old, new in (("train", train), ("val", test)):
+        (root / old).rename(root / new)
+        if form:
+            form(root / new)
+    found = splits(root)
+    assert (len(found.train), len(found.test)) == (20, 4)
+    assert found.train.notes == ()
+
+
+def test_of_several_test_splits_the_others_are_told(root):
+    shutil.copytree(root / "val", root / "test")
+    (root / "annotations").mkdir()
+    train, test = splits(root)
+    assert test.name == str(root / "test")
+    (note,) = train.notes
+    assert "train and test is what is used; the folders beside it are not: annotations, val" in note
+
+
+def test_classes_that_are_called_as_splits_are_told(root):
+    (root / "train").rename(root / "test")
+    train, _ = splits(root)
+    assert train.classes == ("test", "val")
+    (note,) = train.notes
+    assert "are called test, val, as splits are" in note
+
+
+def test_files_that_are_no_images_are_told(root):
+    for number in range(3):
+        (root / "train" / "cat" / f"{number}.webm").touch()
+    for _ in range(2):  # the second time from the cached index
+        train, test = splits(root)
+        (note,) = train.notes
+        assert "3 files are not used: 3 .webm" in note
+        assert test.notes == ()
 
 
 def test_quarantined_images_are_left_out_of_training_and_test(root, tmp_path):
@@ -180,6 +236,16 @@ def test_the_options_survive_json_and_another_folder(root, monkeypatch):
     assert from_json(to_json(config)) == config
     data = config.data.absolute()
     assert (data.root, data.quarantine, data.dataset, data.download) == (root, root.parent / "bad.txt", "STL10", True)
+
+
+def test_a_bar_shows_any_name(monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.PatientBar() as bar:
+        now[0] = 1.5
+        bar("reading caf\udce9\n[bold]\x1b[31m.jpg", 3, 10)
+    assert r"caf\xe9\n[bold]\x1b[31m.jpg" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("waited", "shown"), [(0.5, False), (1.5, True)])

@@ -22,6 +22,12 @@ def encode(format: str, image: Image.Image | None = None, **options) -> bytes:
     return file.getvalue()
 
 
+def turned(format: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(format, exif=exif)
+
+
 JPEG, PNG = encode("JPEG"), encode("PNG")
 GREY16 = encode("PNG", Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)))
 FRAMES = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
@@ -51,6 +57,16 @@ def rgb16() -> bytes:
         (encode("JPEG", progressive=True), "b.jpg"),
         (encode("JPEG", Image.fromarray(PIXELS).convert("L")), "grey.jpg"),
         (photograph(0, seed=0), "photograph.jpg"),
+        (JPEG, "b.jfif"),
+        (JPEG, "b.JPE"),
+        (encode("WEBP"), "b.webp"),
+        (encode("GIF"), "b.gif"),
+        (encode("BMP"), "b.bmp"),
+        (encode("TIFF"), "b.tif"),
+        (encode("TIFF", compression="tiff_lzw"), "b.TIFF"),
+        (encode("PPM"), "b.ppm"),
+        (encode("PPM", Image.fromarray(PIXELS).convert("L")), "b.pgm"),
+        (turned("JPEG", 1), "b.jpg"),
     ],
 )
 def test_a_good_file_has_no_defect(encoded, name):
@@ -80,17 +96,41 @@ def test_a_whole_file_that_cannot_be_decoded_is_corrupt():
     assert defect.detail
 
 
-def test_too_many_pixels_are_corrupt(monkeypatch):
+def test_too_many_pixels_are_too_large(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     (defect,) = inspect(PNG, "b.png")
-    assert defect.kind is Kind.CORRUPT
+    assert defect.kind is Kind.TOO_LARGE
+    assert not defect.kind.harmless
     assert "768 pixels" in defect.detail
+    assert "limit of 200 pixels" in defect.detail
 
 
-@pytest.mark.parametrize("format", ["GIF", "BMP", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", ["ICO", "PCX", "JPEG2000", "TGA"])
 def test_another_format_is_named(format):
     (defect,) = inspect(encode(format), "b.jpg")
     assert (defect.kind, defect.detail) == (Kind.OTHER_FORMAT, format)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_numbers_without_a_range_are_told(mode):
+    (defect,) = inspect(encode("TIFF", Image.new(mode, (8, 8))), "b.tif")
+    assert defect.kind is Kind.OTHER_FORMAT
+    assert "8 or 16 bits a channel" in defect.detail
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_tiff_that_ends_early_is_unusable(compression):
+    content = encode("TIFF", compression=compression)
+    assert kinds(content, "b.tif") == []
+    (kind,) = kinds(content[: len(content) // 2], "b.tif")
+    assert kind in (Kind.TRUNCATED, Kind.CORRUPT)
+
+
+@pytest.mark.parametrize("format", ["WEBP", "GIF", "BMP", "PPM"])
+def test_other_files_that_end_early_are_unusable(format):
+    content = encode(format)
+    (kind,) = kinds(content[: len(content) // 2], "b." + format.lower())
+    assert kind in (Kind.TRUNCATED, Kind.CORRUPT)
 
 
 def test_what_is_no_picture_is_told():
@@ -108,8 +148,19 @@ def test_what_is_no_picture_is_told():
         (rgb16(), "b.png", Kind.SIXTEEN_BIT),
         (encode("PNG", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.png", Kind.ANIMATED),
         (encode("MPO", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.jpg", Kind.ANIMATED),
+        (encode("TIFF", Image.fromarray(np.zeros((4, 4), np.uint16))), "b.tif", Kind.SIXTEEN_BIT),
+        (b"P5 2 2 65535\n" + bytes(8), "b.pgm", Kind.SIXTEEN_BIT),
+        (encode("GIF", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.gif", Kind.ANIMATED),
+        (encode("TIFF", FRAMES[0].copy(), save_all=True, append_images=[FRAMES[1].copy()]), "b.tif", Kind.ANIMATED),
+        (encode("WEBP"), "b.jpg", Kind.WRONG_SUFFIX),
+        (turned("JPEG", 6), "b.jpg", Kind.TURNED),
+        (turned("PNG", 3), "b.png", Kind.TURNED),
+        (turned("WEBP", 8), "b.webp", Kind.TURNED),
     ],
-    ids=["PNG as jpg", "JPEG as png", "CMYK", "grey 16", "RGB 16", "APNG", "MPO"],
+    ids=(
+        "PNG as jpg,JPEG as png,CMYK,grey 16,RGB 16,APNG,MPO,TIFF 16,PGM 16,GIF frames,TIFF pages,WebP as jpg,"
+        "turned JPEG,turned PNG,turned WebP"
+    ).split(","),
 )
 def test_what_training_can_use_is_harmless(encoded, name, expected):
     assert kinds(encoded, name) == [expected]
@@ -164,7 +215,14 @@ def test_classes_are_compared_by_name_across_listings(tmp_path):
     test = write(tmp_path / "test", {"a/2.jpg": jpeg(2), "b/3.jpg": jpeg(3)})
     assert found(train, test) == [(0, "b/1.jpg", Kind.MISLABELLED), (1, "a/2.jpg", Kind.MISLABELLED)]
     same = write(tmp_path / "same", {"a/1.jpg": jpeg(1)})
-    assert found(train, same) == []
+    assert found(train, same) == [(0, "a/1.jpg", Kind.LEAKED), (1, "a/1.jpg", Kind.LEAKED)]
+    assert Kind.LEAKED.harmless
+
+
+def test_pictures_behind_the_first_may_be_broken():
+    content = encode("GIF", FRAMES[0], save_all=True, append_images=FRAMES[1:])
+    second = content.rindex(b"!\xf9")
+    assert kinds(content[:second] + b"\0" + content[second:], "b.gif") in ([], [Kind.ANIMATED])
 
 
 def test_a_file_that_is_gone_is_unreadable(tmp_path):
