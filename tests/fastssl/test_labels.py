@@ -117,6 +117,33 @@ def test_names_that_are_not_found_are_counted(data):
     assert known(labels) == {"cat_3.png": 0}
 
 
+@pytest.mark.parametrize("method", ["unimoco", "supcon", "mocov2"])
+def test_known_labels_of_one_class_are_told_to_methods_that_use_them(data, method):
+    (data / "list.txt").write_text("\n".join(f"dog_{number}.png" for number in range(10)))
+    config = parse([f"{method}-cifar10", *arguments(data, "--data.label-list {data}/list.txt")])
+    told = []
+    training_steps(config, open_splits(config).train, told.append)
+    assert len(told) == (method != "mocov2")
+    assert all(note.startswith("all known labels are one class, dog, so its images have no negatives") for note in told)
+
+
+def test_with_one_class_nothing_is_classified(data, capsys):
+    root = data / "labelled" / "train"
+    for path in (root / "dog").iterdir():
+        path.unlink()
+    (root / "dog").rmdir()
+    options = f"--data.root {root} --data.label-fraction 1 --eval.every-epochs 1"
+    code, folder, _ = run(data, options)
+    assert code == 0
+    assert "warning: all known labels are one class, cat" in capsys.readouterr().out
+    assert "knn_top1" not in (folder / "metrics.jsonl").read_text()
+    for protocol in ("knn", "linear"):
+        assert main(["eval", protocol, str(folder)]) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1
+        assert "are all of one class, and an evaluation needs two" in told[0]
+
+
 def test_the_new_paths_survive_json(data):
     options = "--data.label-fraction 1 --data.label-list {data}/list.txt --data.unlabelled {data}/more"
     config = parse(["unimoco-cifar10", *arguments(data, options)])

@@ -157,10 +157,23 @@ def test_what_is_no_picture_is_told():
         (turned("PNG", 3), "b.png", Kind.TURNED),
         (turned("WEBP", 8), "b.webp", Kind.TURNED),
     ],
-    ids=(
-        "PNG as jpg,JPEG as png,CMYK,grey 16,RGB 16,APNG,MPO,TIFF 16,PGM 16,GIF frames,TIFF pages,WebP as jpg,"
-        "turned JPEG,turned PNG,turned WebP"
-    ).split(","),
+    ids=[
+        "PNG as jpg",
+        "JPEG as png",
+        "CMYK",
+        "grey 16",
+        "RGB 16",
+        "APNG",
+        "MPO",
+        "TIFF 16",
+        "PGM 16",
+        "GIF frames",
+        "TIFF pages",
+        "WebP as jpg",
+        "turned JPEG",
+        "turned PNG",
+        "turned WebP",
+    ],
 )
 def test_what_training_can_use_is_harmless(encoded, name, expected):
     assert kinds(encoded, name) == [expected]
