@@ -194,5 +194,5 @@ def _hold_out(source: Source) -> Splits:
 
 
 def _overlap(one: Path, other: Path) -> bool:
-    one, other = one.resolve(), other.resolve()
+    one, other = Path(os.path.realpath(one)), Path(os.path.realpath(other))  # resolve raises for a link to itself
     return one.is_relative_to(other) or other.is_relative_to(one)

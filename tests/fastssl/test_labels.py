@@ -216,6 +216,7 @@ def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
         ),
         ("--data.unlabelled {data}/none", ["{data}/none is not a folder", "--data.unlabelled"]),
         ("--data.unlabelled {data}/list.txt", ["line 1 of {data}/list.txt", "cannot be found", "--data.unlabelled"]),
+        ("--data.unlabelled {data}/round", ["{data}/round is not a folder", "--data.unlabelled"]),
         ("--data.unlabelled {data}/nothing", ["{data}/nothing holds no", "--data.unlabelled"]),
         ("--data.unlabelled {data}/labelled", ["--data.unlabelled {data}/labelled", "in one another"]),
         ("--data.unlabelled {data}/labelled/test/cat", ["--data.unlabelled {data}/labelled/test/cat", "one another"]),
@@ -223,6 +224,7 @@ def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
 )
 def test_bad_label_options_are_one_sentence_and_leave_no_run(data, capsys, options, words):
     (data / "nothing").mkdir()
+    (data / "round").symlink_to("round")
     (data / "other.txt").write_text("b.png\na.png\n")
     (data / "several.txt").write_text("x.png\n")
     write_images(data / "labelled", ["train/cat/x.png", "train/dog/x.png"])
