@@ -41,18 +41,12 @@ class RunConfig(Checked, prefix="--run."):
     tensorboard: bool = False
     """Write the numbers of metrics.jsonl for TensorBoard, too, into its folder `tensorboard`."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # sentences name the folder for the user to type
-        readable = self.dir is None or str(self.dir).isprintable()
-        require(readable, "--run.dir", self.dir, "a path of visible characters and spaces")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Checked, prefix="--data."):
     root: Path | None = None
-    """Images: a folder of class folders of JPEG or PNG, of .tar shards or of images alone, a .tar file, or a text file
-    of paths; or a folder that holds such as train and val or test (train.tar, train.txt)."""
+    """Images: a folder of class folders, of .tar shards or of images alone, a .tar file, or a text file of paths; or a
+    folder with train and val or test (train.tar, train.txt)."""
     dataset: Literal["CIFAR10", "CIFAR100", "STL10", "FashionMNIST"] | None = None
     """Data set that torchvision knows by this name; root is then the folder that torchvision keeps it in."""
     download: bool = False

@@ -23,6 +23,7 @@ from fastssl.train.input import input_executor
 from fastssl.validation import Checked, Images, Range
 from fastssl_pipelines.errors import UnreadableImages
 from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.plan import BatchPlan, ViewPlan
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import TrainingSteps
@@ -76,7 +77,7 @@ def run(config: Config, options: Options) -> int:
     notes = list(source.notes)
     steps = training_steps(config, source, notes.append)
     for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
+        print(printable(f"warning: {note}"), file=sys.stderr)
     total = config.train.steps or config.train.epochs * steps.steps_per_epoch
     if options.step >= total:
         raise ConfigError(f"--step {options.step} was given; the run has {total} steps, counted from 0")
@@ -91,7 +92,7 @@ def run(config: Config, options: Options) -> int:
         f" {steps.batch_size} images, {executor.name} pipeline"
     )
     _write(options.out, _grid(heading, titles, rows))
-    print(options.out)
+    print(printable(str(options.out)))
     return 0
 
 

@@ -55,7 +55,7 @@ Share = Annotated[float, Range(least=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 Weight = Annotated[float, Range(least=0, most=1000)]
 Rate = Annotated[float, Range(above=0, most=1e38)]  # float32 ends at 3e38
-Temperature = Annotated[float, Range(above=0.0001, most=10000)]  # logits that float16 holds
+Temperature = Annotated[float, Range(least=0.001, most=1000)]  # as the losses take it
 
 
 class Checked:

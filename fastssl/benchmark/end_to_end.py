@@ -33,6 +33,7 @@ from fastssl.train.input import input_executor
 from fastssl.train.schedule import learning_rate
 from fastssl.validation import Checked, Count, Seconds, Threads
 from fastssl_pipelines.batch import Batch
+from fastssl_pipelines.names import printable
 
 WARM_UPS, TRACED_STEPS = 3, 5
 NAMES = ("input", "step", "both")
@@ -155,7 +156,7 @@ def run(config: Config, options: Options) -> int:
             print(_trace(both, options.profile))
     if options.json is not None:
         write_json(options.json, {**facts, "results": [asdict(result) for result in both.results.values()]})
-        print(options.json)
+        print(printable(str(options.json)))
     return 0
 
 

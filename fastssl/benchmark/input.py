@@ -27,6 +27,7 @@ from fastssl.train.device import choose_device, choose_dtype
 from fastssl.validation import Checked, Count, Images, Seconds, Threads
 from fastssl_pipelines.executor import available_executors
 from fastssl_pipelines.index import cache_folder
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.opening import open_source
 from fastssl_pipelines.photographs import write_photographs
 from fastssl_pipelines.sources import Source, Subset
@@ -93,7 +94,7 @@ def run(options: Options) -> int:
     show(facts, results)
     if options.json is not None:
         write_json(options.json, {**facts, "results": [asdict(result) for result in results]})
-        print(options.json)
+        print(printable(str(options.json)))
     return 0
 
 

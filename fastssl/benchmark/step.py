@@ -24,6 +24,7 @@ from fastssl.presets import load
 from fastssl.train.build import build_method
 from fastssl.train.device import choose_device, set_numerics
 from fastssl.validation import Checked, Count, Images, Threads
+from fastssl_pipelines.names import printable
 
 BATCH_ON_A_CPU = 64
 TRACED_STEPS = 5
@@ -83,7 +84,7 @@ def run(options: Options) -> int:
             print(chosen[-2].trace(options.profile, f"step-{options.preset}", TRACED_STEPS))
     if options.json is not None:
         write_json(options.json, {**facts, "results": [asdict(result) for result in results]})
-        print(options.json)
+        print(printable(str(options.json)))
     return 0
 
 

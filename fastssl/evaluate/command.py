@@ -31,6 +31,7 @@ from fastssl.train.state import load_method, require_whole
 from fastssl.validation import Checked, Count, Images, Rate, Temperature
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.files import write_whole
+from fastssl_pipelines.names import printable
 
 MOCO_RATE = 30.0
 
@@ -218,7 +219,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
         write_whole(path, json.dumps(result, indent=2).encode())
     except OSError as error:
         # the accuracy is worth more than the file
-        print(f"note: {path} could not be written ({error.strerror}); make {path.parent} writable")
+        print(printable(f"note: {path} could not be written ({error.strerror}); make {path.parent} writable"))
 
 
 def _sentence(result: dict[str, Any]) -> str:

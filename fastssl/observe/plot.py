@@ -11,6 +11,7 @@ import tyro
 from fastssl.errors import ConfigError
 from fastssl.observe.history import METRICS, History, Metric, Part, Series, read_history
 from fastssl.validation import Checked
+from fastssl_pipelines.names import printable
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -52,7 +53,7 @@ def run(options: Options) -> int:
                 print(f"no {name}: no run logged its numbers")
             else:
                 figure.savefig(out / name, dpi=150)
-                print(f"wrote {out / name}")
+                print(printable(f"wrote {out / name}"))
     except OSError as error:
         raise ConfigError(f"the pictures cannot be written to {out} ({error.strerror}); change --out") from None
     return 0
@@ -125,6 +126,7 @@ def _thousands(step: float, _position: object) -> str:
 
 
 def _names(histories: list[History]) -> list[str]:
-    """The folders' names, or their paths where two folders have the same name."""
+    """The folders' names as labels, or their paths where two folders have the same name."""
     names = [history.name for history in histories]
-    return names if len(set(names)) == len(names) else [str(history.folder) for history in histories]
+    names = names if len(set(names)) == len(names) else [str(history.folder) for history in histories]
+    return [printable(name).replace("$", r"\$") for name in names]  # matplotlib would read a formula

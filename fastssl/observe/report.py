@@ -69,7 +69,7 @@ def run(options: Options) -> int:
         raise ConfigError(
             f"no report can be written into {options.run} ({error.strerror}); make that folder writable"
         ) from None
-    print(f"wrote {path}")
+    print(printable(f"wrote {path}"))
     return 0
 
 

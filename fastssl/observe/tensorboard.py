@@ -19,7 +19,7 @@ class TensorBoardMirror:
     """Takes the records of a run in their order and writes their numbers to FOLDER/tensorboard as <event>/<name>.
 
     Where the records go back to an earlier step, as after a resume, TensorBoard shows the later ones alone.
-    Raises ConfigError where tensorboard is not installed.
+    Raises ConfigError where tensorboard is not installed, and for a folder name that it cannot take.
     """
 
     def __init__(self, folder: Path):
@@ -30,6 +30,11 @@ class TensorBoardMirror:
                 "--run.tensorboard was given and tensorboard is not installed: pip install 'fastssl[tensorboard]', or "
                 "drop the option"
             ) from None
+        if not str(folder).isprintable():
+            raise ConfigError(
+                f"--run.tensorboard was given with the run folder {folder}, whose name TensorBoard cannot take; drop "
+                "the option or change --run.dir"
+            )
         self._writer_class = SummaryWriter
         self._folder = folder / "tensorboard"
         self._writer: SummaryWriter | None = None

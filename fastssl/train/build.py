@@ -90,3 +90,8 @@ def _check_parts(config: Config) -> None:
             f"--model.splits {model.splits} was given with {given}; it counts the groups of all of them together and "
             f"must be a multiple of {parts}: change it or take --model.norm local or sync"
         )
+    if model.norm == "local" and train.batch_size < 2 * parts:
+        raise ConfigError(
+            f"--train.batch-size {train.batch_size} was given with {given}, one image for each batch norm, which needs "
+            "2 or more: raise it or take --model.norm sync or group"
+        )

@@ -35,7 +35,7 @@ def test_config_file_is_the_default_and_options_go_over_it(tmp_path):
         ("--train.batch-size 0", ["--train.batch-size 0", "at least 1"]),
         ("mocov2-cifar10 --train.batch-size 100", ["--train.batch-size 100", "--model.splits 8", "multiple"]),
         ("--method.queue-size 64", ["--method.queue-size 64", "at least one batch"]),
-        ("--method.temperature 0", ["--method.temperature 0", "above 0"]),
+        ("--method.temperature 0", ["--method.temperature 0", "at least 0.001"]),
         ("--data.pipeline ffcv", ["ffcv", "--data.pipeline", "resident"]),
         ("--data.label-fraction 1.5", ["--data.label-fraction 1.5", "[0, 1]"]),
         ("quickstart extra", ["extra"]),

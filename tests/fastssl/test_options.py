@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import torch
 
-from fastssl.config import DataConfig, OptimConfig, RunConfig, TrainConfig, from_json, to_json
+from fastssl.config import DataConfig, OptimConfig, TrainConfig, from_json, to_json
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS
 from fastssl.presets import PRESETS, load
@@ -108,7 +108,6 @@ def test_every_preset_survives_its_file(name):
         ),
         (lambda: OptimConfig(milestones=(5, 3)), "--optim.milestones 5 3 was given; it must be in ascending order"),
         (lambda: DataConfig(std=(0.2, 0, 0.2)), "--data.std 0.2 0 0.2: value 0 was given; it must be at least 0.001"),
-        (lambda: RunConfig(dir=Path("caf\udce9")), "--run.dir caf\\xe9 was given; it must be a path of visible"),
         (lambda: replace(load("quickstart"), preset="a/b"), 'preset "a/b" was given; it must be at most 100 letters'),
         (lambda: replace(load("quickstart"), train=3), "--train 3 was given; it must be an object with the fields of"),
     ],

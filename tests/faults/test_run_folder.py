@@ -165,11 +165,15 @@ def train_by_default(*more):
 
 
 def test_a_folder_name_with_any_byte_is_a_folder_name(tmp_path, capsys):
-    name = os.fsdecode(b"run \xe9\n\x1b[31m %s")
+    name = os.fsdecode(b"run $x_ \xe9\n\x1b[31m %s")
     run = tmp_path / name
+    assert train(run, "--run.tensorboard") == 2
+    assert "--run.tensorboard" in sentence(capsys)
+    shutil.rmtree(run)
     assert train(run) == 0
     assert main(["resume", str(run)]) == 0
     assert main(["report", str(run)]) == 0
+    assert main(["plot", str(run)]) == 0
     assert main(["eval", "knn", str(run)]) == 0
     capsys.readouterr()
     assert b"\x1b" not in b"".join(text for path, text in contents(run).items() if path.suffix in (".html", ".log"))
