@@ -30,9 +30,9 @@ _STARTS = {
     "PNG": rb"\x89PNG\r\n\x1a\n",
     "WEBP": rb"RIFF....WEBP",
     "BMP": rb"BM",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "TIFF": rb"(II|MM)([*+]\0|\0[*+])",
     "GIF": rb"GIF8[79]a",
-    "PPM": rb"P[1-6]\s",
+    "PPM": rb"P[0-6fy]",
 }
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _TIFF_BIT_DEPTHS = 258  # its tag

@@ -250,3 +250,13 @@ def test_a_byte_order_mark_and_windows_line_ends_are_passed_over(tmp_path):
     assert (names(listing), listing.classes) == (["a.png", "b c.png"], ("cat", "dog"))
     (tmp_path / "names").write_bytes(b"\xef\xbb\xbfa.png\r\n\r\nb c.png")
     assert read_names(tmp_path / "names", "--data.quarantine") == {"a.png", "b c.png"}
+
+
+def test_integer_classes_are_sorted_by_value_whatever_their_length(tmp_path):
+    classes = ["10", "9", "01", "1", "1" * 5000, "0", "00", "2"]
+    for number in range(len(classes)):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "list").write_text("".join(f"{number}.png\t{name}\n" for number, name in enumerate(classes)))
+    listing = list_images(tmp_path / "list")
+    assert listing.classes == ("0", "00", "01", "1", "2", "9", "10", "1" * 5000)
+    assert [listing.classes[label] for label in listing.labels] == classes

@@ -232,6 +232,12 @@ def test_classes_are_compared_by_name_across_listings(tmp_path):
     assert Kind.LEAKED.harmless
 
 
+@pytest.mark.parametrize("prefix", [b"P0CMYK 2 2 255 ", b"PyP 2 2 255 ", b"P1\n2 2\n", b"P2\n2 2 255\n"])
+def test_what_pillow_takes_for_a_ppm_file_is_one_here(prefix):
+    values = b"1 0 1 0" if prefix[1:2] in b"12" else bytes(16)
+    assert kinds(prefix + values, "b.ppm") == ([Kind.CMYK] if b"CMYK" in prefix else [])
+
+
 def test_pictures_behind_the_first_may_be_broken():
     content = encode("GIF", FRAMES[0], save_all=True, append_images=FRAMES[1:])
     second = content.rindex(b"!\xf9")
