@@ -63,6 +63,7 @@ def _arguments(loss: str, device: str = "cpu") -> dict[str, Any]:
             "target": given.target,
             **temperature,
         },
+        "assign_groups": {"features": given.query, "groups": given.queue},
         "update_groups": {"features": given.query, "groups": given.queue, "momentum": 0.9},
         "mean_shift": {**pair, "k": 5},
         "nt_xent": {"first": given.query, "second": given.key, "labels": given.query_labels, **temperature},

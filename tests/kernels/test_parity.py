@@ -146,6 +146,34 @@ def test_two_runs_are_bitwise_equal(loss: str, backend: str, device: str, dtype:
     assert torch.equal(first.gradients, second.gradients)
 
 
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(2, 40), st.integers(2, 20)),
+    pads=st.tuples(*[st.tuples(st.integers(1, 3), st.integers(0, 4), st.booleans())] * 9),
+)
+@each_loss
+def test_any_strides(loss: str, shape: tuple[int, int, int], pads: tuple[tuple[int, int, bool], ...]) -> None:
+    """Each input with a step, a pad and an order of axes of its own; between its values lie NaN or no labels."""
+    prepared = parity.prepare(loss, make_inputs(*shape), torch.float32)
+    names = [field.name for field in fields(Inputs)]
+    strided = replace(
+        prepared, **{name: _restride(getattr(prepared, name), *pad) for name, pad in zip(names, pads, strict=True)}
+    )
+    expected = parity.evaluate(loss, prepared, 0.5, "blockwise")
+    errors = parity.errors(parity.evaluate(loss, strided, 0.5, "blockwise"), expected)
+    assert max(errors) < 1e-5
+
+
+def _restride(x: Tensor, step: int, pad: int, columns_first: bool) -> Tensor:
+    """Equal values; each axis has steps of `step` and, but for the slowest, `pad` more elements."""
+    strides, stride = [0] * x.ndim, step
+    for axis in range(x.ndim) if columns_first else reversed(range(x.ndim)):
+        strides[axis] = stride
+        stride *= x.shape[axis] + pad
+    room = x.new_full((stride + 1,), torch.nan if x.is_floating_point() else -99)
+    return room.as_strided(x.shape, strides).copy_(x)
+
+
 @each_backend
 @each_loss
 def test_strided_inputs(loss: str, backend: str, device: str) -> None:

@@ -1,0 +1,163 @@
+"""Every tensor argument of every public function in every layout, against the reference in float64.
+
+A loss has to have the same rows, and its gradient the same numbers, wherever in memory its arguments lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastssl_kernels as fk
+from fastssl_kernels import use_backend
+from tests.kernels import layouts
+
+Arguments = Callable[..., dict[str, Any]]
+
+# Function -> its tensors that get a gradient, and then all its others.
+TENSORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "queue_read": (("query",), ("bank",)),
+    "info_nce": (("query",), ("key", "queue")),
+    "unicon": (("query",), ("key", "queue", "query_labels", "queue_labels")),
+    "sup_con": (("query",), ("key", "queue", "query_labels", "queue_labels")),
+    "soft_cross_entropy": (("query",), ("teacher", "queue")),
+    "consistency": (("query",), ("key", "queue")),
+    "mixco": (("query",), ("keys", "queue", "first", "second", "weight")),
+    "unmix": (("query",), ("first_key", "second_key", "queue", "weight")),
+    "group_cross_entropy": (("prediction", "groups"), ("target",)),
+    "assign_groups": ((), ("features", "groups")),
+    "update_groups": (("features",), ("groups",)),
+    "mean_shift": (("query",), ("key", "queue")),
+    "nt_xent": (("first", "second"), ("labels",)),
+}
+CASES = [(name, argument) for name, (leaves, others) in TENSORS.items() for argument in (*leaves, *others)]
+LIMITS = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-6, 5e-5)}  # of values and of gradients, relative
+
+each_argument = pytest.mark.parametrize(("name", "argument"), CASES)
+each_backend = pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
+
+
+def each_layout(*more: str) -> pytest.MarkDecorator:
+    """All layouts on the torch backends; of the interpreter, which is slow, one."""
+    cases = [(backend, name) for backend in ("reference", "blockwise") for name in (*layouts.SAME_VALUES, *more)]
+    return pytest.mark.parametrize(("backend", "layout"), [*cases, ("triton", (*more, "column_major")[0])])
+
+
+def prepared(name: str, arguments: Arguments, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments in which every tensor that a function takes is one; two teachers, two targets."""
+    given = arguments(name, device)
+    if "teacher" in given:
+        given["teacher"] = torch.stack([given["teacher"], given["teacher"].flip(0)])
+    if "weight" in given:
+        given["weight"] = torch.linspace(0.1, 0.9, len(given["query"]), device=device)
+    options = {} if name in ("queue_read", "assign_groups", "update_groups") else {"reduction": "none"}
+    floating = {key: x.to(dtype) for key, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    return given | floating | options
+
+
+def evaluate(name: str, given: dict[str, Any], upstream: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> Any:
+    """Values and gradients, each in one float64 vector; gradients arrive in the layout `upstream` gives them."""
+    leaves = [given[leaf].detach().requires_grad_() for leaf in TENSORS[name][0]]
+    outputs = getattr(fk, name)(**given | dict(zip(TENSORS[name][0], leaves, strict=True)))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    values = torch.cat([x.detach().double().flatten() for x in outputs])
+    if not leaves:
+        return values, values
+    generator = torch.Generator().manual_seed(3)
+    grown = [x for x in outputs if x.requires_grad]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in grown]
+    gradients = torch.autograd.grad(grown, leaves, [upstream(weight) for weight in weights])
+    return values, torch.cat([x.double().flatten() for x in gradients])
+
+
+def assert_right(name: str, given: dict[str, Any], backend: str, **options: Any) -> None:
+    """As the reference says of the same numbers, contiguous and in float64."""
+    double = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in given.items()}
+    plain = {key: x.contiguous() if isinstance(x, Tensor) else x for key, x in double.items()}
+    with use_backend("reference"):
+        expected = evaluate(name, plain, **options)
+    with use_backend(backend):
+        found = evaluate(name, given, **options)
+    dtype = next(x.dtype for x in given.values() if isinstance(x, Tensor) and x.is_floating_point())
+    for got, wanted, limit in zip(found, expected, LIMITS[dtype], strict=True):
+        # Where rows are equal or alone a loss may be 0: its error is that of logits, whose scale is 10.
+        assert (got - wanted).norm() <= limit * wanted.norm().clamp_min(2)
+
+
+def dtypes(backend: str) -> Iterator[torch.dtype]:
+    yield torch.float32
+    if backend != "triton":
+        yield torch.float64
+
+
+@each_backend
+@each_argument
+def test_layouts_of_each_argument(name: str, argument: str, backend: str, device: str, arguments: Arguments) -> None:
+    for dtype in dtypes(backend):
+        given = prepared(name, arguments, device, dtype)
+        for layout in ("column_major",) if backend == "triton" else layouts.SAME_VALUES:
+            strided = layouts.SAME_VALUES[layout](given[argument])
+            assert torch.equal(strided, given[argument])
+            assert strided.ndim == 1 or layout in ("column_major", "sliced") or not strided.is_contiguous()
+            assert_right(name, given | {argument: strided}, backend)
+
+
+@each_backend
+@each_argument
+def test_expanded_rows_of_each_argument(
+    name: str, argument: str, backend: str, device: str, arguments: Arguments
+) -> None:
+    for dtype in dtypes(backend):
+        given = prepared(name, arguments, device, dtype)
+        given[argument] = layouts.expanded(given[argument])
+        assert given[argument].stride(0) == 0
+        assert_right(name, given, backend)
+
+
+@each_layout("lone")
+@pytest.mark.parametrize("name", TENSORS)
+def test_one_row_in_every_layout(name: str, layout: str, backend: str, device: str, arguments: Arguments) -> None:
+    """All arguments at once, in shapes whose axes of size 1 leave a stride free."""
+    change = layouts.lone if layout == "lone" else layouts.SAME_VALUES[layout]
+    for dtype in dtypes(backend):
+        given = prepared(name, arguments, device, dtype)
+        for argument in (*TENSORS[name][0], *TENSORS[name][1]):
+            x = given[argument]
+            of_rows = argument in ("teacher", "target")  # whose rows are the second axis
+            x = x[:, :1] if of_rows else x[:1]
+            x = x.clamp(max=0) if argument in ("first", "second", "target") and not x.is_floating_point() else x
+            given[argument] = change(x[:1] if layout == "lone" else x)
+        if name == "mean_shift":
+            given["k"] = 1
+        assert_right(name, given, backend)
+
+
+UPSTREAM = {**layouts.SAME_VALUES, "expanded": layouts.expanded}
+
+
+@each_layout("expanded")
+@pytest.mark.parametrize("name", [name for name, (leaves, _) in TENSORS.items() if leaves])
+def test_gradients_arrive_in_every_layout(
+    name: str, layout: str, backend: str, device: str, arguments: Arguments
+) -> None:
+    for dtype in dtypes(backend):
+        given = prepared(name, arguments, device, dtype)
+        assert_right(name, given, backend, upstream=UPSTREAM[layout])
+
+
+@pytest.mark.parametrize("name", ["info_nce", "unmix"])
+@pytest.mark.parametrize("shape", [(64, 4096, 128), (1, 4096, 128), (300, 1000, 48)], ids=str)
+def test_attention_takes_a_column_major_query(name: str, shape: tuple[int, int, int]) -> None:
+    """Shapes that several threads and heads share; a garbage gradient of up to 1e37 came from here."""
+    from fastssl_kernels import parity
+
+    given = parity.make_inputs(*shape).to(torch.float32, torch.float32)
+    truth = parity.evaluate_truth(name, given, 0.2)
+    for change in layouts.SAME_VALUES.values():
+        given.query = change(given.query)
+        errors = parity.errors(parity.evaluate(name, given, 0.2, "blockwise"), truth)
+        assert max(errors) < 1e-5
