@@ -1,0 +1,205 @@
+"""What must not be hidden: NaN, labels that are none, the first of equal groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastssl_kernels as fk
+from fastssl_kernels import blockwise, parity, reference, use_backend
+
+Arguments = Callable[..., dict[str, Any]]
+T = 0.2
+
+each_backend = pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
+# Tensors by what reads them: a row by its own row of the loss, a bank by all.
+ROWS = {
+    "info_nce": ("query", "key"),
+    "unicon": ("query", "key"),
+    "sup_con": ("query", "key"),
+    "soft_cross_entropy": ("query", "teacher"),
+    "consistency": ("query", "key"),
+    "mixco": ("query", "weight"),
+    "unmix": ("query", "first_key", "second_key", "weight"),
+    "group_cross_entropy": ("prediction",),
+    "mean_shift": ("query", "key"),
+    "queue_read": ("query",),
+}
+BANKS = {
+    **dict.fromkeys(("info_nce", "unicon", "sup_con", "soft_cross_entropy", "consistency", "unmix"), ("queue",)),
+    "mean_shift": ("queue",),
+    "mixco": ("keys", "queue"),
+    "group_cross_entropy": ("groups",),
+    "queue_read": ("bank",),
+    "nt_xent": ("first", "second"),
+}
+
+
+def rows_of(name: str, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Rows of the loss, and of the gradient to the first argument."""
+    lead = next(iter(given))
+    given = given | {lead: given[lead].detach().clone().requires_grad_()}
+    options = {} if name == "queue_read" else {"reduction": "none"}
+    result = getattr(fk, name)(**given, **options)
+    loss = result.lse if name == "queue_read" else result
+    return loss.detach(), torch.autograd.grad(loss.sum(), given[lead])[0]
+
+
+@each_backend
+@pytest.mark.parametrize(("name", "argument"), [(name, each) for name, rows in ROWS.items() for each in rows])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_surfaces_in_its_row(
+    name: str, argument: str, value: float, backend: str, device: str, arguments: Arguments
+) -> None:
+    given = arguments(name, device)
+    if argument == "weight":
+        given["weight"] = torch.full((9,), 0.3, device=device)
+    with use_backend(backend):
+        clean, _ = rows_of(name, given)
+        given[argument] = given[argument].clone()
+        given[argument][4, ...] = value
+        loss, gradient = rows_of(name, given)
+    others = torch.arange(9, device=device) != 4
+    assert not loss[4].isfinite() or not gradient[4].isfinite().all()
+    if value != value:
+        assert loss[4].isnan()
+    torch.testing.assert_close(loss[others], clean[others])
+
+
+@each_backend
+@pytest.mark.parametrize(("name", "argument"), [(name, each) for name, banks in BANKS.items() for each in banks])
+def test_nan_in_a_bank_surfaces_in_every_row(
+    name: str, argument: str, backend: str, device: str, arguments: Arguments
+) -> None:
+    for entry in (0, 5, -1):
+        given = arguments(name, device)
+        given[argument] = given[argument].clone()
+        given[argument][entry, 3] = torch.nan
+        with use_backend(backend):
+            assert rows_of(name, given)[0].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["info_nce", "unmix", "mean_shift"])
+@pytest.mark.parametrize("entry", [0, 1023, 1024, 3999])
+def test_nan_surfaces_from_any_block(name: str, entry: int) -> None:
+    given = parity.make_inputs(33, 4000, 16).to(torch.float32, torch.float32)
+    given.queue[entry, 7] = torch.nan
+    assert parity.evaluate(name, given, T, "blockwise").values.isnan().all()
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["info_nce", "unicon", "sup_con"])
+def test_a_row_of_nan_counts_as_a_miss(name: str, backend: str, device: str, arguments: Arguments) -> None:
+    given = arguments(name, device)
+    given["key"] = given["query"].clone()
+    given["queue"][3] = torch.nan
+    with use_backend(backend):
+        _, accuracy = getattr(fk, name)(**given, return_accuracy=True)
+    assert accuracy == 0
+
+
+@each_backend
+def test_nan_in_groups_and_features(backend: str, device: str, arguments: Arguments) -> None:
+    given = arguments("update_groups", device)
+    with use_backend(backend):
+        clean = fk.assign_groups(given["features"], given["groups"])
+        given["groups"][33] = torch.nan
+        assert fk.assign_groups(given["features"], given["groups"]).eq(33).all()
+        groups, assignment = fk.update_groups(**given)
+        assert assignment.eq(33).all()
+        assert groups[33].isnan().all()
+        given = arguments("update_groups", device)
+        given["features"][2] = torch.nan
+        groups, assignment = fk.update_groups(**given)
+    others = torch.arange(9, device=device) != 2
+    assert torch.equal(assignment[others], clean[others])
+    assert assignment[2] == 0
+    assert groups[assignment].isnan().all()
+
+
+def labelled(name: str, arguments: Arguments) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments with a label that is none, in each place; -2^63 is what an unknown one becomes within."""
+    for argument in [key for key in arguments(name) if key.endswith("labels")]:
+        for label in (-2, -100, torch.iinfo(torch.int64).min):
+            given = arguments(name)
+            given[argument] = given[argument].clone()
+            given[argument][-1] = label
+            yield f"{argument} holds {label}; a label is -1", given
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["unicon", "sup_con", "nt_xent"])
+def test_a_label_below_minus_one_is_refused(name: str, backend: str, arguments: Arguments) -> None:
+    for sentence, given in labelled(name, arguments):
+        with use_backend(backend), pytest.raises(ValueError, match=sentence):
+            getattr(fk, name)(**given)
+
+
+@pytest.mark.parametrize("name", ["unicon", "sup_con", "nt_xent"])
+def test_a_label_below_minus_one_is_refused_in_compiled_code(name: str, arguments: Arguments) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(getattr(fk, name), fullgraph=True, backend="eager")
+    for sentence, given in labelled(name, arguments):
+        with use_backend("blockwise"), pytest.raises(ValueError, match=sentence):
+            compiled(**given)
+    with use_backend("reference"):  # plain operations, in which nothing can be refused
+        assert compiled(**given).isnan()
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
+@pytest.mark.parametrize("name", ["unicon_rows", "sup_con_rows"])
+def test_where_nothing_looks_a_label_below_minus_one_is_nan(name: str, backend: str, device: str) -> None:
+    """The implementations alone, as a GPU runs them."""
+    if backend == "triton":
+        from fastssl_kernels.triton import losses as module
+    else:
+        module = blockwise
+    given = parity.make_inputs(9, 150, 16).to(torch.float32, torch.float32, device)
+    pair, labels = (given.query, given.key, given.queue), [given.query_labels, given.queue_labels]
+    clean = getattr(module, name)(*pair, *labels, T, False)
+    for label in (-2, torch.iinfo(torch.int64).min):
+        wrong = labels[0].clone()
+        wrong[3] = label
+        found = getattr(module, name)(*pair, wrong, labels[1], T, False)
+        others = torch.arange(9, device=device) != 3
+        assert found.loss[3].isnan()
+        assert torch.equal(found.loss[others], clean.loss[others])
+        wrong = labels[1].clone()
+        wrong[140] = label
+        found = getattr(module, name)(*pair, labels[0], wrong, T, False)
+        assert found.loss.isnan().all()
+        assert found.gradient.isnan().all()
+
+
+EQUAL = [(rows, groups) for rows in (1, 2, 4, 9, 257) for groups in (1, 2, 5, 17, 33, 40, 129)]
+
+
+@each_backend
+@pytest.mark.parametrize("kind", ["zero", "equal", "in pairs"])
+def test_of_equal_groups_the_first_is_assigned(kind: str, backend: str, device: str) -> None:
+    for rows, count in EQUAL:
+        if backend == "triton" and rows not in (1, 9):  # the interpreter is slow
+            continue
+        for features in (16,) if backend == "triton" else (5, 16, 128):
+            given = parity.make_inputs(rows, count, features).to(torch.float32, torch.float32, device)
+            groups = torch.zeros_like(given.queue) if kind == "zero" else given.queue[:1].expand(count, -1)
+            expected = torch.zeros(rows, dtype=torch.int64, device=device)
+            if kind == "in pairs":
+                groups = torch.cat([given.queue, given.queue])
+                expected = (given.query.double() @ given.queue.double().T).argmax(1)
+            with use_backend(backend):
+                assert torch.equal(fk.assign_groups(given.query, groups), expected), (rows, count, features)
+
+
+def test_of_equal_groups_in_other_blocks_the_first_is_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = parity.make_inputs(300, 50, 16).to(torch.float32, torch.float32)
+    groups = given.queue.repeat(4, 1)
+    expected = reference.assign_groups(given.query, given.queue)
+    for length in (1, 7, 50, 64):
+        monkeypatch.setattr("fastssl_kernels.blockwise.stream._block_length", lambda _, length=length: length)
+        with use_backend("blockwise"):
+            assert torch.equal(fk.assign_groups(given.query, groups), expected)
