@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.decoding import BROKEN_IMAGE, open_image, upright_size
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.listing import CHUNK, THREADS, Listing, Names, Progress
+from fastssl_pipelines.files import open_regular
+from fastssl_pipelines.listing import CHUNK, THREADS, Listing, Names, Progress, total_of
 from fastssl_pipelines.sources import Source, broken_image, digest_of
 
 _VERSION = 2
@@ -52,9 +55,8 @@ class IndexedSource(Source):
         known = load(path, key)
         listing = lister(known.listing if known else None)
         index = build(listing, known, progress)
-        if known is None or not _same(index, known):
-            problem = save(index, path, key)
-            self.notes = (problem,) if problem else ()
+        problem = save(index, path, key) if known is None or not _same(index, known) else None
+        self.notes = tuple(note for note in (problem, *_notes(listing, labelled)) if note)
         self.name, self.option = listing.name, listing.option
         self.labels, self.classes = listing.labels, listing.classes
         self.widths, self.heights, self.defects = index.widths, index.heights, index.defects
@@ -76,6 +78,18 @@ class IndexedSource(Source):
     def fingerprint(self) -> str:
         names = self._listing.names
         return digest_of(names.blob, names.ends.tobytes(), self._listing.lengths.tobytes())
+
+
+def _notes(listing: Listing, labelled: bool) -> Iterator[str]:
+    """Sentences about what lies in a collection and is not used, which may be a mistake."""
+    if ignored := listing.told_ignored():
+        yield f"{listing.name}: {ignored}"
+    suffixes = {suffix for suffix, _ in listing.ignored}
+    if listing.archives is not None and labelled and listing.labelled_by == "nothing" and suffixes & {".json", ".txt"}:
+        yield (
+            f"{listing.name}: no .cls in the shards: labels in .json or .txt are not read; write the number of a "
+            "class into KEY.cls beside each image"
+        )
 
 
 def cache_folder() -> Path:
@@ -128,6 +142,7 @@ def save(index: Index, path: Path, key: str) -> str | None:
         "labels": index.listing.labels,
         "labelled_by": _bytes(index.listing.labelled_by.encode()),
         **_packed("files", index.listing.files),
+        "ignored_in": _bytes(json.dumps(index.listing.ignored_in).encode()),
         **_packed("classes", Names.of(index.listing.classes)),
     }
     if index.listing.archives is not None:
@@ -137,6 +152,7 @@ def save(index: Index, path: Path, key: str) -> str | None:
             "lengths": index.listing.lengths,
             **_packed("names", index.listing.names),
         }
+    arrays["checksum"] = _bytes(_checksum(arrays))
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,17 +179,43 @@ def load(path: Path, key: str) -> Index | None:
     Its listing has no name, option and folder, and cannot read images.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if int(arrays["version"]) != _VERSION or arrays["key"].tobytes() != os.fsencode(key):
-                return None
-            return _unpacked(arrays)
+        with open_regular(path) as file:
+            _require_plain(file)
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        if int(arrays["version"]) != _VERSION or arrays["key"].tobytes() != os.fsencode(key):
+            return None
+        if arrays.pop("checksum").tobytes() != _checksum(arrays):
+            return None
+        index = _unpacked(arrays)
+        return index if _fits_together(index) else None
     except Exception:  # a damaged file makes zipfile, zlib and NumPy raise errors of many kinds
         return None
 
 
-def _unpacked(arrays: Any) -> Index:
+def _require_plain(file: BinaryIO) -> None:
+    """ValueError where reading the arrays could take more memory than the file has bytes."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    size = os.fstat(file.fileno()).st_size
+    if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
+        raise ValueError("an index is not compressed")
+    file.seek(0)
+
+
+def _checksum(arrays: dict[str, NDArray[Any]]) -> bytes:
+    total = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return total.digest()
+
+
+def _unpacked(arrays: dict[str, NDArray[Any]]) -> Index:
     files, widths, signatures = _names(arrays, "files"), arrays["widths"], arrays["signatures"]
     whole = "archive" not in arrays
+    parts = json.loads(arrays["ignored_in"].tobytes())
+    ignored_in = tuple(tuple((str(suffix), int(count)) for suffix, count in part) for part in parts)
     listing = Listing(
         name="",
         option="",
@@ -188,8 +230,26 @@ def _unpacked(arrays: Any) -> Index:
         classes=tuple(_names(arrays, "classes")),
         labelled_by=arrays["labelled_by"].tobytes().decode(),
         archives=None,
+        ignored=total_of(ignored_in),
+        ignored_in=ignored_in,
     )
     return Index(listing, widths, arrays["heights"], {})
+
+
+def _fits_together(index: Index) -> bool:
+    """Whether all arrays are of one collection, so that none of its numbers leads beyond another's end."""
+    listing = index.listing
+    count, files = len(listing.names), len(listing.files)
+    per_image = (listing.file, listing.offsets, listing.lengths, listing.labels, index.widths, index.heights)
+    return (
+        all(array.shape == (count,) and array.dtype.kind == "i" for array in per_image)
+        and listing.signatures.shape == (files, 2)
+        and len(listing.ignored_in) in (0, files)
+        and bool(np.all(np.diff(listing.file) >= 0) and np.all((listing.file >= 0) & (listing.file < files)))
+        and bool(np.all((listing.labels >= -1) & (listing.labels < len(listing.classes))))
+        and bool(np.all(index.widths >= 0) and np.all(index.heights >= 0))
+        and bool(np.all(listing.offsets >= 0))
+    )
 
 
 def _unchanged_rows(listing: Listing, known: Listing) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -217,6 +277,7 @@ def _same(index: Index, other: Index) -> bool:
         and np.array_equal(one.signatures, two.signatures)
         and np.array_equal(one.labels, two.labels)
         and np.array_equal(index.widths, other.widths)
+        and one.ignored_in == two.ignored_in
     )
 
 
@@ -240,8 +301,11 @@ def _packed(name: str, names: Names) -> dict[str, NDArray[Any]]:
     return {name: _bytes(names.blob), f"{name}_ends": names.ends}
 
 
-def _names(arrays: Any, name: str) -> Names:
-    return Names(arrays[name].tobytes(), arrays[f"{name}_ends"])
+def _names(arrays: dict[str, NDArray[Any]], name: str) -> Names:
+    blob, ends = arrays[name].tobytes(), arrays[f"{name}_ends"]
+    if np.any(np.diff(ends, prepend=0) < 0) or (ends[-1] if len(ends) else 0) != len(blob):
+        raise ValueError("names do not fill their bytes")
+    return Names(blob, ends)
 
 
 def _bytes(content: bytes) -> NDArray[np.uint8]:

@@ -8,11 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.files import IMAGE_AT_MOST_BYTES, open_regular, raise_if_of_the_machine, read_file, too_large
+
+if TYPE_CHECKING:  # which needs Names
+    from fastssl_pipelines.open_files import OpenFiles
 
 # What Pillow decodes here, by its content and not by its suffix.
 SUFFIXES_OF = {
@@ -27,8 +32,8 @@ SUFFIXES_OF = {
 SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
 SUFFIXES_SHOWN = ".jpg, .png, ..."  # in a sentence
 THREADS = 8  # they wait for the disk; a stat takes the CPU 2 microseconds, a header 30
+_SUFFIXES_TOLD = 8
 CHUNK = 256  # a future for every file would cost more than its stat
-_OPEN_AT_MOST = 512  # descriptors; a process may have 1024 by default
 
 Progress = Callable[[str, int, int], object]
 """Called now and then with what is being done, how many are done, and of how many."""
@@ -73,43 +78,6 @@ class Names:
     __hash__ = None  # type: ignore[assignment]
 
 
-class OpenFiles:
-    """Reads stretches of numbered files through descriptors that stay open; for threads, and pickled without them."""
-
-    def __init__(self, folder: str, files: Names) -> None:
-        self._folder, self._files = folder, files
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, file: int, offset: int, length: int) -> bytes:
-        """`length` bytes, fewer where the file ends; OSError where it cannot be read."""
-        with self._lock:
-            descriptor = self._descriptors.get(file)
-            if descriptor is None:
-                descriptor = os.open(os.path.join(self._folder, self._files[file]), os.O_RDONLY | os.O_CLOEXEC)
-                # Closing one that another thread reads from would be wrong, so the rest are opened for each read.
-                kept = len(self._descriptors) < _OPEN_AT_MOST
-                if kept:
-                    self._descriptors[file] = descriptor
-            else:
-                kept = True
-        try:
-            return _read_fully(descriptor, offset, length)
-        finally:
-            if not kept:
-                os.close(descriptor)
-
-    def __getstate__(self) -> tuple[str, Names]:
-        return self._folder, self._files
-
-    def __setstate__(self, state: tuple[str, Names]) -> None:
-        OpenFiles.__init__(self, *state)
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-
 @dataclass(frozen=True, slots=True)
 class Listing:
     """The images of a collection in their order, which is that of the files that hold them.
@@ -141,6 +109,16 @@ class Listing:
     def __len__(self) -> int:
         return len(self.names)
 
+    def told_ignored(self) -> str:
+        """A sentence about the files that are not used, "" where there are none."""
+        if not self.ignored:
+            return ""
+        shown = [f"{count} {suffix or 'without a suffix'}" for suffix, count in self.ignored[:_SUFFIXES_TOLD]]
+        total = sum(count for _, count in self.ignored)
+        if rest := sum(count for _, count in self.ignored[_SUFFIXES_TOLD:]):
+            shown.append(f"{rest} others")
+        return f"{total} file{'s are' if total > 1 else ' is'} not used: {', '.join(shown)}"
+
     def describe(self, index: int) -> str:
         """What to call image `index` in a message: its path, or that of its archive and its name there."""
         return os.path.join(self.folder, self.names[index])
@@ -157,16 +135,45 @@ class Listing:
         return content
 
     def read(self, index: int, limit: int | None) -> bytes:
-        """The first `limit` bytes of image `index`, fewer where it ends; DataError where it cannot be read."""
+        """The first `limit` bytes of image `index`, fewer where it ends, or all.
+
+        DataError where they cannot be read or are too many, MachineError where the machine is at fault.
+        """
+        thread = threading.get_ident()
+        _being_read[thread] = self, index
         try:
-            if self.archives is None:
-                with open(os.path.join(self.folder, self.files[index]), "rb", buffering=0) as file:
-                    return file.read(-1 if limit is None else limit)
-            length = int(self.lengths[index])
-            wanted = length if limit is None else min(limit, length)
-            return self.archives.read(int(self.file[index]), int(self.offsets[index]), wanted)
+            return self._whole_file(index, limit) if self.archives is None else self._stretch(index, limit)
         except OSError as error:
             raise DataError(f"{self.describe(index)} cannot be read ({error.strerror}); check {self.option}") from error
+        finally:
+            del _being_read[thread]
+
+    def _whole_file(self, index: int, limit: int | None) -> bytes:
+        path = os.path.join(self.folder, self.files[index])
+        if limit is None:
+            return read_file(path, at_most_bytes=IMAGE_AT_MOST_BYTES)
+        with open_regular(path) as file:
+            try:
+                return file.read(limit)
+            except OSError as error:
+                raise_if_of_the_machine(error, path)
+                raise
+
+    def _stretch(self, index: int, limit: int | None) -> bytes:
+        assert self.archives is not None
+        length = int(self.lengths[index])
+        if limit is None and length > IMAGE_AT_MOST_BYTES:
+            raise too_large(length, IMAGE_AT_MOST_BYTES, self.names[index])
+        wanted = length if limit is None else min(limit, length)
+        return self.archives.read(int(self.file[index]), int(self.offsets[index]), wanted)
+
+
+_being_read: dict[int, tuple[Listing, int]] = {}  # by thread
+
+
+def being_read() -> list[str]:
+    """What threads of this process read just now, as `describe` calls it; for a message when one of them is stuck."""
+    return sorted(listing.describe(index) for listing, index in list(_being_read.values()))
 
 
 def whole_files(
@@ -204,7 +211,7 @@ def whole_files(
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name, its last part, is the system's business and no data."""
-    return name.startswith(".") or name == "__MACOSX"
+    return (name.startswith(".") and name != "..") or name == "__MACOSX"
 
 
 def is_image(name: str) -> bool:
@@ -215,15 +222,33 @@ def is_image(name: str) -> bool:
 def suffixes_of(names: Iterable[str]) -> Ignored:
     """How many of the names have which suffix, in small letters; the most frequent first."""
     counts = Counter(os.path.splitext(name)[1].lower() for name in names)
+    return _most_frequent_first(counts)
+
+
+def total_of(parts: Iterable[Ignored]) -> Ignored:
+    """The counts of all parts together."""
+    counts = Counter[str]()
+    for part in parts:
+        counts.update(dict(part))
+    return _most_frequent_first(counts)
+
+
+def _most_frequent_first(counts: Counter[str]) -> Ignored:
     return tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def numbered(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """A label for each class name, int64 [n], and the classes in sorted order, by value where all are integers."""
     found = set(names)
-    classes = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+    classes = sorted(found, key=_by_value) if all(name.isdecimal() for name in found) else sorted(found)
     label_of = {name: label for label, name in enumerate(classes)}
     return np.array([label_of[name] for name in names], np.int64), tuple(classes)
+
+
+def _by_value(digits: str) -> tuple[int, str, str]:
+    """Sorts integers of any length; those of equal value, as 1 and 01, in one order in every process."""
+    value = digits.lstrip("0")
+    return len(value), value, digits
 
 
 def file_signatures(folder: str, files: Names) -> NDArray[np.int64]:
@@ -241,11 +266,3 @@ def file_signatures(folder: str, files: Names) -> NDArray[np.int64]:
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(look, range(0, len(files), CHUNK)))
     return signatures
-
-
-def _read_fully(descriptor: int, offset: int, length: int) -> bytes:
-    parts = []
-    while length > 0 and (part := os.pread(descriptor, length, offset)):
-        parts.append(part)
-        offset, length = offset + len(part), length - len(part)
-    return b"".join(parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.folder import ImageFolder, ListedImages, list_file, list_folder
 from fastssl_pipelines.index import IndexedSource
-from fastssl_pipelines.listing import SUFFIXES, Listing, Progress
+from fastssl_pipelines.listing import Listing, Progress, is_hidden, is_image
 from fastssl_pipelines.shards import COMPRESSED_SUFFIXES, SHARD_SUFFIX, TarShards, list_shards
 
 
@@ -33,16 +33,28 @@ def list_images(root: Path, *, labelled: bool = True) -> Listing:
 
 def _holds_shards(root: Path, labelled: bool) -> bool:
     """Whether `root` is a tar file or a folder of them, compressed ones included, which TarShards explains."""
-    if not root.is_dir():
-        return root.is_file() and root.name.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES))
-    with os.scandir(root) as found:
-        entries = [entry for entry in found if not entry.name.startswith(".")]
-    others = [entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES) or entry.is_dir()]
-    if shards := [entry.name for entry in entries if entry.name.endswith(SHARD_SUFFIX) and entry.is_file()]:
+    option = "--data.root" if labelled else "--data.unlabelled"
+    if not os.path.isdir(root):
+        return os.path.lexists(root) and root.name.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES))
+    try:
+        with os.scandir(root) as found:
+            entries = [(entry.name, _is_folder(entry)) for entry in found if not is_hidden(entry.name)]
+    except OSError as error:
+        raise DataError(f"the folder {root} cannot be read ({error.strerror}); check {option}") from None
+    others = [name for name, is_folder in entries if is_image(name) or is_folder]
+    # whatever else is called so, as a link that leads nowhere, is named when it is read
+    if shards := [name for name, is_folder in entries if name.endswith(SHARD_SUFFIX) and not is_folder]:
         if others:
             raise DataError(
                 f"{root} holds {min(shards)} and also {min(others)} beside it, so it is unclear what the images are; "
-                f"{'--data.root' if labelled else '--data.unlabelled'} must hold either .tar shards or images"
+                f"{option} must hold either .tar shards or images"
             )
         return True
-    return not others and any(entry.name.endswith(COMPRESSED_SUFFIXES) for entry in entries)
+    return not others and any(name.endswith(COMPRESSED_SUFFIXES) for name, _ in entries)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
