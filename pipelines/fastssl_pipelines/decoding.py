@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import TiffImageFile
 
 from fastssl_pipelines.listing import SUFFIXES_OF
 
@@ -21,6 +22,8 @@ FORMATS = tuple(SUFFIXES_OF)  # as Pillow calls them
 
 # What Pillow raises on broken files; a SyntaxError is a broken PNG chunk.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags
 
 Pixels = NDArray[np.uint8]
 
@@ -83,10 +86,20 @@ def decode(image: Image.Image) -> Pixels:
     turn = _TURNS.get(orientation_of(image))
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit gray at 255, which makes nearly every pixel white
-        pixels = np.repeat((np.array(image)[:, :, None] >> 8).astype(np.uint8), 3, axis=2)
+        pixels = np.repeat(_gray(image)[:, :, None], 3, axis=2)
     else:
         pixels = np.array(image.convert("RGB"))
     return np.ascontiguousarray(turn(pixels)) if turn else pixels
+
+
+def _gray(image: Image.Image) -> Pixels:
+    """The upper 8 bits of gray of 16 bits, or of 12 in TIFF."""
+    bits, white_is_zero = 16, False
+    if isinstance(image, TiffImageFile):
+        bits = image.tag_v2[_TIFF_BITS][0]
+        white_is_zero = image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0  # which Pillow sees to for 8 bits alone
+    levels = (np.array(image) >> (bits - 8)).astype(np.uint8)
+    return 255 - levels if white_is_zero else levels
 
 
 @cache

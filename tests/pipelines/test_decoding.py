@@ -136,17 +136,25 @@ PALETTE = Image.fromarray(STORED).quantize(16)
 FIRST, SECOND = Image.fromarray(STORED).quantize(), Image.fromarray(255 - STORED).quantize()
 
 
-def big_endian_tiff() -> bytes:
-    """One strip of 16-bit gray, which Pillow reads and does not write."""
-    tags = {256: 40, 257: 24, 258: 16, 259: 1, 262: 1, 273: 200, 277: 1, 278: 24, 279: 24 * 40 * 2}
-    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags.items())
-    header = b"MM\0*" + struct.pack(">IH", 8, len(tags)) + entries + bytes(4)
-    return header.ljust(200, b"\0") + GRAY16.astype(">u2").tobytes()
+def tiff(order: str, bits: int, strip: bytes, *, photometric: int = 1) -> bytes:
+    """One strip of gray as Pillow reads and does not write it; `order`: "<" or ">"."""
+    tags = {256: 40, 257: 24, 258: bits, 259: 1, 262: photometric, 273: 200, 277: 1, 278: 24, 279: len(strip)}
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags)) + entries + bytes(4)
+    return header.ljust(200, b"\0") + strip
+
+
+def packed_12_bits(levels: np.ndarray) -> bytes:
+    """Two pixels in three bytes."""
+    digits = "".join(f"{level:03x}" for level in levels.ravel().tolist())
+    return bytes.fromhex(digits)
 
 
 RIGHT = {
     "gray.tif": (encoded("TIFF", GRAY16), repeated(GRAY16 >> 8)),
-    "big endian.tif": (big_endian_tiff(), repeated(GRAY16 >> 8)),
+    "big endian.tif": (tiff(">", 16, GRAY16.astype(">u2").tobytes()), repeated(GRAY16 >> 8)),
+    "white is zero.tif": (tiff("<", 16, GRAY16.tobytes(), photometric=0), repeated(255 - (GRAY16 >> 8))),
+    "12 bits.tif": (tiff("<", 12, packed_12_bits(GRAY16 >> 4)), repeated(GRAY16 >> 8)),
     "gray.png": (encoded("PNG", GRAY16), repeated(GRAY16 >> 8)),
     "gray.pgm": (b"P5 40 24 65535\n" + GRAY16.astype(">u2").tobytes(), repeated(GRAY16 >> 8)),
     "color.ppm": (encoded("PPM"), STORED),
