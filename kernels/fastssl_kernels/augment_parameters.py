@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from .checks import check_tensor
 
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PER_IMAGE = {
@@ -51,14 +55,22 @@ class AugmentParameters:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not isinstance(values, tuple | list) or not all(isinstance(value, Real) for value in values):
+                raise TypeError(
+                    f"{name} of type {type(values).__name__} was given; it must be a tuple of three numbers"
+                )
+        if len(self.mean) != 3 or not all(map(math.isfinite, self.mean)):
             raise ValueError(f"mean {self.mean} was given; it must hold three numbers, one per channel")
-        if len(self.std) != 3 or not all(value > 0 for value in self.std):
+        if len(self.std) != 3 or not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"std {self.std} was given; it must hold three positive numbers, one per channel")
 
 
 def check(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype) -> None:
     """Raise TypeError or ValueError for arguments that `augment` does not take."""
+    check_tensor("images", images)
+    if not isinstance(parameters, AugmentParameters):
+        raise TypeError(f"parameters of type {type(parameters).__name__} were given; augment takes AugmentParameters")
     if images.dtype != torch.uint8:
         raise TypeError(f"images of dtype {images.dtype} were given; augment takes torch.uint8")
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
@@ -69,6 +81,7 @@ def check(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype)
         value = getattr(parameters, name)
         if value is None and name == "blur_sigma":
             continue
+        check_tensor(f"parameters.{name}", value)
         shape = (images.shape[0], 4) if name == "order" else (images.shape[0],)
         if value.dtype != dtype:
             raise TypeError(f"parameters.{name} of dtype {value.dtype} was given; it must be {dtype}")

@@ -59,6 +59,7 @@ def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor)
     assignment = assign_groups(features, groups)
     sums, members = _group_sums(features, assignment, len(groups))
     old = float_rows(groups, features)
+    momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
     moved = momentum * old + (1 - momentum) * sums / members.clamp(min=1)[:, None]
     return F.normalize(torch.where(members[:, None] > 0, moved, old), dim=1), assignment
 

@@ -262,7 +262,7 @@ def evaluate_truth(loss: str, given: Inputs, temperature: float) -> Result:
 def evaluate(loss: str, given: Inputs, temperature: float, backend: str) -> Result:
     """Rows of the loss, and gradients of their sum with random weights of either sign."""
     entry = LOSSES[loss]
-    leaves = {name: getattr(given, name).detach().clone().requires_grad_() for name in entry.gradients}
+    leaves = {name: getattr(given, name).detach().requires_grad_() for name in entry.gradients}
     with use_backend(backend):
         outputs = entry.call(Inputs(**{**vars(given), **leaves}), temperature)
     generator = torch.Generator().manual_seed(17)

@@ -28,7 +28,7 @@ def queue_read(query: Tensor, bank: Tensor, *, temperature: float) -> QueueRead:
     """Logsumexp of the logits and softmax-weighted mean of the bank."""
     checks.check_rows(query=query, bank=bank)
     checks.check_temperature(temperature)
-    logits = _similarity(query, bank) / temperature
+    logits = _similarity(query, bank) / float(temperature)
     return QueueRead(logits.logsumexp(1), _product(logits.softmax(1), float_rows(bank, query)))
 
 
@@ -45,7 +45,7 @@ def info_nce(
     checks.check_pairs(query, queue, key=key)
     checks.check_temperature(temperature)
     checks.check_switch(return_accuracy=return_accuracy)
-    logits = _own_and_queue(query, key, queue) / temperature
+    logits = _own_and_queue(query, key, queue) / float(temperature)
     return reduce_rows(_info_nce_rows(logits), reduction, _accuracy(logits, return_accuracy))
 
 
@@ -66,7 +66,7 @@ def unicon(
     checks.check_temperature(temperature)
     checks.check_switch(return_accuracy=return_accuracy)
     checks.check_label_values(query_labels=query_labels, queue_labels=queue_labels)
-    logits = _own_and_queue(query, key, queue) / temperature
+    logits = _own_and_queue(query, key, queue) / float(temperature)
     logits = logits.masked_fill(wrong_labels(query_labels, queue_labels)[:, None], torch.nan)
     positive = _own_and_same(query_labels, queue_labels)
     negatives = logits.masked_fill(positive, -torch.inf).logsumexp(1)
@@ -91,7 +91,7 @@ def sup_con(
     checks.check_temperature(temperature)
     checks.check_switch(return_accuracy=return_accuracy)
     checks.check_label_values(query_labels=query_labels, queue_labels=queue_labels)
-    logits = _own_and_queue(query, key, queue) / temperature
+    logits = _own_and_queue(query, key, queue) / float(temperature)
     logits = logits.masked_fill(wrong_labels(query_labels, queue_labels)[:, None], torch.nan)
     loss = _mean_over_positives(logits, _own_and_same(query_labels, queue_labels))
     return reduce_rows(loss, reduction, _accuracy(logits, return_accuracy))
@@ -111,8 +111,10 @@ def soft_cross_entropy(
     checks.check_temperature(temperature)
     checks.check_temperature(teacher_temperature, "teacher_temperature")
     teachers = stack_teachers(teacher)
-    target = torch.stack([(_similarity(rows, queue) / teacher_temperature).softmax(1) for rows in teachers]).mean(0)
-    return reduce_rows(-(target * (_similarity(query, queue) / temperature).log_softmax(1)).sum(1), reduction)
+    target = torch.stack(
+        [(_similarity(rows, queue) / float(teacher_temperature)).softmax(1) for rows in teachers]
+    ).mean(0)
+    return reduce_rows(-(target * (_similarity(query, queue) / float(temperature)).log_softmax(1)).sum(1), reduction)
 
 
 def consistency(
@@ -128,9 +130,9 @@ def consistency(
     checks.check_pairs(query, queue, key=key)
     checks.check_temperature(temperature)
     checks.check_switch(include_positive=include_positive)
-    of_query, of_key = _similarity(query, queue) / temperature, _similarity(key, queue) / temperature
+    of_query, of_key = _similarity(query, queue) / float(temperature), _similarity(key, queue) / float(temperature)
     if include_positive:
-        own = _dot(query, key)[:, None] / temperature
+        own = _dot(query, key)[:, None] / float(temperature)
         of_query, of_key = torch.cat([own, of_query], 1), torch.cat([own, of_key], 1)
     of_query, of_key = of_query.log_softmax(1), of_key.log_softmax(1)
     return reduce_rows(((of_key.exp() - of_query.exp()) * (of_key - of_query)).sum(1) / 2, reduction)
@@ -154,7 +156,7 @@ def mixco(
     checks.check_weight(query, weight)
     checks.check_index_values("keys", keys, first=first, second=second)
     weight = row_weights(query, weight)
-    logits = torch.cat([_similarity(query, keys), _similarity(query, queue)], 1) / temperature
+    logits = torch.cat([_similarity(query, keys), _similarity(query, queue)], 1) / float(temperature)
     of_first, of_second = logits.gather(1, first[:, None])[:, 0], logits.gather(1, second[:, None])[:, 0]
     return reduce_rows(logits.logsumexp(1) - weight * of_first - (1 - weight) * of_second, reduction)
 
@@ -174,8 +176,8 @@ def unmix(
     checks.check_temperature(temperature)
     checks.check_weight(query, weight)
     weight = row_weights(query, weight)
-    first = _info_nce_rows(_own_and_queue(query, first_key, queue) / temperature)
-    second = _info_nce_rows(_own_and_queue(query, second_key, queue) / temperature)
+    first = _info_nce_rows(_own_and_queue(query, first_key, queue) / float(temperature))
+    second = _info_nce_rows(_own_and_queue(query, second_key, queue) / float(temperature))
     return reduce_rows(weight * first + (1 - weight) * second, reduction)
 
 
@@ -187,7 +189,7 @@ def group_cross_entropy(
     checks.check_temperature(temperature)
     checks.check_index_values("groups", groups, target=target)
     # Not `F.cross_entropy`, to which a target of -100 is a loss of 0.
-    log_softmax = (_similarity(prediction, groups) / temperature).log_softmax(1)
+    log_softmax = (_similarity(prediction, groups) / float(temperature)).log_softmax(1)
     return reduce_rows(-log_softmax.gather(1, stack_targets(target).T).mean(1), reduction)
 
 
@@ -206,6 +208,7 @@ def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor)
     count = members.sum(1, keepdim=True)
     old = float_rows(groups, features)
     mean = _product(members, float_rows(features, features)) / count.clamp(min=1)
+    momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
     moved = torch.where(count > 0, momentum * old + (1 - momentum) * mean, old)
     return F.normalize(moved, dim=1), assignment
 
@@ -232,7 +235,7 @@ def nt_xent(
     # An unlabelled row's positive is its other view.
     positive |= torch.eye(len(first), dtype=torch.bool, device=first.device).repeat(2, 2)
     own = torch.eye(len(rows), dtype=torch.bool, device=first.device)
-    logits = (_similarity(rows, rows) / temperature).masked_fill(own, -torch.inf)
+    logits = (_similarity(rows, rows) / float(temperature)).masked_fill(own, -torch.inf)
     logits = logits.masked_fill((labels < -1).any(), torch.nan)
     return reduce_rows(_mean_over_positives(logits, positive & ~own), reduction)
 

@@ -78,4 +78,4 @@ def row_weights(query: Tensor, weight: float | Tensor) -> Tensor:
     dtype = accumulation_dtype(query.dtype)
     if isinstance(weight, Tensor):
         return weight.to(dtype).expand(len(query))
-    return torch.full((len(query),), weight, dtype=dtype, device=query.device)
+    return torch.full((len(query),), float(weight), dtype=dtype, device=query.device)
