@@ -101,6 +101,22 @@ def test_every_executor_has_the_upright_picture(name, pixels, tmp_path):
             np.testing.assert_array_equal(crops[row], expected, err_msg=source.name_of(row))
 
 
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_exif_behind_the_pixels_of_a_png_is_passed_over_by_all(name, tmp_path):
+    if reason := available_executors()[name]:
+        pytest.skip(reason)
+    content = encoded("PNG", STORED[:, :24], exif=exif(3))
+    at = content.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+    last = content.index(b"IEND") - 4
+    assert end < last
+    (tmp_path / "a.png").write_bytes(content[:at] + content[end:last] + content[at:end] + content[last:])
+    source = ImageFolder(tmp_path)
+    batch = plan_of(source, ViewSpec(size=24, centre=1.0)).batch(0, 0, 1)
+    (crops,) = build_executor(name, source, workers=0, **NORMALISATION).crops(batch)
+    np.testing.assert_array_equal(crops[0], STORED[:, :24])
+
+
 @pytest.mark.parametrize("value", [0, 9, 77])
 def test_an_orientation_that_is_none_changes_nothing(value):
     with open_image(encoded("PNG", exif=exif(value))) as image:
