@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal, NamedTuple
 
@@ -14,7 +14,9 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from fastssl import verify_augment
 from fastssl.errors import ConfigError, unknown_name
 from fastssl_kernels import available_backends, parity
 from fastssl_kernels.parity import Errors, Inputs
@@ -26,6 +28,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 TEMPERATURES = (0.07, 0.2, 1.0)
+AUGMENT = "augment"
 
 Shape = tuple[int, int, int]  # rows, entries of the queue, features
 
@@ -38,10 +41,10 @@ GPU_SHAPE: Shape = (256, 65536, 128)
 
 @dataclass(frozen=True)
 class Options:
-    """Compares every loss and its gradient with the definition in float64; exit code 1 where one is too far from it."""
+    """Compares losses, gradients and views with their definition in float64; exit code 1 where one is too far off."""
 
     loss: Annotated[str, tyro.conf.Positional] = "all"
-    """a loss, with its variants, or all"""
+    """a loss, with its variants, augment, or all"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch finds it"""
     dtype: Literal["all", "float64", "float32", "bfloat16", "float16"] = "all"
@@ -49,7 +52,7 @@ class Options:
 
 
 class Verdict(NamedTuple):
-    """One line of the table: the worst errors over shapes and temperatures."""
+    """One line of the table: the worst errors over shapes, temperatures and layouts."""
 
     loss: str
     dtype: torch.dtype
@@ -57,6 +60,8 @@ class Verdict(NamedTuple):
     errors: Errors
     plain: Errors
     tolerated: Errors
+    layout: str
+    """The one that was worst."""
 
     @property
     def passed(self) -> bool:
@@ -70,12 +75,13 @@ def run(options: Options) -> int:
     losses = _losses(options.loss)
     dtypes = list(DTYPES.values()) if options.dtype == "all" else [DTYPES[options.dtype]]
     console = Console()
-    console.width = max(console.width, 100)  # a pipe has 80 columns, where the table would be cut
+    console.width = max(console.width, 115)  # a pipe has 80 columns, where the table would be cut
     verdicts = []
     with console.status("") as status:
         for loss in losses:
             status.update(f"{loss} on {device}")
-            verdicts += [verdict for dtype in dtypes for verdict in verify(loss, dtype, device)]
+            check = _verify_augment if loss == AUGMENT else verify
+            verdicts += [verdict for dtype in dtypes for verdict in check(loss, dtype, device)]
     console.print(_table(verdicts))
     console.print(_caption(device), highlight=False)
     failed = sum(not verdict.passed for verdict in verdicts)
@@ -89,7 +95,9 @@ def verify(loss: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
     if dtype == torch.float64:  # Triton kernels do not take it
         backends = ["blockwise"]
     errors: dict[str, list[Errors]] = {name: [] for name in ("plain", *backends)}
-    for shape in _shapes(dtype, device):
+    strided: dict[str, dict[str, Errors]] = {name: {} for name in backends}
+    shapes = _shapes(dtype, device)
+    for shape in shapes:
         given = parity.prepare(loss, parity.make_inputs(*shape), dtype, device)
         # Triton's interpreter, the only way to run it on a CPU, would take hours for the large shape.
         runs = [name for name in backends if name != "triton" or shape != CPU_SHAPE]
@@ -98,9 +106,50 @@ def verify(loss: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
             errors["plain"].append(_plain(loss, given, dtype, temperature, truth))
             for name in runs:
                 errors[name].append(parity.errors(parity.evaluate(loss, given, temperature, name), truth))
+                if shape == shapes[1] and temperature == TEMPERATURES[1]:  # one case tells: layouts change no number
+                    for layout, change in LAYOUTS.items():
+                        result = parity.evaluate(loss, _in_layout(given, change), temperature, name)
+                        strided[name][layout] = parity.errors(result, truth)
     tolerated = parity.tolerances(loss, dtype)
     for name in sorted(backends):
-        yield Verdict(loss, dtype, name, _worst(errors[name]), _worst(errors["plain"]), tolerated)
+        layouts = {"contiguous": _worst(errors[name]), **strided[name]}
+        worst = max(layouts, key=lambda layout: _of_limit(layouts[layout], tolerated))
+        overall = _worst(list(layouts.values()))
+        yield Verdict(loss, dtype, name, overall, _worst(errors["plain"]), tolerated, worst)
+
+
+def _verify_augment(_: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
+    """As `verify`; in grey levels, and without a gradient."""
+    if dtype == torch.float64:  # the augmentation gives none
+        return
+    for name, why_not in available_backends(device).items():
+        if name != "reference" and not why_not:
+            error, plain = verify_augment.errors(dtype, device, name)
+            tolerated = Errors(verify_augment.LIMITS[dtype], 0.0)
+            yield Verdict(AUGMENT, dtype, name, Errors(error, 0.0), Errors(plain, 0.0), tolerated, "contiguous")
+
+
+def _column_major(x: Tensor) -> Tensor:
+    return x.T.contiguous().T if x.ndim == 2 else x
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """Columns of a wider tensor whose other columns hold what must not be read."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), torch.nan if x.is_floating_point() else -99)
+    wide[..., 3:-2] = x
+    return wide[..., 3:-2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"column-major": _column_major, "sliced": _sliced}
+
+
+def _in_layout(given: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    return Inputs(**{field.name: change(getattr(given, field.name)) for field in fields(Inputs)})
+
+
+def _of_limit(errors: Errors, tolerated: Errors) -> float:
+    """The largest share of a limit; infinite for NaN."""
+    return max(np.nan_to_num(error / limit, nan=np.inf) for error, limit in zip(errors, tolerated, strict=True))
 
 
 def _plain(loss: str, given: Inputs, dtype: torch.dtype, temperature: float, truth: parity.Result) -> Errors:
@@ -130,10 +179,10 @@ def _device(name: str) -> str:
 
 def _losses(given: str) -> list[str]:
     if given == "all":
-        return list(parity.LOSSES)
-    names = [name for name in parity.LOSSES if given in (name, name.partition("+")[0])]
+        return [*parity.LOSSES, AUGMENT]
+    names = [name for name in (*parity.LOSSES, AUGMENT) if given in (name, name.partition("+")[0])]
     if not names:
-        raise unknown_name("loss", given, [*parity.LOSSES, "all"])
+        raise unknown_name("loss", given, [*parity.LOSSES, AUGMENT, "all"])
     return names
 
 
@@ -143,13 +192,14 @@ def _table(verdicts: list[Verdict]) -> Table:
         table.add_column(title)
     for title in ("error:\nloss", "\ngradient", "plain:\nloss", "\ngradient", "limit:\nloss", "\ngradient"):
         table.add_column(title, justify="right")
+    table.add_column("layout")
     table.add_column("")
     for verdict in verdicts:
-        numbers = [f"{x:.1e}" for x in (*verdict.errors, *verdict.plain)]
-        limits = [f"{x:.0e}" for x in verdict.tolerated]
+        numbers = [f"{x:.1e}" if x else "-" for x in (*verdict.errors, *verdict.plain)]
+        limits = [f"{x:.0e}" if x else "-" for x in verdict.tolerated]
         name = str(verdict.dtype).removeprefix("torch.")
         result = "[green]pass[/]" if verdict.passed else "[red]FAIL[/]"
-        table.add_row(verdict.loss, name, verdict.backend, *numbers, *limits, result)
+        table.add_row(verdict.loss, name, verdict.backend, *numbers, *limits, verdict.layout, result)
     return table
 
 
@@ -168,5 +218,8 @@ and temperatures {temperatures}
 dtype: of the queue; queries and keys are float32, or float64 with it; the rows of nt_xent are in dtype
 plain: plain torch, which is the definition in float32; in 16 bits with operands and results of its matrix products \
 rounded to dtype, as under autocast; in float64 it is what the errors are measured against
+layout: the worst of contiguous, {" and ".join(LAYOUTS)} arguments
+augment: largest error in grey levels of 255, of chains of all operations; dtype: of the result; plain: torchvision \
+in float32
 {device}: {name}; torch {torch.__version__}, triton {triton}
 """

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastssl import verify
+from fastssl import verify, verify_augment
 from fastssl.cli import main
-from fastssl_kernels import blockwise, parity
+from fastssl_kernels import blockwise, ops, parity
 from fastssl_kernels.rows import Rows
 
 
@@ -23,8 +23,11 @@ def lines(capsys):
 def test_every_loss_passes_in_float32(capsys):
     assert main(["verify", "--device", "cpu", "--dtype", "float32"]) == 0
     rows = [line for line in lines(capsys) if line[-1] == "pass"]
-    assert [row[:3] for row in rows] == [[loss, "float32", "blockwise"] for loss in parity.LOSSES]
-    assert all(0 < float(row[3]) <= float(row[7]) and 0 < float(row[4]) <= float(row[8]) for row in rows)
+    assert [row[:3] for row in rows] == [[loss, "float32", "blockwise"] for loss in (*parity.LOSSES, "augment")]
+    *losses, augment = rows
+    assert all(0 < float(row[3]) <= float(row[7]) and 0 < float(row[4]) <= float(row[8]) for row in losses)
+    assert 0 < float(augment[3]) <= float(augment[7])
+    assert {row[9] for row in rows} <= {"contiguous", "column-major", "sliced"}
 
 
 def test_every_dtype_of_one_loss(capsys):
@@ -39,6 +42,24 @@ def test_every_dtype_of_one_loss(capsys):
 def test_a_loss_is_verified_with_its_variants(capsys):
     assert main(["verify", "consistency", "--device", "cpu", "--dtype", "float64"]) == 0
     assert [line[0] for line in lines(capsys) if line[-1] == "pass"] == ["consistency", "consistency+positive"]
+
+
+def test_a_fault_of_one_layout_is_found_and_named(capsys, monkeypatch):
+    right = ops.info_nce
+
+    def wrong(query, *arguments):
+        return right(query if query.is_contiguous() else query + 1e-3, *arguments)
+
+    monkeypatch.setattr(ops, "info_nce", wrong)
+    assert main(["verify", "info_nce", "--device", "cpu", "--dtype", "float32"]) == 1
+    assert [line[-2:] for line in lines(capsys) if line[0] == "info_nce"] == [["column-major", "FAIL"]]
+
+
+def test_a_fault_of_augment_is_found(capsys, monkeypatch):
+    right = verify_augment.augment
+    monkeypatch.setattr(verify_augment, "augment", lambda *given, **options: right(*given, **options) + 1e-4)
+    assert main(["verify", "augment", "--device", "cpu", "--dtype", "float32"]) == 1
+    assert [line[-1] for line in lines(capsys) if line[0] == "augment"] == ["FAIL"]
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient", "nan"])
