@@ -119,9 +119,9 @@ def _row(source: Source, data: DataConfig, plan: BatchPlan, views: tuple[torch.T
     picture = _with_boxes(source.pixels(index), [view.boxes[row] for view in plan.views], height)
     label = int(source.labels[index])
     lines = [
-        Path(source.describe(index)).name,
+        printable(Path(source.describe(index)).name),
         f"{source.widths[index]} x {source.heights[index]} px",
-        *([source.classes[label]] if label >= 0 else []),
+        *([printable(source.classes[label])] if label >= 0 else []),
         *(["in place of an unreadable image"] if plan.replaced[row] else []),
     ]
     tiles = [
