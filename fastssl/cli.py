@@ -20,7 +20,7 @@ from fastssl.config import Config, RunConfig, from_json
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl.methods import METHODS
 from fastssl.presets import load
-from fastssl_pipelines.errors import DataError, MachineError
+from fastssl_pipelines.errors import DataError, InputError
 from fastssl_pipelines.names import printable
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         _tell(error)
         return EXIT_BAD_INPUT
-    except (TrainingError, MachineError) as error:
+    except (TrainingError, InputError) as error:
         _tell(error)
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -199,7 +199,7 @@ class TrainConfig(Checked, prefix="--train."):
     keep_every: Count | None = None
     """Steps between checkpoints that are kept for good, a multiple of checkpoint_every."""
     timeout_s: Seconds = 600.0
-    """Seconds that the other devices wait for one that does not answer, before they end with an error."""
+    """Seconds that devices wait for one another, and training for a batch, before the run ends with an error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

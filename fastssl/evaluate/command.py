@@ -165,12 +165,16 @@ def open_run(options: Options) -> FrozenRun:
             f"the training images ({train.name}) are all of one class, and an evaluation needs two; give class "
             "folders with --data DIR"
         )
+    executors = [
+        input_executor(config.data, source, device=device, dtype=dtype, timeout_s=config.train.timeout_s)
+        for source in (train, test)
+    ]
     return FrozenRun(
         config=config,
         encoder=method.encoder(),
         step=state["step"],
-        train=input_executor(config.data, train, device=device, dtype=dtype),
-        test=input_executor(config.data, test, device=device, dtype=dtype),
+        train=executors[0],
+        test=executors[1],
         dtype=dtype,
     )
 

@@ -86,7 +86,8 @@ class Trainer:
         require_equal_on_ranks(self.facts)
         dtype = self.numerics.dtype
         self.executor, self.test_executor = (
-            input_executor(config.data, source, device=self.device, dtype=dtype) for source in splits
+            input_executor(config.data, source, device=self.device, dtype=dtype, timeout_s=config.train.timeout_s)
+            for source in splits
         )
         self.knn = OnlineKNN(config, self.executor, self.test_executor, dtype=dtype)
         self.method = build_method(config, self.device)
