@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import repeat
 from typing import Any, cast
 
@@ -18,12 +18,13 @@ from torch import Tensor
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.dali_graph import Boxes, Decoder, region_of, within
 from fastssl_pipelines.errors import DataError, UnreadableImages
-from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.executor import THREADS_NAME, Executor
 from fastssl_pipelines.headers import well_formed
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.resize import resized_boxes
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import Steps
+from fastssl_pipelines.threads import DaemonThreads
 
 _MEASURED_S = 0.3  # for each way to decode, where auto has to choose
 
@@ -49,7 +50,7 @@ class DaliExecutor(Executor):
             raise DataError(f"--data.decode {decode} was given with device {self.device}; only a GPU can do that")
         # on a CPU neither was seen to be faster for good
         self._decode = "cpu" if decode == "auto" and not self._on_gpu else decode
-        self._readers = ThreadPoolExecutor(max(1, self.workers), "fastssl-read")
+        self._readers = DaemonThreads(max(1, self.workers), f"{THREADS_NAME}read")
         self._idle: list[Decoder] = []
         self._recoded: set[int] = set()  # images that Pillow decodes: turned ones, other formats, what DALI refuses
 
@@ -70,7 +71,7 @@ class DaliExecutor(Executor):
         ahead = 2 if self._on_gpu else 1
         pending: deque[Future[tuple[BatchPlan, tuple[Tensor, ...]]]] = deque()
         in_use: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
-        with ThreadPoolExecutor(ahead, "fastssl-dali", self._enter_thread) as decoding:
+        with DaemonThreads(ahead, f"{THREADS_NAME}dali", self._enter_thread) as decoding:
             for step in range(first, last):
                 while len(pending) <= ahead and step + len(pending) < last:
                     pending.append(decoding.submit(self._readable_crops, steps, step + len(pending)))
@@ -185,8 +186,9 @@ class DaliExecutor(Executor):
     def _refused(self, ids: list[int]) -> set[int]:
         """Those that DALI cannot decode, by halving."""
         decoder = self._new_decoder((), len(ids), "gpu" if self._decode.startswith("gpu") else "cpu")
+        encoded = self._encoded(np.array(ids))
         try:
-            decoder.run(self._encoded(np.array(ids)), ())
+            decoder.run(encoded, ())
         except RuntimeError:
             if len(ids) == 1:
                 return set(ids)

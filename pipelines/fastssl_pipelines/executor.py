@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, wait
 from importlib import import_module
 from itertools import tee
-from typing import ClassVar
+from multiprocessing.process import BaseProcess
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl_pipelines.augmentation import Augmentation
 from fastssl_pipelines.batch import Batch
-from fastssl_pipelines.errors import DataError, UnreadableImages
+from fastssl_pipelines.errors import DataError, InputError, UnreadableImages
+from fastssl_pipelines.listing import being_read
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import Steps
+from fastssl_pipelines.threads import DaemonThreads
 from fastssl_pipelines.workers import Crops, views_of
 
 UNREADABLE_AT_MOST = 0.01  # of the images of a source
+
+TIMEOUT_S = 600.0
+THREADS_NAME = "fastssl-"  # how the names of the threads begin that read and decode
+
+_T = TypeVar("_T")
 
 _REQUIREMENTS = {
     "dali": ("nvidia.dali", "install fastssl[dali]"),
@@ -35,7 +44,8 @@ class Executor(ABC):
     """Decodes, cuts and resizes the images of a plan, augments them and hands over batches on `device`.
 
     `mean`, `std`: of the normalisation, in units of the [0, 1] range. `dtype`: of the views.
-    `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead.
+    `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead. `timeout_s`: how long
+    nothing may be finished before InputError ends a stream.
     `unreadable`: a sentence by the number of each image that could not be decoded so far. `notes`: what the executor
     chose and found, for the user; whoever shows a sentence takes it out.
     """
@@ -52,6 +62,7 @@ class Executor(ABC):
         dtype: torch.dtype = torch.float32,
         workers: int = 4,
         prefetch: int = 2,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         if workers < 0 or prefetch < 1:
             raise ValueError(
@@ -66,6 +77,9 @@ class Executor(ABC):
         self.augmentation = Augmentation(mean=mean, std=std, device=self.device, dtype=dtype)
         self.workers = workers
         self.prefetch = prefetch
+        self.timeout_s = timeout_s
+        self._processes: list[BaseProcess] = []  # that work for streams just now
+        self._stuck = False
         self.notes: list[str] = []
         self.unreadable: dict[int, str] = {}
         self._is_unreadable = np.zeros(len(source), np.bool_)
@@ -84,21 +98,42 @@ class Executor(ABC):
 
         An image that cannot be read is excluded: the next one in plan order takes its place, with a sentence in
         `notes`. Where more than 1 % of the images are excluded, DataError ends the stream. An error of the input
-        path is raised where the consumer asks for the batch it belongs to.
+        path is raised where the consumer asks for the batch it belongs to. InputError where no batch is finished within
+        `timeout_s` while the consumer waits, or where a worker process dies; no other stream will work then.
         """
         batches = self._batches(steps, first, last)
-        pool = ThreadPoolExecutor(1, thread_name_prefix="fastssl-input", initializer=self._enter_thread)
+        thread = DaemonThreads(1, f"{THREADS_NAME}input", self._enter_thread)
         pending: deque[Future[Batch]] = deque()
         try:
-            for _ in range(first, last):
-                pending.append(pool.submit(next, batches))
+            for step in range(first, last):
+                pending.append(thread.submit(next, batches))
                 if len(pending) > self.prefetch:
-                    yield pending.popleft().result()
+                    yield self._in_time(pending.popleft(), f"the batch of step {step - self.prefetch}")
             while pending:
-                yield pending.popleft().result()
+                yield self._in_time(pending.popleft(), f"the batch of step {last - len(pending) - 1}")
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            batches.close()
+            thread.shutdown(wait=not self._stuck, cancel_futures=True)
+            if not self._stuck:
+                batches.close()
+
+    def _in_time(self, future: Future[_T], what: str) -> _T:
+        """The result; InputError if it is not there within `timeout_s`, after which all that works on it is given up.
+
+        The one before was finished when this one was asked for, so that slow input has that time for each.
+        """
+        if not wait([future], self.timeout_s).done:
+            self._stuck = True
+            for process in self._processes:
+                process.kill()  # a stopped one would outlive a gentle end
+            files = being_read()
+            reading = f", and {files[0]} is being read" if files else ""
+            workers = " or a worker process" if self._processes else ""
+            raise InputError(
+                f"{what} was not there within {self.timeout_s:g} s{reading}: a disk{workers} does not answer, or is"
+                " very slow; mend it, copy the images to a disk of this machine or raise --train.timeout-s, and then"
+                " `fastssl resume` the run"
+            )
+        return future.result()
 
     def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
         for step in range(first, last):
@@ -142,7 +177,13 @@ class Executor(ABC):
         on_cpu = self.device.type == "cpu"
         ahead, plans = tee(self._plan(steps, step) for step in range(first, last))
         loading = views_of(
-            ahead, crops, self.augmentation if on_cpu else None, workers=self.workers, pin_memory=not on_cpu
+            ahead,
+            crops,
+            self.augmentation if on_cpu else None,
+            workers=self.workers,
+            pin_memory=not on_cpu,
+            processes=self._processes,
+            say=self.notes.append,
         )
         for step, plan, loaded in zip(range(first, last), plans, loading, strict=False):
             if isinstance(loaded, dict):
@@ -174,6 +215,7 @@ def build_executor(
     dtype: torch.dtype = torch.float32,
     workers: int = 4,
     prefetch: int = 2,
+    timeout_s: float = TIMEOUT_S,
     decode: str = "auto",
     resident_gib: float = 2.0,
 ) -> Executor:
@@ -183,8 +225,10 @@ def build_executor(
     installed, and "torchvision", which leaves the cores more time to train, for a CPU. `decode` is the DALI executor's.
     DataError for an unknown name or one that does not work here; the other arguments are those of Executor.
     """
+    note = None
     if name == "auto":
         name = _automatic(source, torch.device(device), resident_gib)
+        note = _note_of_outlier(source, name, resident_gib)
     if name not in _REQUIREMENTS:
         raise DataError(f"the input pipeline {name} was asked for; --data.pipeline is auto, {', '.join(_REQUIREMENTS)}")
     if reason := _missing(name):
@@ -192,14 +236,43 @@ def build_executor(
     module = import_module(f"fastssl_pipelines.{name}")
     kind: type[Executor] = getattr(module, f"{name.capitalize()}Executor")
     own = {"decode": decode} if name == "dali" else {}
-    return kind(source, mean=mean, std=std, device=device, dtype=dtype, workers=workers, prefetch=prefetch, **own)
+    executor = kind(
+        source,
+        mean=mean,
+        std=std,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        prefetch=prefetch,
+        timeout_s=timeout_s,
+        **own,
+    )
+    executor.notes += [note] if note else []
+    return executor
 
 
 def _automatic(source: Source, device: torch.device, resident_gib: float) -> str:
-    decoded_bytes = len(source) * int(np.max(source.heights)) * int(np.max(source.widths)) * 3
-    if decoded_bytes <= resident_gib * 2**30:
+    if _decoded_gib(source, np.max) <= resident_gib:
         return "resident"
     return "dali" if device.type == "cuda" and not _missing("dali") else "torchvision"
+
+
+def _note_of_outlier(source: Source, name: str, resident_gib: float) -> str | None:
+    """A sentence where "auto" took another executor than "resident" for the sake of a few large images."""
+    if name == "resident" or _decoded_gib(source, np.median) > resident_gib:
+        return None
+    largest = int(np.argmax(np.maximum(source.widths, source.heights)))
+    return (
+        f"--data.pipeline auto takes {name} and not resident, since {source.describe(largest)} has "
+        f"{source.widths[largest]} x {source.heights[largest]} pixels and all {len(source)} images at the size of the "
+        f"largest take {_decoded_gib(source, np.max):.1f} GiB; make such images smaller, list them in "
+        "--data.quarantine or raise --data.resident-gib"
+    )
+
+
+def _decoded_gib(source: Source, size: Callable[[NDArray[np.int32]], Any]) -> float:
+    """What all images take if each has the height and the width that `size` tells of all heights and widths."""
+    return len(source) * float(size(source.heights)) * float(size(source.widths)) * 3 / 2**30
 
 
 def _missing(name: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.executor import THREADS_NAME, Executor
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.resize import resized_batch, resized_boxes
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import Steps
-from fastssl_pipelines.workers import Crops
+from fastssl_pipelines.threads import DaemonThreads
+from fastssl_pipelines.workers import Crops, lack_of_shared_memory
 
 _DECODE_CHUNK = 64  # a future for every small image would cost more than decoding it
 _THREADED_DECODE_PIXELS = 128 * 128  # for 32 px images the interpreter lock makes four threads half as fast as one
@@ -52,8 +52,11 @@ class ResidentExecutor(Executor):
 
     def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
         worth_it = self.device.type == "cpu" and self.workers > 1 and last - first >= _WORTH_PROCESSES
-        if worth_it and _fits_in_shared_memory(self._images):
-            return self._batches_of_processes(self._crops, steps, first, last)
+        if worth_it:
+            lack = "" if self._images.is_shared() else lack_of_shared_memory(self._images.numel())
+            if not lack:
+                return self._batches_of_processes(self._crops, steps, first, last)
+            self.notes.append(f"{lack}, so batches are made in this process")
         return super()._batches(steps, first, last)
 
     def _decoded(self) -> Tensor:
@@ -81,9 +84,14 @@ class ResidentExecutor(Executor):
             return reasons
 
         threads = max(1, self.workers) if height * width >= _THREADED_DECODE_PIXELS else 1
-        with ThreadPoolExecutor(threads) as pool:
-            for reasons in pool.map(decode, range(0, count, _DECODE_CHUNK)):
+        pool = DaemonThreads(threads, f"{THREADS_NAME}decode")
+        starts = range(0, count, _DECODE_CHUNK)
+        try:
+            for start, decoded in zip(starts, [pool.submit(decode, start) for start in starts], strict=True):
+                reasons = self._in_time(decoded, f"{source.describe(start)}, to be kept decoded,")
                 self._exclude(reasons)
+        finally:
+            pool.shutdown(wait=not self._stuck, cancel_futures=True)
         return images.to(self.device) if place == self.device.type else images
 
 
@@ -109,15 +117,6 @@ def _crops_in_batches(images: Tensor, device: torch.device, plan: BatchPlan) -> 
         for crops, box, view in zip(views, boxes, plan.views, strict=True):
             crops.append(resized_batch(chosen, box[part], view.size))
     return tuple(torch.cat(crops) for crops in views)
-
-
-def _fits_in_shared_memory(images: Tensor) -> bool:
-    """Whether worker processes can have them; many containers have 64 MB for that."""
-    try:
-        room = os.statvfs("/dev/shm")
-    except OSError:  # not Linux
-        return True
-    return images.is_shared() or images.numel() <= 0.5 * room.f_bavail * room.f_frsize
 
 
 def _place(needed_bytes: int, device: torch.device) -> str:

@@ -1,0 +1,85 @@
+"""Threads that never keep the process from ending: one of them can be stuck in a read from a dead disk."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+_END_WITHIN_S = 5.0  # after which a thread that is still busy at the end of the process is left behind
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+
+
+class DaemonThreads(Executor):
+    """As a ThreadPoolExecutor with `count` threads, of which `shutdown` alone waits for those that are busy.
+
+    `initializer` is called in each thread before anything else.
+    """
+
+    def __init__(self, count: int, name: str, initializer: Callable[[], object] | None = None) -> None:
+        self._calls: _Calls = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_serve, args=(self._calls, initializer), name=f"{name}_{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+        # also where the process ends: a thread in the midst of torch's code must not lose the interpreter under it
+        self._finalizer = weakref.finalize(self, _end, self._calls, self._threads, _END_WITHIN_S)
+
+    def submit(self, call: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        future: Future[_T] = Future()
+        self._calls.put((future, partial(call, *args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """No more calls are taken; with `cancel_futures` also none of those that have not begun."""
+        if cancel_futures:
+            _cancel(self._calls)
+        for _ in self._threads:
+            self._calls.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+
+def _serve(calls: _Calls, initializer: Callable[[], object] | None) -> None:
+    if initializer:
+        initializer()
+    while (given := calls.get()) is not None:
+        future, call = given
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            result = call()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        del given, future, call  # what they hold is not kept until the next call
+
+
+def _cancel(calls: _Calls) -> None:
+    while True:
+        try:
+            given = calls.get_nowait()
+        except Empty:
+            return
+        if given is not None:
+            given[0].cancel()
+
+
+def _end(calls: _Calls, threads: list[threading.Thread], within_s: float) -> None:
+    _cancel(calls)
+    for _ in threads:
+        calls.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(within_s)
