@@ -6,6 +6,7 @@ A loss has to have the same rows, and its gradient the same numbers, wherever in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 import fastssl_kernels as fk
-from fastssl_kernels import use_backend
+from fastssl_kernels import AugmentParameters, use_backend
 from tests.kernels import layouts
+from tests.kernels.test_augment import drawn, pictures
 
 Arguments = Callable[..., dict[str, Any]]
 
@@ -161,3 +163,57 @@ def test_attention_takes_a_column_major_query(name: str, shape: tuple[int, int, 
         given.query = change(given.query)
         errors = parity.errors(parity.evaluate(name, given, 0.2, "blockwise"), truth)
         assert max(errors) < 1e-5
+
+
+ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 6e-2}  # of a value or gradient, where an argument is rounded
+
+
+@each_backend
+@each_argument
+def test_dtypes_of_each_argument(name: str, argument: str, backend: str, device: str, arguments: Arguments) -> None:
+    """One argument in 16 bits, the others in float32: as the reference says of the same rounded numbers."""
+    given = prepared(name, arguments, device, torch.float32)
+    if not given[argument].is_floating_point():
+        return
+    for dtype, limit in ROUNDED.items():
+        # Both views of a batch have one dtype.
+        names = ("first", "second") if name == "nt_xent" else (argument,)
+        mixed = given | {key: given[key].to(dtype) for key in names}
+        with use_backend("reference"):
+            expected = evaluate(name, {k: x.double() if _floats(x) else x for k, x in mixed.items()})
+        with use_backend(backend):
+            found = evaluate(name, mixed)
+        if name in ("assign_groups", "update_groups", "mean_shift"):  # rounding may choose another entry
+            assert found[0].isfinite().all()
+            continue
+        for got, wanted in zip(found, expected, strict=True):
+            assert (got - wanted).norm() <= limit * wanted.norm()
+
+
+def _floats(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
+@pytest.mark.parametrize("layout", layouts.SAME_VALUES)
+def test_layouts_of_augment(layout: str, backend: str, device: str) -> None:
+    """Images, and every number per image, in one layout at once."""
+    images, parameters = pictures(5, 9, 12), drawn(5)
+    change = layouts.SAME_VALUES[layout]
+    names = [key for key in AugmentParameters.__slots__ if key not in ("mean", "std")]
+    moved = {key: getattr(parameters, key).to(device) for key in names}
+    with use_backend(backend):
+        expected = fk.augment(images.to(device), replace(parameters, **moved), out_dtype=torch.float32)
+        wide = _uint8(change, images)
+        strided = {key: _bools(change, x) if x.dtype == torch.bool else change(x) for key, x in moved.items()}
+        found = fk.augment(wide.to(device), replace(parameters, **strided), out_dtype=torch.float32)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def _uint8(change: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """int8 holds the bytes of uint8, and the poison -99 too."""
+    return change(images.view(torch.int8)).view(torch.uint8)
+
+
+def _bools(change: Callable[[Tensor], Tensor], switch: Tensor) -> Tensor:
+    return change(switch.view(torch.int8)).view(torch.bool)
