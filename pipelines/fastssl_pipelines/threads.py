@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -10,7 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-_END_WITHIN_S = 5.0  # after which a thread that is still busy at the end of the process is left behind
+_END_WITHIN_S = 2.0  # after which threads that are still busy at the end of the process are left behind
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -80,6 +81,7 @@ def _end(calls: _Calls, threads: list[threading.Thread], within_s: float) -> Non
     _cancel(calls)
     for _ in threads:
         calls.put(None)
+    until_s = time.monotonic() + within_s
     for thread in threads:
         if thread is not threading.current_thread():
-            thread.join(within_s)
+            thread.join(max(0.0, until_s - time.monotonic()))

@@ -1,0 +1,218 @@
+"""Input that does not come: dead disks, worker processes that die or stop, no shared memory; a sentence, and an end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastssl_pipelines import ArraySource, TrainingSteps, available_executors, build_executor
+from fastssl_pipelines.errors import InputError, MachineError
+from tests.pipelines.photos import NORMALISATION, photo, plan_of
+
+COUNT = 40
+
+
+class Faulty(ArraySource):
+    """An image that is asked for makes the process sleep for ever, or raises, or ends it, once `broken`."""
+
+    def __init__(self, fault):
+        images = np.stack([photo(24, 24, seed) for seed in range(COUNT)])
+        super().__init__("faulty", images, np.arange(COUNT) % 4, ("a", "b", "c", "d"))
+        self.fault, self.broken = fault, 17
+
+    def _act(self, index):
+        if index == self.broken:
+            self.fault()
+
+    def encoded(self, index):
+        self._act(index)
+        return super().encoded(index)
+
+    def pixels(self, index):
+        self._act(index)
+        return super().pixels(index)
+
+
+def sleep():
+    time.sleep(1000)
+
+
+def no_descriptor():
+    raise MachineError("this machine failed (Too many open files); raise the limit")
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crashed():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def stopped():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def build(name, fault, workers=0, timeout_s=60.0):
+    if reason := available_executors()[name]:
+        pytest.skip(f"{name}: {reason}")
+    return build_executor(name, Faulty(fault), workers=workers, timeout_s=timeout_s, **NORMALISATION)
+
+
+def stream(executor):
+    steps = TrainingSteps(plan_of(executor.source), batch_size=8)
+    return list(executor.stream(steps, 0, 5))
+
+
+def one_line(raised):
+    text = str(raised.value)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    return text
+
+
+STARTED_S = 40.0  # within which worker processes have started, on a busy machine as well
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [("torchvision", 0), pytest.param("torchvision", 1, marks=pytest.mark.slow), ("dali", 1)],
+)
+def test_a_dead_disk_ends_a_stream_in_time(name, workers):
+    executor = build(name, sleep, workers, timeout_s=STARTED_S if name == "torchvision" and workers else 2.0)
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"the batch of step \d was not there within .*--train\.timeout-s") as raised:
+        stream(executor)
+    assert time.monotonic() - started < STARTED_S + 30
+    assert ("worker process" in one_line(raised)) == (name == "torchvision" and workers > 0)
+
+
+def test_a_dead_disk_ends_the_decoding_of_resident_in_time():
+    with pytest.raises(InputError, match=r"image 0 of faulty, to be kept decoded, was not there within 1 s.*timeout-s"):
+        build("resident", sleep, timeout_s=1.0)
+
+
+def test_slow_input_that_goes_on_is_not_ended():
+    executor = build("torchvision", lambda: None, timeout_s=0.8)
+    calls = []
+    executor.source._act = lambda index: (calls.append(index), time.sleep(0.04))
+    assert len(stream(executor)) == 5
+    assert len(calls) * 0.04 > 0.8 * 1.5
+
+
+@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("dali", 1)])
+def test_a_fault_of_the_machine_excludes_no_image(name, workers):
+    executor = build(name, no_descriptor, workers)
+    with pytest.raises(MachineError, match="this machine failed") as raised:
+        stream(executor)
+    one_line(raised)
+    assert executor.unreadable == {}
+
+
+def test_a_fault_of_the_machine_ends_the_decoding_of_resident():
+    with pytest.raises(MachineError, match="this machine failed"):
+        build("resident", no_descriptor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "word"), [(killed, "signal 9, Killed"), (crashed, "signal 11, Segmentation fault")])
+def test_a_worker_process_that_dies_is_a_sentence(fault, word, capfd):
+    executor = build("torchvision", fault, workers=1)
+    with pytest.raises(InputError, match=rf"a worker process .*{word}.*--data\.workers.*fastssl resume") as raised:
+        stream(executor)
+    one_line(raised)
+    assert "Traceback" not in capfd.readouterr().err
+    assert executor._processes == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastssl-input")]
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_process_ends_a_stream_in_time():
+    executor = build("torchvision", stopped, workers=1, timeout_s=STARTED_S)
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"was not there within 40 s: a disk or a worker process does not answer"):
+        stream(executor)
+    assert time.monotonic() - started < STARTED_S + 30
+
+
+END = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.faults.test_workers import *
+
+if __name__ == "__main__":
+    try:
+        stream(build({name!r}, {fault}, workers={workers}, timeout_s={timeout_s}))
+    except InputError as error:
+        print(error)
+        sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fault", "workers"),
+    [("torchvision", "sleep", 0), ("torchvision", "sleep", 1), ("torchvision", "stopped", 1), ("dali", "sleep", 1)],
+)
+def test_a_process_whose_input_is_stuck_can_end(tmp_path, name, fault, workers):
+    script = tmp_path / "script.py"
+    root = str(Path(__file__).parents[2])
+    script.write_text(
+        END.format(root=root, name=name, fault=fault, workers=workers, timeout_s=2 if not workers else 15)
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert re.fullmatch(r"the batch of step \d was not there within .*\n", done.stdout)
+
+
+SMALL = "mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {python} {script}"
+ROOM = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.faults.test_workers import *
+
+if __name__ == "__main__":
+    executor = build({name!r}, lambda: None, workers=2)
+    steps = TrainingSteps(plan_of(executor.source), batch_size=32)
+    batches = list(executor.stream(steps, 0, 120))
+    print(len(batches), *executor.notes, sep="|")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchvision", "resident"])
+@pytest.mark.parametrize("size", ["100k", "1m"])
+def test_little_shared_memory_costs_a_note(tmp_path, name, size):
+    script = tmp_path / "script.py"
+    script.write_text(ROOM.format(root=str(Path(__file__).parents[2]), name=name))
+    command = SMALL.format(size=size, python=sys.executable, script=script)
+    if subprocess.run(["unshare", "-m", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(
+        r"120\|/dev/shm has \d+ MB free and the workers need .*--shm-size.*in this process.*\n", done.stdout
+    )
+
+
+def test_auto_tells_of_the_image_that_made_it_slow():
+    source = Faulty(lambda: None)
+    source.heights[5], source.widths[5] = 13000, 12000
+    executor = build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALISATION)
+    (note,) = executor.notes
+    assert executor.name == "torchvision"
+    assert (
+        "image 5 of faulty has 12000 x 13000 pixels and all 40 images at the size of the largest take 17.4 GiB" in note
+    )
+    assert "--data.resident-gib" in note
+    source.heights[:], source.widths[:] = 13000, 12000
+    assert build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALISATION).notes == []
