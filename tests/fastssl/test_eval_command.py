@@ -199,7 +199,7 @@ def test_the_unlabelled_images_of_a_run_are_not_needed(image_folder, tmp_path):
         ("knn {empty}", ["{empty}", "checkpoint", "resume"]),
         ("knn {run} --checkpoint /no/such.pt", ["/no/such.pt"]),
         ("knn {run} --k 0", ["--k 0", "at least 1"]),
-        ("knn {run} --temperature 0", ["--temperature 0", "above 0"]),
+        ("knn {run} --temperature 0", ["--temperature 0", "at least 0.001"]),
         ("knn {run} --lr 1", ["--lr"]),
         ("linear {run} --lr 0", ["--lr 0", "above 0"]),
         ("linear {run} --lr 1 -2", ["--lr 1 -2", "above 0"]),

@@ -230,7 +230,7 @@ def test_a_batch_that_does_not_fit_is_refused(name, options, batch_size, sentenc
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("mocov2", {"temperature": 0}, "--method.temperature 0 was given; it must be above 0"),
+        ("mocov2", {"temperature": 0}, "--method.temperature 0 was given; it must be at least 0.001 and at most 1000"),
         ("mocov2", {"hidden_dim": 0}, "--method.hidden-dim 0"),
         ("co2", {"consistency_weight": -1}, "--method.consistency-weight -1"),
         ("co2", {"consistency_temperature": 0}, "--method.consistency-temperature 0"),
