@@ -1,4 +1,7 @@
-"""Without a GPU, Triton kernels are interpreted and tests marked `gpu` skipped; no test writes into the home folder."""
+"""Tests run in a process a core; without a GPU, Triton kernels are interpreted and tests marked `gpu` skipped.
+
+No test writes into the home folder.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +11,10 @@ import torch
 
 from fastssl_kernels import available_backends
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many processes as cores run tests; more threads would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when the kernels are decorated, so it has to be set before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")

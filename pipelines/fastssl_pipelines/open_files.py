@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import threading
 from typing import ClassVar
 
@@ -72,5 +71,7 @@ def read_stretch(descriptor: int, offset: int, length: int) -> bytes:
 
 
 def _kept_at_most() -> int:
+    import resource  # which only POSIX systems have; on others the losses must still be importable beside this
+
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _KEPT_AT_MOST if allowed == resource.RLIM_INFINITY else min(_KEPT_AT_MOST, int(_SHARE_OF_LIMIT * allowed))

@@ -74,16 +74,15 @@ def stopped_and_resumed(commands, folder, seed, number):
     return stops
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_the_log_of_a_stopped_run_is_that_of_one_left_alone(commands, alone, tmp_path, number):
-    stops = stopped_and_resumed(commands, tmp_path / "run", 0, number)
+def test_the_log_of_a_stopped_run_is_that_of_one_left_alone(commands, alone, tmp_path):
+    stops = stopped_and_resumed(commands, tmp_path / "run", 0, signal.SIGTERM)
     assert any(step % 5 for step in stops)  # between two log lines
     assert_same(final_state(tmp_path / "run"), final_state(alone))
     assert log_of(tmp_path / "run") == log_of(alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_the_log_is_the_same_wherever_a_run_is_stopped(commands, alone, tmp_path, seed, number):
     stopped_and_resumed(commands, tmp_path / "run", seed, number)

@@ -405,6 +405,7 @@ def a_rank_whose_weights_drift(number, store, folder):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_weights_that_drift_apart_end_the_run(tmp_path):
     (tmp_path / "run").mkdir()
     arguments = (str(tmp_path / "store"), str(tmp_path / "run"))

@@ -28,7 +28,7 @@ OF_PRETRAIN = [
     *("--optim.lr 1e400", "--optim.weight-decay inf", "--optim.weight-decay 1e300", "--optim.trust inf"),
     *("--optim.milestones -5 -1", "--optim.milestones 5 1", "--eval.temperature inf"),
     *("--eval.temperature 1e-300", "--train.batch-size 99999999"),
-    *("mocov2-cifar10 --train.batch-size 4 --model.splits 4", "--run.dir " + "x" * 300, "--run.dir caf\udce9"),
+    *("mocov2-cifar10 --train.batch-size 4 --model.splits 4", "--run.dir " + "x" * 300),
     *("--run.dir a\x00b", "--config a\x00b", "--config " + "x" * 5000, "x" * 5000),
     *("--tyro-print-completion zzz", "--tyro-write-completion bash no/folder/file"),
 ]

@@ -62,7 +62,9 @@ def plant(path, kind, target):
         path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe", "device", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["link", "pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("device", "folder"))]
+)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_planted_in_a_run_folder_is_not_followed(run, tmp_path, capsys, name, kind):
     """Every command ends soon, with success or a sentence, and leaves the target alone."""
@@ -113,7 +115,7 @@ def at_checkpoint(monkeypatch):
     return at
 
 
-@pytest.mark.parametrize("step", [0, 2, 4])
+@pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 4))])
 @pytest.mark.parametrize("how", ["removed", "moved", "replaced", "without its configuration"])
 def test_a_run_whose_folder_goes_away_ends_with_a_sentence(tmp_path, capsys, at_checkpoint, how, step):
     run = tmp_path / "run"
