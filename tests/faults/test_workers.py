@@ -102,11 +102,11 @@ def test_a_dead_disk_ends_the_decoding_of_resident_in_time():
 
 
 def test_slow_input_that_goes_on_is_not_ended():
-    executor = build("torchvision", lambda: None, timeout_s=0.8)
+    executor = build("torchvision", lambda: None, timeout_s=3.0)
     calls = []
-    executor.source._act = lambda index: (calls.append(index), time.sleep(0.04))
+    executor.source._act = lambda index: (calls.append(index), time.sleep(0.12))
     assert len(stream(executor)) == 5
-    assert len(calls) * 0.04 > 0.8 * 1.5
+    assert len(calls) * 0.12 > 3.0 * 1.5
 
 
 @pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("dali", 1)])
