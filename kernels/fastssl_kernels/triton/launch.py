@@ -150,9 +150,15 @@ def splits_at_once(splits: int, features: int) -> int:
     return min(triton.next_power_of_2(splits), _COMBINED // pad_features(features))
 
 
+TF32_MAX_FEATURES = 256
+
+
 def precision(features: int) -> str:
-    """How float32 products are taken: TF32 only where the user allowed it, as for torch's own."""
-    if torch.get_float32_matmul_precision() != "highest":
+    """How float32 products are taken: TF32 only where the user allowed it, as for torch's own, and up to 256 features.
+
+    With Triton 3.8 those of wider tiles ask for more shared memory than sm_120 has.
+    """
+    if features <= TF32_MAX_FEATURES and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "tf32x3" if features <= 128 else "ieee"  # three TF32 products of wider tiles spill
 
