@@ -27,7 +27,7 @@ MOMENT_TILES: dict[int, dict[int, Tiles]] = {
 }
 GRADIENT_TILES: dict[int, dict[int, Tiles]] = {
     2: {128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2), 512: Tiles(32, 32, 8, 2)},
-    4: {128: Tiles(16, 16, 8, 2), 256: Tiles(16, 16, 8, 2), 512: Tiles(8, 16, 8, 1)},
+    4: {128: Tiles(16, 16, 4, 2), 256: Tiles(16, 16, 8, 2), 512: Tiles(8, 16, 8, 1)},
 }
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
