@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastssl.errors import ConfigError
 from fastssl.models.encoders import Encoder
+from fastssl.train.distributed import gather_rows
 from fastssl.validation import Checked, Dim, Temperature
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 
 MOST_FEATURES = 2**36  # numbers of a queue or of a set of groups, on all devices together
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,15 @@ class MethodConfig(Checked, prefix="--method."):
     """Softmax temperature of the contrastive logits."""
     dim: Dim = 128
     """Features that the head gives to the loss."""
+    queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Numbers of queues and other banks that are only read: 16 bits halve them, and tensor cores read them faster. auto
+    is the dtype of products (--train.precision) on a GPU and fp32 on a CPU."""
+
+    def bank_dtype(self, device: torch.device, autocast: torch.dtype) -> torch.dtype:
+        """The dtype of the banks on `device` under `autocast` (float32: none)."""
+        if self.queue_dtype == "auto":
+            return autocast if device.type == "cuda" else torch.float32
+        return _DTYPES[self.queue_dtype]
 
     def check_room(self, option: str, rows: int) -> None:
         """Raise ConfigError where `rows` features, as many as --method.`option` asks for, are beyond any memory."""
@@ -52,16 +64,19 @@ class MethodConfig(Checked, prefix="--method."):
 
 
 class Clock(NamedTuple):
-    """Where a run is: `step` counts from 0, what follows from it needs no state of its own."""
+    """Where a run is: `step` counts from 0, what follows from it needs no state of its own.
 
-    step: int
+    In a CUDA graph `step` is an int64 tensor [] on the device, which the host must not read.
+    """
+
+    step: int | Tensor
     total_steps: int
     steps_per_epoch: int
 
     @property
     def ends_epoch(self) -> bool:
-        """Whether this step is the last of an epoch."""
-        return (self.step + 1) % self.steps_per_epoch == 0
+        """Whether this step is the last of an epoch; reads a `step` that is a tensor."""
+        return bool((self.step + 1) % self.steps_per_epoch == 0)
 
 
 @dataclass(slots=True)
@@ -84,11 +99,19 @@ class Method(nn.Module):
     uses_labels: ClassVar[bool] = False
     follows_length: ClassVar[bool] = False
     """Whether a step depends on the number of steps of the run, beyond its learning rate."""
+    capturable: ClassVar[bool] = True
+    """Whether `after_step` may be part of a CUDA graph: what it does follows from state on the device alone."""
 
-    def __init__(self, encoder: Encoder, config: MethodConfig, views: tuple[ViewSpec, ...]):
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: MethodConfig,
+        views: tuple[ViewSpec, ...],
+        bank_dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.check_views(views)
-        self.views = views
+        self.views, self.bank_dtype = views, bank_dtype
 
     @classmethod
     def check_views(cls, views: tuple[ViewSpec, ...]) -> None:
@@ -109,6 +132,10 @@ class Method(nn.Module):
     def after_step(self, output: MethodOutput, clock: Clock) -> None:
         """Momentum update and queue after the optimiser's step, without waiting for the device."""
         raise NotImplementedError
+
+    def gather_keys(self, keys: Tensor) -> Tensor:
+        """The keys of all ranks, as constants in the banks' dtype."""
+        return gather_rows(keys.to(self.bank_dtype))
 
     def encoder(self) -> nn.Module:
         """The part that is evaluated and exported: images to features, without the head."""

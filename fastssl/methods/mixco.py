@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from fastssl.methods.base import MethodConfig, MethodOutput
 from fastssl.methods.mixing import uniform_rows
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod
-from fastssl.train.distributed import gather_rows, rank
+from fastssl.train.distributed import rank
 from fastssl.validation import Temperature, Weight
 from fastssl_pipelines.batch import Batch
 
@@ -56,7 +56,7 @@ class MixCo(MomentumMethod):
         first = len(images) * rank() + 2 * torch.arange(pairs, device=images.device)
         mix = self.losses.mixco(
             mixed,
-            gather_rows(key),
+            self.gather_keys(key),
             self.queue.keys,
             first=first,
             second=first + 1,

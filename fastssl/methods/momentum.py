@@ -78,8 +78,14 @@ class MomentumMethod(Method):
     number_of_views = 2
     config: MomentumConfig
 
-    def __init__(self, encoder: Encoder, config: MomentumConfig, views: tuple[ViewSpec, ...]):
-        super().__init__(encoder, config, views)
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: MomentumConfig,
+        views: tuple[ViewSpec, ...],
+        bank_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(encoder, config, views, bank_dtype)
         self.config = config
         hidden_dim = config.hidden_dim or encoder.feature_dim
         self.query_encoder = nn.Sequential(
@@ -96,7 +102,7 @@ class MomentumMethod(Method):
                 f"--method.queue-size {size} was given with --method.shard-queue on {shards} devices; "
                 f"it must be a multiple of {shards}"
             )
-        return KeyQueue(size, self.config.dim, shards=shards)
+        return KeyQueue(size, self.config.dim, shards=shards, dtype=self.bank_dtype)
 
     @property
     def losses(self) -> ModuleType:
@@ -114,8 +120,9 @@ class MomentumMethod(Method):
     @torch.no_grad()
     def after_step(self, output: MethodOutput, clock: Clock) -> None:
         ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
-        labels, *keys = (gather_rows(rows) for rows in output.kept)
-        self.queue.enqueue(torch.cat(keys), labels.repeat(len(keys)), clock.step)
+        labels, *keys = output.kept
+        everyone = torch.cat([self.gather_keys(rows) for rows in keys])
+        self.queue.enqueue(everyone, gather_rows(labels).repeat(len(keys)), clock.step)
 
     def encoder(self) -> nn.Module:
         return self.query_encoder[0]

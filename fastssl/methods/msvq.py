@@ -47,8 +47,14 @@ class MSVQ(MomentumMethod):
     config: MSVQConfig
     number_of_views = 4
 
-    def __init__(self, encoder: Encoder, config: MSVQConfig, views: tuple[ViewSpec, ...]):
-        super().__init__(encoder, config, views)
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: MSVQConfig,
+        views: tuple[ViewSpec, ...],
+        bank_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(encoder, config, views, bank_dtype)
         self.second_key_encoder = momentum_copy(self.query_encoder)
         self.second_queue = self.new_queue()
 
@@ -68,8 +74,9 @@ class MSVQ(MomentumMethod):
 
     @torch.no_grad()
     def after_step(self, output: MethodOutput, clock: Clock) -> None:
-        labels, z2, z4 = (gather_rows(rows) for rows in output.kept)
+        labels, z2, z4 = output.kept
+        everyone = gather_rows(labels)
         ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
         ema_update_(self.second_key_encoder, self.query_encoder, self.config.second_momentum)
-        self.queue.enqueue(z2, labels, clock.step)
-        self.second_queue.enqueue(z4, labels, clock.step)
+        self.queue.enqueue(self.gather_keys(z2), everyone, clock.step)
+        self.second_queue.enqueue(self.gather_keys(z4), everyone, clock.step)

@@ -51,7 +51,7 @@ def mixco(
     """Cross-entropy of mixed images against the batch's keys and all shards; see `fastssl_kernels.mixco`."""
     of_queue = sharded_read(query, queue, temperature=temperature)
     of_keys = queue_read(query, keys, temperature=temperature)
-    target = torch.lerp(keys[second], keys[first], weight[:, None])
+    target = torch.lerp(keys[second].to(query.dtype), keys[first].to(query.dtype), weight[:, None])
     return (torch.logaddexp(of_queue.lse, of_keys.lse) - (query * target).sum(1) / temperature).mean()
 
 
@@ -71,7 +71,8 @@ def sharded_read(query: Tensor, shard: Tensor, *, temperature: float) -> QueueRe
     `lse` is differentiable in `query`, for any upstream gradient; `mean` is constant.
     """
     with torch.no_grad():
-        here = queue_read(gather_rows(query), shard, temperature=temperature)
+        # the products would round them to the shard's dtype anyway
+        here = queue_read(gather_rows(query.to(shard.dtype)), shard, temperature=temperature)
         lses, means = _of_all_shards(torch.cat([here.lse[:, None], here.mean], 1)).split([1, query.shape[1]], dim=2)
         lse = lses.logsumexp(0)
         mean = ((lses - lse).exp() * means).sum(0)
@@ -82,9 +83,9 @@ def sharded_read(query: Tensor, shard: Tensor, *, temperature: float) -> QueueRe
 @torch.no_grad()
 def largest_product(query: Tensor, shard: Tensor) -> Tensor:
     """The largest product [N] of each row [N, C] of this rank with a key of all shards [K / ranks, C]."""
-    everyone = gather_rows(query)
+    everyone = gather_rows(query.to(shard.dtype))
     nearest = shard[assign_groups(everyone, shard)]
-    return _of_all_shards((everyone * nearest).sum(1)).amax(0)
+    return _of_all_shards((everyone.to(query.dtype) * nearest).sum(1)).amax(0)
 
 
 def _of_all_shards(rows: Tensor) -> Tensor:

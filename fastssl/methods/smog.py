@@ -81,16 +81,23 @@ class SMoG(Method):
 
     Config: ClassVar[type[MethodConfig]] = SMoGConfig
     follows_length = True  # by the momentum of the groups
+    capturable = False  # an epoch's end and the momentum of the groups are the host's
     group_momentum: Tensor
     groups: Tensor
 
-    def __init__(self, encoder: Encoder, config: SMoGConfig, views: tuple[ViewSpec, ...]):
-        super().__init__(encoder, config, views)
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: SMoGConfig,
+        views: tuple[ViewSpec, ...],
+        bank_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(encoder, config, views, bank_dtype)
         self.config = config
         self.query_encoder = nn.Sequential(encoder, ProjectionHead(encoder.feature_dim, config.hidden_dim, config.dim))
         self.predictor = MLPBatchNormHead(config.dim, config.hidden_dim, config.dim)
         self.key_encoder = momentum_copy(self.query_encoder)
-        self.banks = nn.ModuleList([KeyQueue(config.bank_size, config.dim) for _ in range(BANKS)])
+        self.banks = nn.ModuleList([KeyQueue(config.bank_size, config.dim, dtype=bank_dtype) for _ in range(BANKS)])
         self.register_buffer("groups", normalize(torch.randn(config.heads, config.groups, config.dim), dim=2))
         self.register_buffer("group_momentum", torch.ones(()))
 
@@ -125,11 +132,13 @@ class SMoG(Method):
             key = normalize(self.key_encoder(torch.cat(targets_from)).float(), dim=1)
         losses, moved = [], []
         for head, old in enumerate(self.groups):
-            target = assign_groups(key, old).unflatten(0, (2, -1)).repeat(1, len(large) + len(small))
+            bank = old.to(self.bank_dtype)
+            target = assign_groups(key, bank).unflatten(0, (2, -1)).repeat(1, len(large) + len(small))
             features = gather_rows_with_gradient(rows[head % BANKS])
-            groups, _ = update_groups(features, old, momentum=self.group_momentum)
+            assignment = assign_groups(features, bank)
+            groups, _ = update_groups(features, old, momentum=self.group_momentum, assignment=assignment)
             moved.append(groups.detach())
-            groups = groups if self.config.groups_gradient else groups.detach()
+            groups = groups if self.config.groups_gradient else groups.detach().to(self.bank_dtype)
             losses.append(group_cross_entropy(prediction, groups, target, temperature=self.config.temperature))
         return MethodOutput(torch.stack(losses).mean(), {}, (torch.stack(moved), *(row.detach() for row in rows)))
 
@@ -148,9 +157,9 @@ class SMoG(Method):
     def encoder(self) -> nn.Module:
         return self.query_encoder[0]
 
-    def _enqueue(self, rows: tuple[Tensor, ...] | list[Tensor], step: int) -> None:
+    def _enqueue(self, rows: tuple[Tensor, ...] | list[Tensor], step: int | Tensor) -> None:
         for bank, projections in zip(self.banks, rows, strict=True):
-            cast(KeyQueue, bank).enqueue(gather_rows(projections), None, step)
+            cast(KeyQueue, bank).enqueue(self.gather_keys(projections), None, step)
 
     def _reset_groups(self, images_per_epoch: int) -> None:
         """New groups from the banks, of which an epoch fills the first `images_per_epoch` rows."""

@@ -11,13 +11,15 @@ from torch.nn.functional import normalize
 
 from fastssl.train.distributed import gather_rows, rank
 
+_BITS = {2: torch.int16, 4: torch.int32}
+
 
 class KeyQueue(nn.Module):
     """The last `size` keys as a ring of unit rows (MoCo, He et al., 2020).
 
-    Persistent buffers: `keys` float32 [size, dim], random directions at first (drawn from `generator`, else
-    from torch's global one), and `labels` int64 [size], -1 for unknown, as all are at first. The position
-    to write at follows from the step, so there is no pointer to keep, save or read back from the device.
+    Persistent buffers: `keys` [size, dim] in `dtype`, random directions at first (drawn in float32 from `generator`,
+    else from torch's global one, and then rounded), and `labels` int64 [size], -1 for unknown, as all are at first.
+    The position to write at follows from the step, so there is no pointer to keep, save or read back from the device.
 
     With `shards`, the number of ranks, each rank holds the [size / shards] rows from row `first` on. A state dict
     of the whole queue can be loaded into shards; `gather_state` makes one.
@@ -26,7 +28,14 @@ class KeyQueue(nn.Module):
     keys: Tensor
     labels: Tensor
 
-    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None, shards: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        generator: torch.Generator | None = None,
+        shards: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"a queue of {size} keys of {dim} features was asked for; both must be at least 1")
@@ -36,16 +45,17 @@ class KeyQueue(nn.Module):
         self.first = rank() * (size // shards) if shards > 1 else 0
         # all ranks draw the whole queue, which then is the same on any number of them
         keys = normalize(torch.randn(size, dim, generator=generator), dim=1)
-        self.register_buffer("keys", self._own_rows(keys).clone())
+        self.register_buffer("keys", self._own_rows(keys).to(dtype, copy=True))
         self.register_buffer("labels", torch.full((size // shards,), -1))
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, labels: Tensor | None, step: int) -> None:
+    def enqueue(self, keys: Tensor, labels: Tensor | None, step: int | Tensor) -> None:
         """Replace the oldest keys by unit rows [B, dim] of any float dtype; labels int64 [B], None = unknown.
 
         `step` counts from 0 and B is the same at every step of a run: this call writes from row
         (step * B) mod size on, around the end. B need not divide the size. A shard takes what is its own.
-        Raises ValueError for a B beyond the size and for a wrong shape.
+        `step` may be an int64 tensor [] on the queue's device, which the host does not read; not with shards.
+        Raises ValueError for a B beyond the size, for a wrong shape and for such a step with shards.
         """
         dim, batch = self.keys.shape[1], keys.shape[0]
         if keys.ndim != 2 or keys.shape[1] != dim:
@@ -58,6 +68,9 @@ class KeyQueue(nn.Module):
             raise ValueError(f"labels of shape {list(labels.shape)} were given for {batch} keys; allowed is [{batch}]")
         if labels is None:
             labels = self.labels.new_full((batch,), -1)
+        if isinstance(step, Tensor):
+            self._write_on_device(step, keys, labels)
+            return
         start = step * batch % self.size
         for at in (start, start - self.size):  # the rows beyond the end come before the beginning
             self._write(at, keys, labels)
@@ -69,6 +82,13 @@ class KeyQueue(nn.Module):
             here, given = slice(begin - self.first, end - self.first), slice(begin - at, end - at)
             self.keys[here] = keys[given]
             self.labels[here] = labels[given]
+
+    def _write_on_device(self, step: Tensor, keys: Tensor, labels: Tensor) -> None:
+        if self.shards > 1:
+            raise ValueError("a step on the device was given to a queue in shards; it must be an int there")
+        rows = (step * len(keys) + torch.arange(len(keys), device=step.device)) % self.size
+        self.keys.index_copy_(0, rows, keys.to(self.keys.dtype))
+        self.labels.index_copy_(0, rows, labels)
 
     def _own_rows(self, rows: Tensor) -> Tensor:
         return rows[self.first : self.first + self.size // self.shards]
@@ -82,7 +102,7 @@ class KeyQueue(nn.Module):
 
     def checksum(self) -> Tensor:
         """int64 [], of the bits of keys and labels and where they stand; the sum over shards is the whole queue's."""
-        bits = self.keys.view(torch.int32)
+        bits = self.keys.view(_BITS[self.keys.itemsize])
         rows = torch.arange(self.first, self.first + len(bits), device=bits.device) * 2 + 1
         columns = torch.arange(bits.shape[1], device=bits.device) * 2 + 1
         # sums first: a product with every element would be a copy of twice the queue's size

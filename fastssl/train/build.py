@@ -13,6 +13,7 @@ from fastssl.methods import METHODS, Method
 from fastssl.models.encoders import build_encoder
 from fastssl.models.norm import convert_to_sync, norm_layer
 from fastssl.train.data import known_labels
+from fastssl.train.device import choose_dtype
 from fastssl.train.distributed import rank, world_size
 from fastssl.train.optim import build_optimizer
 from fastssl.train.step import TrainStep
@@ -29,7 +30,8 @@ def build_method(config: Config, device: torch.device) -> Method:
     encoder = build_encoder(
         model.encoder, width=model.width, stem=model.stem, norm_layer=norm_layer(model.norm, splits)
     )
-    method = METHODS[config.method.name](encoder, config.method, config.views)
+    bank_dtype = config.method.bank_dtype(device, choose_dtype(config.train, device))
+    method = METHODS[config.method.name](encoder, config.method, config.views, bank_dtype)
     if model.norm == "sync":
         convert_to_sync(method)  # the heads, too
     # torch 2.11 does not declare this overload

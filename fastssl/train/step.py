@@ -64,7 +64,7 @@ class TrainStep:
         self._graphed = Graphed(self._forward_and_backward, method) if cuda_graph else None
 
     def __call__(self, batch: Batch, clock: Clock, lr: float) -> MethodOutput:
-        seed_step(self.seed, clock.step)
+        seed_step(self.seed, int(clock.step))
         self._set_rate(lr)
         self.stopwatch.start()
         if self._graphed:

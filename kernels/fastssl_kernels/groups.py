@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks, ops, reference
 from .backend import or_reference, requested
+from .numerics import accumulation_dtype
 from .rows import float_rows, reduce_rows, stack_targets
 
 _MASK_ELEMENTS = 2**20  # of a block of the membership matrix
@@ -45,18 +46,24 @@ def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
 
 
 @or_reference(reference.update_groups)
-def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor) -> tuple[Tensor, Tensor]:
+def update_groups(
+    features: Tensor, groups: Tensor, *, momentum: float | Tensor, assignment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Assign each row to its nearest group and move the groups: g <- normalize(m g + (1 - m) mean of its rows).
 
     `features`: [N, C], of all ranks. `groups`: [G, C], constant. A group without rows keeps its vector;
     with a NaN in any feature, each group that has rows becomes NaN.
-    `momentum`: a number in [0, 1], or a tensor [] of one, which is not looked at.
+    `momentum`: a number in [0, 1], or a tensor [] of one, which is not looked at. `assignment`: int64 [N], the
+    groups of the rows where they are known, as from an `assign_groups` in 16 bits; rows are summed in float32.
     Returns unit groups [G, C] in float32 (float64 for float64), differentiable in `features`, and the
     assignment to the old groups, int64 [N].
     """
     checks.check_rows(features=features, groups=groups)
     checks.check_momentum(features, momentum)
-    assignment = assign_groups(features, groups)
+    if assignment is None:
+        assignment = assign_groups(features, groups)
+    checks.check_index(features, assignment=assignment)
+    checks.check_index_values("groups", groups, assignment=assignment)
     sums, members = _group_sums(features, assignment, len(groups))
     old = float_rows(groups, features)
     momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
@@ -67,21 +74,21 @@ def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor)
 @torch.library.custom_op("fastssl::group_sums", mutates_args=())
 def _group_sums(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Sum of the rows of each group, and their number; a matrix product, because `index_add_` is not deterministic."""
-    rows = float_rows(features, features)
-    sums, members = rows.new_zeros(groups, rows.shape[1]), rows.new_zeros(groups)
-    numbers = torch.arange(groups, device=rows.device)[:, None]
+    dtype = accumulation_dtype(features.dtype)
+    sums, members = features.new_zeros(groups, features.shape[1], dtype=dtype), features.new_zeros(groups, dtype=dtype)
+    numbers = torch.arange(groups, device=features.device)[:, None]
     size = max(1, _MASK_ELEMENTS // groups)
-    with torch.autocast(rows.device.type, enabled=False):
-        for part, chosen in zip(rows.split(size), assignment.split(size), strict=True):
-            mask = (numbers == chosen).to(rows.dtype)
-            sums.addmm_(mask, part)
+    with torch.autocast(features.device.type, enabled=False):
+        for part, chosen in zip(features.split(size), assignment.split(size), strict=True):
+            mask = (numbers == chosen).to(dtype)
+            sums.addmm_(mask, part.to(dtype))
             members.add_(mask.sum(1))
     return sums, members
 
 
 @_group_sums.register_fake
 def _(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    sums = float_rows(features, features).new_empty(groups, features.shape[1])
+    sums = features.new_empty(groups, features.shape[1], dtype=accumulation_dtype(features.dtype))
     return sums, sums.new_empty(groups)
 
 

@@ -199,11 +199,13 @@ def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
     return _similarity(two_rows(features), groups).argmax(1)[: len(features)]
 
 
-def update_groups(features: Tensor, groups: Tensor, *, momentum: float | Tensor) -> tuple[Tensor, Tensor]:
+def update_groups(
+    features: Tensor, groups: Tensor, *, momentum: float | Tensor, assignment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Assign each row to its nearest group, move the groups towards the mean of their rows."""
     checks.check_rows(features=features, groups=groups)
     checks.check_momentum(features, momentum)
-    assignment = assign_groups(features, groups)
+    assignment = assign_groups(features, groups) if assignment is None else assignment
     members = F.one_hot(assignment, len(groups)).T.to(accumulation_dtype(features.dtype))
     count = members.sum(1, keepdim=True)
     old = float_rows(groups, features)

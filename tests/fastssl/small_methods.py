@@ -44,7 +44,7 @@ def sizes(name):
     return (16,) * METHODS[name].number_of_views if name != "smog" else (16, 16, 16, 16, 8, 8, 8)
 
 
-def build(name: str, norm: str = "split", splits: int = 4, **options) -> nn.Module:
+def build(name: str, norm: str = "split", splits: int = 4, bank_dtype=torch.float32, **options) -> nn.Module:
     """A small method as it may be in the middle of a run."""
     torch.manual_seed(7)
     encoder = SmallEncoder(norm_layer(norm, splits))
@@ -52,7 +52,7 @@ def build(name: str, norm: str = "split", splits: int = 4, **options) -> nn.Modu
     small |= {"groups": 6, "bank_size": QUEUE, "hidden_dim": 32} if name == "smog" else {"queue_size": QUEUE}
     method_class = METHODS[name]
     views = tuple(ViewSpec(size=size) for size in sizes(name))
-    method = method_class(encoder, method_class.Config(**{**small, **options}), views)
+    method = method_class(encoder, method_class.Config(**{**small, **options}), views, bank_dtype)
     with torch.no_grad():
         for module_name, module in method.named_children():
             if "key_encoder" in module_name:
