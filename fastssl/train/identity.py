@@ -41,6 +41,7 @@ HARMLESS = (
     "preset",
     "data.pipeline",
     "method.shard_queue",
+    "method.queue_dtype",  # "machine.queue_dtype", which it asks for, is compared
     "train.device",
     "train.compile",
     "train.cuda_graph",
@@ -72,6 +73,8 @@ for the dtype that --train.precision auto takes from the device.
 """
 MEASURED = ("images", "known_labels", "test_images", "machine", "length")
 """Sections of the facts that are no options."""
+_BEFORE = {"method.queue_dtype": "fp32", "machine.queue_dtype": "float32"}
+"""What runs did from before there were these facts."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _IN_WORDS = {
     "images.count": "the number of training images (--data.root)",
@@ -84,6 +87,7 @@ _IN_WORDS = {
     "test_images.labels": "the digest of the test images' labels",
     "machine.device": "the device",
     "machine.dtype": "the dtype of products",
+    "machine.queue_dtype": "the dtype of the queue (--method.queue-dtype, which config.json has as queue_dtype)",
     "machine.torch": "the release of torch",
     "length.steps": "the number of steps of the run",
 }
@@ -145,7 +149,7 @@ def binding(facts: Facts) -> Facts:
 
 def require_same_run(then: Facts, now: Facts, where: object) -> None:
     """Raise ConfigError where `now` is another run than the one that `then`, kept in `where`, belongs to."""
-    for name, before, after in differing(binding(then), binding(now)):
+    for name, before, after in differing(binding(_completed(then, now)), binding(now)):
         raise ConfigError(
             f"{in_words(name)} is {after} in this run and was {before} in the run that wrote {where}; put back what "
             "that run had, or start a new run in another --run.dir"
@@ -160,7 +164,7 @@ def require_same_options(then: Facts, config: Config, where: object) -> None:
 
 def harmless_changes(then: Facts, now: Facts) -> Iterator[str]:
     """A sentence for each difference that a run may have between its start and a restart."""
-    for name, before, after in differing(then, now):
+    for name, before, after in differing(_completed(then, now), now):
         if name in HARMLESS:
             yield f"{in_words(name)} is {after} from here on and was {before} before"
 
@@ -215,6 +219,11 @@ def differing(then: Facts, now: Facts) -> Iterator[tuple[str, Any, Any]]:
         before, after = then.get(name), now.get(name)
         if before != after:
             yield name, before, after
+
+
+def _completed(then: Facts, now: Facts) -> Facts:
+    """`then` with what its run did where `now` has a fact that is younger."""
+    return {name: value for name, value in _BEFORE.items() if name in now} | then
 
 
 def in_words(name: str) -> str:

@@ -74,6 +74,7 @@ class Trainer:
         self.notes = [*splits.train.notes, *splits.test.notes]
         self.steps = training_steps(config, splits.train, self.notes.append)
         self.total_steps = config.train.steps or config.train.epochs * self.steps.steps_per_epoch
+        queue_dtype = config.method.bank_dtype(self.device, self.numerics.dtype)
         self.facts = options | {
             **facts_of_images("images", splits.train),
             **facts_of_images("test_images", splits.test),
@@ -81,6 +82,7 @@ class Trainer:
             "length.steps": self.total_steps,
             "machine.device": self.device.type,
             "machine.dtype": f"{self.numerics.dtype}".removeprefix("torch."),
+            "machine.queue_dtype": f"{queue_dtype}".removeprefix("torch."),
             "machine.torch": str(torch.__version__),
         }
         require_equal_on_ranks(self.facts)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fastssl.methods import METHODS, Clock
+from fastssl.cli import main
+from fastssl.config import from_json
+from fastssl.methods import METHODS, Clock, smog
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.models.queue import KeyQueue
-from fastssl_kernels import assign_groups
+from fastssl.train import checkpoint
 from tests.fastssl.small_methods import BATCH, a_batch, a_step, build, sgd
+from tests.fastssl.test_runs import assert_same, final_state
+from tests.faults.runs import contents, refusal, train
 
 HALVES = (torch.bfloat16, torch.float16)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -159,8 +166,6 @@ def test_kmeans_of_rounded_rows_sums_them_in_float32(dtype):
 
 
 def test_smog_without_gradient_to_its_groups_reads_them_in_the_dtype(monkeypatch):
-    from fastssl.methods import smog
-
     seen = []
     for function in ("assign_groups", "group_cross_entropy"):
         real = getattr(smog, function)
@@ -175,3 +180,97 @@ def test_smog_without_gradient_to_its_groups_reads_them_in_the_dtype(monkeypatch
         method(a_batch("smog", count=BATCH))
         assert seen == [torch.bfloat16, torch.bfloat16, of_loss] * len(method.groups)
         assert method.groups.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def rounded_run(tmp_path_factory):
+    """A run of 4 steps with a bfloat16 queue, which may go on; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "rounded"
+    assert train(folder, "--optim.schedule", "step", "--method.queue-dtype", "bf16") == 0
+    return folder
+
+
+@pytest.fixture
+def run(rounded_run, tmp_path):
+    """A copy of it that has two steps to go."""
+    (run := shutil.copytree(rounded_run, tmp_path / "run")).joinpath("checkpoints/step_000000004.pt").unlink()
+    return run
+
+
+def edited(run, change):
+    values = json.loads((run / "config.json").read_text())
+    change(values["method"])
+    (run / "config.json").write_text(json.dumps(values))
+
+
+def test_a_run_with_a_rounded_queue_goes_on_to_the_same_bits(run, rounded_run):
+    state = checkpoint.load(run / "checkpoints" / "step_000000002.pt")
+    assert state["method"]["queue.keys"].dtype == torch.bfloat16
+    assert main(["resume", str(run)]) == 0
+    assert_same(final_state(run), final_state(rounded_run))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "auto"])
+def test_a_queue_of_another_dtype_is_one_sentence(run, capsys, dtype):
+    edited(run, lambda method: method.update(queue_dtype=dtype))
+    before = contents(run)
+    error = refusal(capsys, ["resume", str(run)])
+    now = {"fp16": "float16"}.get(dtype, "float32")
+    for word in ("--method.queue-dtype", "queue_dtype", f"is {now} in this run and was bfloat16", "step_000000002.pt"):
+        assert word in error
+    assert contents(run) == before
+    edited(run, lambda method: method.update(queue_dtype="bf16"))
+    assert main(["resume", str(run)]) == 0
+
+
+def test_the_option_may_name_what_auto_was(tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "--optim.schedule", "step", steps=2) == 0
+    edited(run, lambda method: method.update(queue_dtype="fp32"))
+    assert main(["resume", str(run)]) == 0
+    assert "--method.queue-dtype is fp32 from here on and was auto before" in (run / "console.log").read_text()
+
+
+def without_dtypes(facts):
+    return {name: value for name, value in facts.items() if "queue_dtype" not in name}
+
+
+def aged(run):
+    """Make a run one from before there was the option: no file of it knows a dtype of the queue."""
+    edited(run, lambda method: method.pop("queue_dtype"))
+    for path in (run / "checkpoints").glob("*.pt"):
+        state = checkpoint.load(path)
+        step, facts = state.pop("step"), without_dtypes(state["facts"])
+        path.unlink()
+        checkpoint.save(path.parent, {**state, "facts": facts}, step=step, keep=9)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "facts" in line:
+            line["facts"] = without_dtypes(line["facts"])
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_runs_from_before_the_option_go_on_with_float32_queues(tmp_path):
+    new, old = tmp_path / "new", tmp_path / "old"
+    assert train(new, "--optim.schedule", "step") == 0
+    shutil.copytree(new, old)
+    aged(old)
+    (old / "checkpoints" / "step_000000004.pt").unlink()
+    config = from_json((old / "config.json").read_text())
+    assert config.method.bank_dtype(GPU, torch.bfloat16) == torch.float32
+    assert main(["resume", str(old)]) == 0
+    assert_same(final_state(old)["method"], final_state(new)["method"])
+    assert "from here on" not in (old / "console.log").read_text()
+    assert main(["eval", "knn", str(old)]) == 0
+
+
+def test_an_old_checkpoint_does_not_go_on_with_a_rounded_queue(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--optim.schedule", "step", steps=2) == 0
+    aged(run)
+    edited(run, lambda method: method.update(queue_dtype="bf16"))
+    assert "is bfloat16 in this run and was float32" in refusal(capsys, ["resume", str(run)])
+
+
+def test_a_checkpoint_with_a_rounded_queue_is_evaluated_anywhere(rounded_run):
+    assert main(["eval", "knn", str(rounded_run)]) == 0
