@@ -134,6 +134,10 @@ def notebook_split_batch_norm(
 
 
 class TestSplitBatchNorm:
+    @pytest.fixture(autouse=True)
+    def _compile_anew(self) -> None:
+        torch.compiler.reset()
+
     @pytest.mark.parametrize("splits", [1, 2, 4])
     def test_equals_the_notebook_up_to_the_order_of_samples(self, splits: int) -> None:
         torch.manual_seed(0)
@@ -166,6 +170,39 @@ class TestSplitBatchNorm:
         for got, expected in pairs:
             torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
         assert layer.num_batches_tracked == 1
+
+    @pytest.mark.parametrize("shape", [(8, 5, 3, 3), (6, 1, 1, 2), (4, 3, 7, 2)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_the_compiled_form_equals_the_parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        results = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            layer = SplitBatchNorm2d(shape[1], 2).to(torch.promote_types(dtype, torch.float32))
+            for values in (layer.weight.data, layer.bias.data, layer.running_mean, layer.running_var):
+                values.uniform_(0.5, 2)
+            images = (3 * torch.randn(shape) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
+            images.requires_grad_()
+            upstream = torch.randn(shape).to(dtype)
+            output = (torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer)(images)
+            output.backward(upstream)
+            results.append([output, images.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()])
+        for expected, got in zip(*results, strict=True):
+            rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+            torch.testing.assert_close(got, expected, rtol=rounding, atol=rounding)
+
+    def test_the_compiled_form_does_not_grow_with_the_splits(self) -> None:
+        """Parts one by one made thousands of launches of a ResNet-50, and minutes of compiling."""
+        sizes = []
+        for splits in (2, 8):
+            graphs: list[torch.fx.GraphModule] = []
+
+            def keep(graph: torch.fx.GraphModule, _: object, kept: list[torch.fx.GraphModule] = graphs) -> object:
+                kept.append(graph)
+                return graph.forward
+
+            torch.compile(SplitBatchNorm2d(4, splits), backend=keep, fullgraph=True)(torch.randn(16, 4, 2, 2))
+            sizes.append(len(graphs[0].graph.nodes))
+        assert sizes[0] == sizes[1]
 
     def test_running_variance_is_the_unbiased_one_of_each_split(self) -> None:
         x = torch.randn(6, 2, 2, 2, dtype=torch.float64)
