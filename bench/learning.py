@@ -11,16 +11,14 @@ from statistics import median
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-import tyro
-from rich.console import Console
-from rich.table import Table
-
 from fastssl import cli
+from fastssl.arguments import parse
 from fastssl.config import Config, RunConfig, to_json
 from fastssl.errors import TrainingError, unknown_name
 from fastssl.methods.moco import MoCoV1Config
 from fastssl.methods.momentum import MomentumConfig
 from fastssl.observe.log import MetricsLog
+from fastssl.observe.screen import Table, open_screen
 from fastssl.presets import load
 from fastssl.train.device import choose_device
 
@@ -78,7 +76,7 @@ class Row:
 
 def main(arguments: Sequence[str]) -> Path:
     """Run what the arguments ask for and has not been run yet; print the table, write the JSON, return its path."""
-    options = tyro.cli(Options, args=list(arguments), prog="python -m bench learning")
+    options = parse(Options, arguments, prog="python -m bench learning")
     runs = list(variants(options))
     facts = report.environment(["python -m bench learning", shlex.join(arguments)], choose_device(runs[0][1].train))
     rows = [_row(name, config) for name, config in runs]
@@ -169,11 +167,10 @@ def _linear_top1(config: Config) -> float:
 
 
 def _show(rows: Sequence[Row]) -> None:
-    table = Table(title="top-1 on the test images, %", title_justify="left")
-    for title in ("method", "labels", "kNN untrained", "kNN", "linear", "images/s"):
-        table.add_column(title, justify="left" if title == "method" else "right")
+    headings = ("method", "labels", "kNN untrained", "kNN", "linear", "images/s")
+    table = Table(headings, "lrrrrr", "top-1 on the test images, %")
     for row in rows:
         labels = "" if row.label_fraction is None else f"{row.label_fraction:.0%}"
         numbers = [f"{value:.2f}" for value in (row.untrained_top1, row.knn_top1, row.linear_top1)]
         table.add_row(row.method, labels, *numbers, f"{row.images_per_s:.0f}")
-    Console().print(table)
+    open_screen().table(table)

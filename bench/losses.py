@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 
+from fastssl.arguments import parse
 from fastssl.benchmark.memory import peak_bytes
 from fastssl.errors import ConfigError, unknown_name
 from fastssl_kernels import parity, reference
@@ -54,7 +54,7 @@ class Prepared(NamedTuple):
 
 def main(arguments: Sequence[str]) -> Path:
     """Measure what the arguments ask for; print the tables, write the JSON, return its path."""
-    options = tyro.cli(Options, args=list(arguments), prog="python -m bench losses")
+    options = parse(Options, arguments, prog="python -m bench losses")
     columns = _columns(options.columns)
     shapes = [_shape(text) for text in options.shapes]
     if not shapes:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fastssl.errors import ConfigError
+from fastssl.observe.screen import Table, open_screen
 
 PACKAGES = ("fastssl", "torch", "triton", "numpy", "lightly", "pytorch-metric-learning")
 
@@ -113,19 +112,16 @@ def write(folder: Path, name: str, facts: dict[str, Any], rows: Sequence[Any]) -
 
 def show(rows: Sequence[Row]) -> None:
     """A table for each mode, and below it the notes."""
-    console = Console()
-    console.width = max(console.width, 100)  # eighty columns would cut numbers
+    screen = open_screen(least_width=100)
     for launch, cache in dict.fromkeys((row.launch, row.cache) for row in rows):
         own = [row for row in rows if (row.launch, row.cache) == (launch, cache)]
-        table = Table(title=f"{own[0].loss} {own[0].shape}, {launch} launch, {cache} cache", title_justify="left")
-        table.add_column("column", no_wrap=True)
-        for title in ("ms", "p20 p80", "to ours", "loss err", "grad err", "MiB"):
-            table.add_column(title, justify="right", no_wrap=True)
+        headings = ("column", "ms", "p20 p80", "to ours", "loss err", "grad err", "MiB")
+        table = Table(headings, "lrrrrrr", f"{own[0].loss} {own[0].shape}, {launch} launch, {cache} cache")
         for row in own:
             table.add_row(row.column, *_cells(row))
-        console.print(table)
+        screen.table(table)
     for name, note in dict.fromkeys((row.column, row.note) for row in rows if row.note):
-        console.print(f"  {name}: {note}", soft_wrap=True, highlight=False)
+        screen.line(f"  {name}: {note}")
 
 
 def _cells(row: Row) -> list[str]:

@@ -12,15 +12,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 
+from fastssl.arguments import parse
 from fastssl.benchmark.command import require_file, torch_threads, wait, write_json
 from fastssl.benchmark.training import as_training, synthetic_batches
 from fastssl.config import Config, ModelConfig, OptimConfig, TrainConfig
 from fastssl.errors import ConfigError
 from fastssl.methods.moco import MoCoV2Config
+from fastssl.observe.screen import Table, open_screen
 from fastssl.presets import load
 from fastssl.train.device import choose_device, choose_dtype
 from fastssl.validation import Count, Images, Range, Rows, Threads, check
@@ -72,7 +71,7 @@ class Row:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure what the arguments ask for, print the table, write the JSON; ConfigError for what cannot be met."""
-    options = tyro.cli(Options, args=list(arguments), prog="python -m bench step")
+    options = parse(Options, arguments, prog="python -m bench step")
     check(options)
     require_file("--json", options.json)
     if options.queue_size % options.batch_size:
@@ -175,17 +174,13 @@ def _verdict(ratios: Sequence[float], target: float) -> str:
 
 def show(facts: dict[str, Any], rows: Sequence[Row]) -> None:
     """The table, and below it the targets and how it was measured."""
-    console, settings = Console(), facts["settings"]
-    console.width = max(console.width, 130)  # eighty columns would cut numbers
+    screen, settings = open_screen(least_width=130), facts["settings"]
     title = f"MoCo v2 step, ResNet-18 of 32 px, {settings['batch_size']} images, {settings['queue_size']} keys"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    table.add_column("setting", no_wrap=True)
-    for heading in ("images/s", "p20 p80", "ms", "fastssl", "at equal setting", f"losses of {FIRST_STEPS} steps"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = ("images/s", "p20 p80", "ms", "fastssl", "at equal setting", f"losses of {FIRST_STEPS} steps")
+    table = Table(("", "setting", *numbers), "llrrrrrr", title)
     for row in rows:
         table.add_row(row.name, row.setting, *_cells(row, settings["batch_size"]))
-    console.print(table)
+    screen.table(table)
     for line in [
         *facts["targets"],
         "fp32: contiguous; bf16: autocast and channels_last; chosen: as a run of fastssl takes it here",
@@ -193,7 +188,7 @@ def show(facts: dict[str, Any], rows: Sequence[Row]) -> None:
         f"{facts['device']}, {facts['device_state']} before; medians of {settings['repeats']} rounds",
         *(f"{row.name}, {row.setting}: {row.note}" for row in rows if row.note),
     ]:
-        console.print(f"  {line}", soft_wrap=True, highlight=False)
+        screen.line(f"  {line}")
 
 
 def _cells(row: Row, batch_size: int) -> list[str]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from fastssl.arguments import Positional
 from fastssl.errors import ConfigError
 from fastssl.observe.progress import PatientBar
 from fastssl.train.data import split_roots
@@ -28,7 +27,7 @@ SHOWN = 5  # names of a kind
 class Options(Checked):
     """Reads and decodes every image; exit code 1 where some are unusable or contradict one another."""
 
-    root: Annotated[Path, tyro.conf.Positional]
+    root: Annotated[Path, Positional]
     """what --data.root of a run would be; training and test images are both checked"""
     quarantine: Path | None = None
     """file to write the names of these images to, one a line, for --data.quarantine of fastssl pretrain"""

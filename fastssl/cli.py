@@ -7,15 +7,14 @@ import importlib.util
 import io
 import os
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
-
-import tyro
+from typing import NoReturn, cast
 
 from fastssl import __version__
+from fastssl.arguments import parse as parse_options
+from fastssl.arguments import parse_known
 from fastssl.config import Config, RunConfig, from_json
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl.methods import METHODS
@@ -24,8 +23,6 @@ from fastssl_pipelines.errors import DataError, InputError
 from fastssl_pipelines.names import printable
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
-
-_Options = TypeVar("_Options")
 
 USAGE = """\
 usage: fastssl COMMAND [...]
@@ -160,58 +157,7 @@ def parse(arguments: list[str]) -> Config:
     if "--data.label-list" in given and "--data.label-fraction" not in given:
         # the list takes the place of the preset's share
         default = replace(default, data=replace(default.data, label_fraction=1.0))
-    with _told_in_a_sentence():
-        return tyro.cli(Config, default=default, args=rest, prog=prog)
-
-
-def _options(cls: type[_Options], arguments: list[str], prog: str) -> _Options:
-    with _told_in_a_sentence():
-        return tyro.cli(cls, args=arguments, prog=prog)
-
-
-def _options_and_rest(cls: type[_Options], arguments: list[str], prog: str) -> tuple[_Options, list[str]]:
-    """A command's own options, and the arguments that are none of them: those of `pretrain`."""
-    with _told_in_a_sentence():
-        return tyro.cli(cls, args=arguments, prog=prog, return_unknown_args=True)
-
-
-@contextlib.contextmanager
-def _told_in_a_sentence() -> Iterator[None]:
-    """Turns what tyro says before it exits into a ConfigError, or back into ours that it caught."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            yield
-    except (AssertionError, OSError) as error:
-        # tyro's own options, which write the completions of a shell
-        raise ConfigError(f"{error}; see --help") from None
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise _cause(stop) or ConfigError(_sentence(errors.getvalue())) from None
-
-
-def _cause(stop: BaseException) -> ConfigError | None:
-    error = stop.__context__
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__context__
-    return error
-
-
-def _sentence(message: str) -> str:
-    """tyro's message, framed or in plain ASCII, as one sentence: the error and the first suggestion, if any."""
-    paragraphs: list[list[str]] = [[]]
-    for line in message.splitlines():
-        text = line.strip("│╭╮╰╯─- ") if line.startswith("╭") else line.strip("│╭╮╰╯ ")
-        if text and not set(text) <= {"─", "-"}:
-            paragraphs[-1].append(text)
-        if line.startswith("╭") or (text and set(text) <= {"─", "-"}):
-            paragraphs.append([])
-    _title, error, *rest = paragraphs
-    hint = next((p[1].split()[0] for p in rest if p and p[0].startswith("Perhaps you meant")), None)
-    # the kinds that tyro tried for an optional value say no more than their list does
-    text, *_kinds = " ".join(error).split(" Got errors:")
-    return textwrap.shorten(text, 300, placeholder=" ...") + (f"; did you mean {hint}?" if hint else "")
+    return parse_options(Config, rest, prog=prog, default=default)
 
 
 def resume(arguments: list[str]) -> int:
@@ -254,9 +200,9 @@ def evaluate(arguments: list[str]) -> int:
 
     protocol, *rest = arguments or [""]
     if protocol == "knn":
-        return eval_knn(_options(KNNOptions, rest, "fastssl eval knn"))
+        return eval_knn(parse_options(KNNOptions, rest, prog="fastssl eval knn"))
     if protocol == "linear":
-        return eval_linear(_options(LinearOptions, rest, "fastssl eval linear"))
+        return eval_linear(parse_options(LinearOptions, rest, prog="fastssl eval linear"))
     raise unknown_name("evaluation", protocol, ["knn", "linear"])
 
 
@@ -264,14 +210,14 @@ def plot(arguments: list[str]) -> int:
     """`fastssl plot RUN [RUN ...] [--out DIR]`."""
     from fastssl.observe.plot import Options, run
 
-    return run(_options(Options, arguments, "fastssl plot"))
+    return run(parse_options(Options, arguments, prog="fastssl plot"))
 
 
 def report(arguments: list[str]) -> int:
     """`fastssl report RUN`."""
     from fastssl.observe.report import Options, run
 
-    return run(_options(Options, arguments, "fastssl report"))
+    return run(parse_options(Options, arguments, prog="fastssl report"))
 
 
 def data(arguments: list[str]) -> int:
@@ -281,14 +227,14 @@ def data(arguments: list[str]) -> int:
     task, *rest = arguments or [""]
     if task != "check":
         raise unknown_name("task for data", task, ["check"])
-    return run(_options(Options, rest, "fastssl data check"))
+    return run(parse_options(Options, rest, prog="fastssl data check"))
 
 
 def preview(arguments: list[str]) -> int:
     """`fastssl preview [PRESET | --config FILE] [--images N] [--step N] [--out FILE] [--section.field VALUE ...]`."""
     from fastssl.preview import Options, run
 
-    options, rest = _options_and_rest(Options, arguments, "fastssl preview")
+    options, rest = parse_known(Options, arguments, prog="fastssl preview")
     return run(parse(rest), options)
 
 
@@ -298,15 +244,15 @@ def bench(arguments: list[str]) -> int:
     if task == "input":
         from fastssl.benchmark import input as input_benchmark
 
-        return input_benchmark.run(_options(input_benchmark.Options, rest, "fastssl bench input"))
+        return input_benchmark.run(parse_options(input_benchmark.Options, rest, prog="fastssl bench input"))
     if task == "step":
         from fastssl.benchmark import step
 
-        return step.run(_options(step.Options, rest, "fastssl bench step"))
+        return step.run(parse_options(step.Options, rest, prog="fastssl bench step"))
     if task == "e2e":
         from fastssl.benchmark import end_to_end
 
-        options, rest = _options_and_rest(end_to_end.Options, rest, "fastssl bench e2e")
+        options, rest = parse_known(end_to_end.Options, rest, prog="fastssl bench e2e")
         return end_to_end.run(parse(rest), options)
     raise unknown_name("benchmark", task, ["input", "step", "e2e"])
 
@@ -332,7 +278,7 @@ def verify(arguments: list[str]) -> int:
     """`fastssl verify [LOSS] [--device D] [--dtype D]`."""
     from fastssl.verify import Options, run
 
-    return run(_options(Options, arguments, "fastssl verify"))
+    return run(parse_options(Options, arguments, prog="fastssl verify"))
 
 
 def doctor(arguments: list[str]) -> int:

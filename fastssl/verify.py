@@ -11,13 +11,12 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from fastssl import verify_augment
+from fastssl.arguments import Positional
 from fastssl.errors import ConfigError, unknown_name
+from fastssl.observe.screen import Colored, Table, open_screen
 from fastssl_kernels import available_backends, parity
 from fastssl_kernels.parity import Errors, Inputs
 
@@ -43,7 +42,7 @@ GPU_SHAPE: Shape = (256, 65536, 128)
 class Options:
     """Compares losses, gradients and views with their definition in float64; exit code 1 where one is too far off."""
 
-    loss: Annotated[str, tyro.conf.Positional] = "all"
+    loss: Annotated[str, Positional] = "all"
     """a loss, with its variants, augment, or all"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch finds it"""
@@ -74,18 +73,17 @@ def run(options: Options) -> int:
     device = _device(options.device)
     losses = _losses(options.loss)
     dtypes = list(DTYPES.values()) if options.dtype == "all" else [DTYPES[options.dtype]]
-    console = Console()
-    console.width = max(console.width, 115)  # a pipe has 80 columns, where the table would be cut
+    screen = open_screen(least_width=115)
     verdicts = []
-    with console.status("") as status:
+    with screen.status() as tell:
         for loss in losses:
-            status.update(f"{loss} on {device}")
+            tell(f"{loss} on {device}")
             check = _verify_augment if loss == AUGMENT else verify
             verdicts += [verdict for dtype in dtypes for verdict in check(loss, dtype, device)]
-    console.print(_table(verdicts))
-    console.print(_caption(device), highlight=False)
+    screen.table(_table(verdicts))
+    screen.line(_caption(device), wrap=True)
     failed = sum(not verdict.passed for verdict in verdicts)
-    console.print(f"{failed} of {len(verdicts)} failed" if failed else f"all {len(verdicts)} passed")
+    screen.line(f"{failed} of {len(verdicts)} failed" if failed else f"all {len(verdicts)} passed")
     return 1 if failed else 0
 
 
@@ -187,18 +185,13 @@ def _losses(given: str) -> list[str]:
 
 
 def _table(verdicts: list[Verdict]) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for title in ("loss", "dtype", "backend"):
-        table.add_column(title)
-    for title in ("error:\nloss", "\ngradient", "plain:\nloss", "\ngradient", "limit:\nloss", "\ngradient"):
-        table.add_column(title, justify="right")
-    table.add_column("layout")
-    table.add_column("")
+    errors = ("error:\nloss", "\ngradient", "plain:\nloss", "\ngradient", "limit:\nloss", "\ngradient")
+    table = Table(("loss", "dtype", "backend", *errors, "layout", ""), "lllrrrrrrll", framed=False)
     for verdict in verdicts:
         numbers = [f"{x:.1e}" if x else "-" for x in (*verdict.errors, *verdict.plain)]
         limits = [f"{x:.0e}" if x else "-" for x in verdict.tolerated]
         name = str(verdict.dtype).removeprefix("torch.")
-        result = "[green]pass[/]" if verdict.passed else "[red]FAIL[/]"
+        result = Colored("pass", "green") if verdict.passed else Colored("FAIL", "red")
         table.add_row(verdict.loss, name, verdict.backend, *numbers, *limits, verdict.layout, result)
     return table
 

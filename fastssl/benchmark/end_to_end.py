@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fastssl.benchmark import machine, rates
 from fastssl.benchmark.command import require_file, torch_threads, write_json, write_trace
@@ -25,6 +23,7 @@ from fastssl.benchmark.step import PARTS
 from fastssl.benchmark.training import as_training, synthetic_batches
 from fastssl.config import Config
 from fastssl.methods import Clock
+from fastssl.observe.screen import Table, open_screen
 from fastssl.observe.window import Window
 from fastssl.train.build import build_method, build_step, training_steps
 from fastssl.train.data import open_splits
@@ -222,20 +221,17 @@ def _step_ms(result: Result, config: Config) -> list[float]:
 
 def show(facts: dict[str, Any], results: dict[str, Result]) -> None:
     """The table, below it the ceiling, the gap and its cause, and how it was measured."""
-    console, settings = Console(), facts["settings"]
-    console.width = max(console.width, 120)  # eighty columns would cut numbers
+    screen, settings = open_screen(least_width=120), facts["settings"]
     title = f"{settings['preset']}: batches of {settings['batch_size']} images of {facts['images']['source']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
     parts = [part for part in PARTS if part in results["step"].shares]
-    for heading in ("images/s", "p20 p80", "of ceiling", "waiting", *parts):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("", "images/s", "p20 p80", "of ceiling", "waiting", *parts)
+    table = Table(headings, "l" + "r" * (len(headings) - 1), title)
     for result in results.values():
         low, middle, high = np.quantile(result.images_per_s, (0.2, 0.5, 0.8))
         shares = [f"{result.share(name):.1%}" if result.shares else "" for name in ("data", *parts)]
         of_ceiling = f"{middle / facts['ceiling_images_per_s']:.0%}"
         table.add_row(result.name, f"{middle:.0f}", f"{low:.0f} {high:.0f}", of_ceiling, *shares)
-    console.print(table)
+    screen.table(table)
     for line in [
         f"ceiling: the slower of the two alone, {facts['ceiling_images_per_s']:.0f} images/s; together they are"
         f" {facts['gap']:.0%} below it",
@@ -245,7 +241,7 @@ def show(facts: dict[str, Any], results: dict[str, Result]) -> None:
         f" {facts['load_average']:.2f} before; medians of {settings['repeats']} rounds of {settings['seconds']:g} s",
         *facts["notes"],
     ]:
-        console.print(f"  {line}", soft_wrap=True, highlight=False)
+        screen.line(f"  {line}")
 
 
 def _trace(both: EndToEnd, folder: Path) -> Path:

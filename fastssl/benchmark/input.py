@@ -11,16 +11,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 
+from fastssl.arguments import Positional
 from fastssl.benchmark import machine, rates
 from fastssl.benchmark.candidates import Candidate, Result, candidates
 from fastssl.benchmark.command import require_file, write_json
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.observe.progress import PatientBar
+from fastssl.observe.screen import Table, open_screen
 from fastssl.presets import load
 from fastssl.train.data import split_roots
 from fastssl.train.device import choose_device, choose_dtype
@@ -42,7 +41,7 @@ Pipeline = Literal["dali", "torchvision", "resident"]
 class Options(Checked):
     """Measures images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators."""
 
-    preset: Annotated[str, tyro.conf.Positional] = "mocov2-imagenet"
+    preset: Annotated[str, Positional] = "mocov2-imagenet"
     """whose views and normalisation are taken"""
     root: Path | None = None
     """images, as --data.root of a run; without it, generated photographs of ImageNet's sizes"""
@@ -111,16 +110,14 @@ def photographs(count: int) -> Path:
 
 def show(facts: dict[str, Any], results: list[Result]) -> None:
     """The table, and below it how it was measured and the notes."""
-    console, settings, images, plan = Console(), facts["settings"], facts["images"], facts["plan_ms"]
-    console.width = max(console.width, 120)  # eighty columns would cut numbers
+    screen = open_screen(least_width=120)
+    settings, images, plan = (facts[name] for name in ("settings", "images", "plan_ms"))
     sizes = ", ".join(f"{view['size']} px" for view in facts["views"])
-    table = Table(title=f"{settings['preset']}: views of {sizes}", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for title in ("images/s", "p20 p80", "to Pillow", "augment off", "decode", "resize", "augment", "start s"):
-        table.add_column(title, justify="right", no_wrap=True)
+    headings = ("", "images/s", "p20 p80", "to Pillow", "augment off", "decode", "resize", "augment", "start s")
+    table = Table(headings, "lrrrrrrrr", f"{settings['preset']}: views of {sizes}")
     for result in results:
         table.add_row(result.name, *_cells(result, results[0]))
-    console.print(table)
+    screen.table(table)
     lines = [
         f"{images['count']} images of {images['source']}, {images['mean_bytes'] / 1e3:.1f} KB each, read before",
         f"{facts['device']}, views of fastssl in {settings['dtype']}, as training takes them here;"
@@ -132,7 +129,7 @@ def show(facts: dict[str, Any], results: list[Result]) -> None:
         *(f"{result.name}: {note}" for result in results for note in result.notes),
     ]
     for line in lines:
-        console.print(f"  {line}", soft_wrap=True, highlight=False)
+        screen.line(f"  {line}")
 
 
 def _cells(result: Result, baseline: Result) -> list[str]:

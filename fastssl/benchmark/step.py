@@ -11,15 +11,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 
+from fastssl.arguments import Positional
 from fastssl.benchmark import machine
 from fastssl.benchmark.command import require_file, torch_threads, write_json
 from fastssl.benchmark.training import Candidate, Passes, Result, candidates, encoder_passes, synthetic_batches
 from fastssl.config import Config
 from fastssl.errors import ConfigError
+from fastssl.observe.screen import Table, open_screen
 from fastssl.presets import load
 from fastssl.train.build import build_method
 from fastssl.train.device import choose_device, set_numerics
@@ -41,7 +40,7 @@ PARTS = {
 class Options(Checked):
     """Measures the training step of a preset on random views, and how far it is from the encoder's own limit."""
 
-    preset: Annotated[str, tyro.conf.Positional] = "mocov2-cifar10"
+    preset: Annotated[str, Positional] = "mocov2-cifar10"
     """whose method, encoder and views are taken"""
     batch_size: Images | None = None
     """images a step; by default the preset's on a GPU and 64 on a CPU"""
@@ -144,21 +143,18 @@ def _parts_ms(result: Result) -> dict[str, float]:
 
 def show(facts: dict[str, Any], results: list[Result]) -> None:
     """The table, below it the ceiling, the gap and its cause, and how it was measured."""
-    console, settings = Console(), facts["settings"]
-    console.width = max(console.width, 140)  # eighty columns would cut numbers
+    screen, settings = open_screen(least_width=140), facts["settings"]
     sizes = ", ".join(f"{size} px" for size in facts["sizes"])
     title = f"{settings['preset']}: a training step of {settings['batch_size']} images, random views of {sizes}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
     parts = [part for part in PARTS if any(part in result.parts_ms for result in results)]
     loss = f"loss, step {settings['steps']}"
-    for heading in ("images/s", "p20 p80", "to eager", "ms", *parts, "MiB", loss):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("", "images/s", "p20 p80", "to eager", "ms", *parts, "MiB", loss)
+    table = Table(headings, "l" + "r" * (len(headings) - 1), title)
     for result in results:
         table.add_row(result.name, *_cells(result, results[0], parts, settings["batch_size"]))
-    console.print(table)
+    screen.table(table)
     for line in [*_sentences(facts, results[-2]), *_circumstances(facts, results)]:
-        console.print(f"  {line}", soft_wrap=True, highlight=False)
+        screen.line(f"  {line}")
 
 
 def _cells(result: Result, baseline: Result, parts: Sequence[str], batch_size: int) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch import nn
 
+from fastssl.arguments import Positional
 from fastssl.config import Config, from_json
 from fastssl.errors import ConfigError
 from fastssl.evaluate.accuracy import Accuracy, percent
@@ -40,7 +40,7 @@ MOCO_RATE = 30.0
 class Options(Checked):
     """What both protocols ask for."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Positional]
     """run folder"""
     checkpoint: Path | None = None
     """file to evaluate in place of the run's newest checkpoint"""

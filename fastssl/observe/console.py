@@ -7,10 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import rich.console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
-
+from fastssl.observe.screen import Table, open_screen
 from fastssl_pipelines.files import open_to_append
 from fastssl_pipelines.names import printable
 
@@ -29,17 +26,15 @@ class Console:
     """
 
     def __init__(self, path: Path, *, total_steps: int):
-        self.screen = rich.console.Console(highlight=False)
+        self.screen = open_screen()
         self.file: BinaryIO | None = None
         try:
             self.file = open_to_append(path)
         except OSError as error:
             self.say(f"note: {path} cannot be written ({error.strerror}); what it would tell is on the screen alone")
         self.total_steps = total_steps
-        self.bar = Progress(
-            BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.screen, transient=True
-        )
-        self.task = self.bar.add_task("", total=total_steps)
+        self.bar = self.screen.bar(counts=False)
+        self.bar.update("", 0, total_steps)
 
     def __enter__(self) -> Console:
         if self.screen.is_terminal:
@@ -56,7 +51,7 @@ class Console:
     def say(self, text: str) -> None:
         """One line that stays."""
         text = printable(text)
-        self.screen.print(text, markup=False, soft_wrap=True)
+        self.screen.line(text)
         self._record(text)
 
     def progress(
@@ -82,19 +77,14 @@ class Console:
         memory, left = f"{memory_gib:.1f} GiB", f"{duration(left_s)} left"
         text = "  ".join([f"step {step}/{self.total_steps}", *shown, speed, memory, left])
         if self.screen.is_terminal:
-            self.bar.update(self.task, completed=step, description=text)
+            self.bar.update(text, step, self.total_steps)
         else:
-            self.screen.print(text, markup=False, soft_wrap=True)
+            self.screen.line(text)
         self._record(text)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """A small table of names and values."""
-        table = Table(title=title, show_header=False, title_justify="left")
-        table.add_column()
-        table.add_column(justify="right")
-        for row in rows:
-            table.add_row(*row)
-        self.screen.print(table)
+        self.screen.table(Table(("", ""), "lr", title, rows=[*rows]))
         self._record("\n".join([title, *(f"{name:<32} {value}" for name, value in rows)]))
 
     def _record(self, text: str) -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
+from fastssl.arguments import Positional
 from fastssl.errors import ConfigError
 from fastssl.observe.history import METRICS, History, Metric, Part, Series, read_history
 from fastssl.validation import Checked
@@ -25,7 +24,7 @@ _DOTS_AT_MOST = 40
 class Options(Checked):
     """Draws loss, contrast accuracy, kNN accuracy, images/s and the shares of time of runs as PNG files."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], Positional]
     """run folders; several are drawn into the same pictures"""
     out: Path | None = None
     """folder to write to; by default the run folder, and the current folder for several runs"""

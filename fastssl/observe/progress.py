@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 
-import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from fastssl.observe.screen import open_screen
 from fastssl_pipelines.names import printable
 
 PATIENCE = 1.0  # seconds
@@ -19,12 +17,8 @@ class PatientBar:
     """
 
     def __init__(self) -> None:
-        screen = rich.console.Console(stderr=True)
-        what = TextColumn("{task.description}", markup=False)
-        self._bar = Progress(
-            what, BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), console=screen, transient=True
-        )
-        self._task = self._bar.add_task("", total=None)
+        screen = open_screen(stderr=True)
+        self._bar = screen.bar(counts=True)
         self._visible = screen.is_terminal
         self._start = time.monotonic()
 
@@ -32,10 +26,9 @@ class PatientBar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar.live.is_started:  # else it would end a line that nobody began
-            self._bar.stop()
+        self._bar.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        self._bar.update(self._task, description=printable(what), completed=done, total=total)
+        self._bar.update(printable(what), done, total)
         if self._visible and time.monotonic() - self._start > PATIENCE:
             self._bar.start()

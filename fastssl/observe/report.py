@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
+from fastssl.arguments import Positional
 from fastssl.errors import ConfigError
 from fastssl.observe import chart
 from fastssl.observe.history import METRICS, History, Metric, read_history
@@ -57,7 +56,7 @@ summary { cursor: pointer; margin: .6rem 0; }
 class Options(Checked):
     """Writes a run's numbers, charts, notes and configuration into RUN/report.html, one file for any browser."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Positional]
     """run folder; the run may still go on"""
 
 

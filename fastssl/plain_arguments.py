@@ -1,0 +1,149 @@
+"""The options of a dataclass by argparse, named and typed as tyro has them; for machines without tyro."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, cast
+
+from fastssl.arguments import Positional, Suppress
+from fastssl.errors import ConfigError, unknown_name
+from fastssl.validation import conform
+
+_Options = TypeVar("_Options")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+class _Option(NamedTuple):
+    """A field that the command line can set."""
+
+    path: str
+    """With its sections, as in train.batch_size."""
+    hint: Any
+    default: Any
+
+    @property
+    def positional(self) -> bool:
+        return Positional in _marks(self.hint)
+
+    @property
+    def name(self) -> str:
+        """As it is typed."""
+        return self.path if self.positional else f"--{self.path.replace('_', '-')}"
+
+
+def parse_plainly(
+    cls: type[_Options], arguments: Sequence[str], *, prog: str, default: _Options | None, all_known: bool
+) -> tuple[_Options, list[str]]:
+    """What `arguments.parse` and `parse_known` return; with `all_known`, other arguments are a ConfigError."""
+    parser = _Parser(prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    options = list(_options(cls, default))
+    for option in options:
+        _add(parser, option)
+    given, rest = parser.parse_known_args([_with_dashes(argument) for argument in arguments])
+    if rest and all_known:
+        raise unknown_name("option", rest[0], [option.name for option in options])
+    texts = vars(given)
+    values = {o.path: conform(o.hint, _read(o.hint, texts[o.path]), o.name) for o in options if o.path in texts}
+    return _built(cls, default, values), rest
+
+
+def _options(cls: type, default: Any, section: str = "") -> Iterator[_Option]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        value = getattr(default, field.name, field.default)
+        if Suppress in _marks(hints[field.name]):
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from _options(cast(type, type(value)), value, f"{section}{field.name}.")
+        else:
+            yield _Option(section + field.name, hints[field.name], value)
+
+
+def _marks(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+
+
+def _plain(hint: Any) -> Any:
+    """The hint without its marks and without None."""
+    if typing.get_origin(hint) in (Annotated, typing.Union, types.UnionType):
+        return _plain(typing.get_args(hint)[0])
+    return hint
+
+
+def _add(parser: argparse.ArgumentParser, option: _Option) -> None:
+    hint, required = _plain(option.hint), option.default is dataclasses.MISSING
+    shown = "required" if required else f"default: {option.default}".replace("%", "%%")
+    if hint is bool:
+        section, dot, field = option.name.rpartition(".")
+        negated = f"{section}.no-{field}" if dot else f"--no-{field.removeprefix('--')}"
+        parser.add_argument(option.name, action="store_true", dest=option.path, help=f"({shown})")
+        parser.add_argument(negated, action="store_false", dest=option.path)
+        return
+    count = _count(hint)
+    if option.positional:
+        keywords: dict[str, Any] = {"nargs": "?"} if count is None and not required else {"nargs": count}
+        # none at all is a value too
+        keywords |= {"default": []} if count == "*" else {}
+    else:
+        keywords = {"nargs": count, "metavar": _metavar(hint), "dest": option.path, "required": required}
+    parser.add_argument(option.name, help=f"({shown})", **keywords)
+
+
+def _count(hint: Any) -> str | int | None:
+    """How many values a tuple has; None for what is none."""
+    if typing.get_origin(hint) is not tuple:
+        return None
+    items = typing.get_args(hint)
+    return "*" if items[-1] is Ellipsis else len(items)
+
+
+def _metavar(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        hint = _plain(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
+    return hint.__name__.upper()
+
+
+def _with_dashes(argument: str) -> str:
+    """As tyro, take --train.batch_size for --train.batch-size."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def _read(hint: Any, text: Any) -> Any:
+    """The text as a value of the hint's type; itself where it is none, which the check then refuses."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _read(arguments[0], text)
+    if origin in (typing.Union, types.UnionType):
+        return None if text == "None" else _read(arguments[0], text)
+    if origin is tuple:
+        items = arguments[:1] * len(text) if arguments[-1] is Ellipsis else arguments
+        return tuple(_read(*each) for each in zip(items, text, strict=True))
+    if origin is Literal:
+        return next((choice for choice in arguments if str(choice) == text), text)
+    try:
+        return hint(text) if hint in (int, float) else text
+    except ValueError:
+        return text
+
+
+def _built(cls: type[_Options], default: _Options | None, values: dict[str, Any], section: str = "") -> _Options:
+    """The dataclass with `values`, by path, in place of the defaults; its own checks see it as a whole."""
+    changes = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        path, part = section + field.name, getattr(default, field.name, None)
+        if dataclasses.is_dataclass(part):
+            changes[field.name] = _built(cast(type, type(part)), part, values, f"{path}.")
+        elif path in values:
+            changes[field.name] = values[path]
+    return cls(**changes) if default is None else dataclasses.replace(default, **changes)  # type: ignore[type-var]
