@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from fastssl_kernels.augment import AugmentParameters, augment
 from fastssl_pipelines.plan import BatchPlan, ViewPlan
+from fastssl_pipelines.transfer import to_device
 
-_CONSTANTS = ("mean", "std")
+_PER_IMAGE = tuple(field.name for field in fields(AugmentParameters) if field.name not in ("mean", "std"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,18 +29,17 @@ class Augmentation:
     dtype: torch.dtype
 
     def __call__(self, plan: BatchPlan, crops: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Views [B, 3, size, size], channels_last, of uint8 crops [B, size, size, 3]."""
+        """Views [B, 3, size, size], channels_last, of uint8 crops [B, size, size, 3] on `device`."""
         return tuple(
-            augment(crop.to(self.device, non_blocking=True), self._parameters(view), out_dtype=self.dtype)
-            for crop, view in zip(crops, plan.views, strict=True)
+            augment(crop, numbers, out_dtype=self.dtype)
+            for crop, numbers in zip(crops, self._parameters(plan.views), strict=True)
         )
 
-    def _parameters(self, view: ViewPlan) -> AugmentParameters:
-        numbers: dict[str, Any] = {
-            field.name: torch.from_numpy(getattr(view, field.name)).to(self.device, non_blocking=True)
-            for field in fields(AugmentParameters)
-            if field.name not in _CONSTANTS
-        }
-        if not view.blur_sigma.any():
-            numbers["blur_sigma"] = None  # spares a GPU the launch
-        return AugmentParameters(**numbers, mean=self.mean, std=self.std)
+    def _parameters(self, views: Sequence[ViewPlan]) -> Iterator[AugmentParameters]:
+        """Those of each view, all of which come to the device in one copy."""
+        copied = iter(to_device([getattr(view, name) for view in views for name in _PER_IMAGE], self.device))
+        for view in views:
+            numbers: dict[str, Any] = dict(zip(_PER_IMAGE, copied, strict=False))
+            if not view.blur_sigma.any():
+                numbers["blur_sigma"] = None  # spares a GPU the launch
+            yield AugmentParameters(**numbers, mean=self.mean, std=self.std)

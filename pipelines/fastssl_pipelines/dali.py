@@ -63,7 +63,8 @@ class DaliExecutor(Executor):
             if reasons := self._unreadable_of(plan, error):
                 raise UnreadableImages(reasons) from error
             return self.crops(plan)
-        self._idle.append(decoder)
+        with self._lock:
+            self._idle.append(decoder)
         return crops
 
     def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
@@ -71,17 +72,25 @@ class DaliExecutor(Executor):
         ahead = 2 if self._on_gpu else 1
         pending: deque[Future[tuple[BatchPlan, tuple[Tensor, ...]]]] = deque()
         in_use: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
+        if self._decode == "auto":
+            self._readable_crops(steps, first)  # by itself, since it measures
         with DaemonThreads(ahead, f"{THREADS_NAME}dali", self._enter_thread) as decoding:
-            for step in range(first, last):
-                while len(pending) <= ahead and step + len(pending) < last:
-                    pending.append(decoding.submit(self._readable_crops, steps, step + len(pending)))
-                plan, crops = pending.popleft().result()
-                yield self._finished(plan, crops, step)
-                if self._on_gpu:
-                    in_use.append((torch.cuda.current_stream().record_event(), crops))
+            try:
+                for step in range(first, last):
+                    while len(pending) <= ahead and step + len(pending) < last:
+                        pending.append(decoding.submit(self._readable_crops, steps, step + len(pending)))
+                    plan, crops = pending.popleft().result()
+                    batch = self._finished(plan, crops, step)
+                    if self._on_gpu:
+                        # on the CUDA stream that reads the crops: what trains is not waited for
+                        in_use.append((torch.cuda.current_stream(self.device).record_event(), crops))
+                    yield batch
                     if len(in_use) > ahead:
-                        # DALI writes again into what torch has freed, also while a kernel still reads it
                         in_use.popleft()[0].synchronize()
+            finally:
+                # DALI writes again into what torch has freed, also while a kernel still reads it
+                for event, _ in in_use:
+                    event.synchronize()
 
     def _encoded(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """The files of these images; UnreadableImages names those that are not there."""
@@ -114,11 +123,12 @@ class DaliExecutor(Executor):
     def _decoder(self, plan: BatchPlan, encoded: Sequence[NDArray[np.uint8]]) -> Decoder:
         """One that no other stream uses."""
         sizes = tuple(view.size for view in plan.views) if self._on_gpu else ()
-        for at, idle in enumerate(self._idle):
-            if idle.sizes == sizes and idle.batch_size >= len(plan.ids):
-                return self._idle.pop(at)
-        if self._decode == "auto":
-            self._decode = self._faster_way(sizes, plan, encoded)
+        with self._lock:
+            for at, idle in enumerate(self._idle):
+                if idle.sizes == sizes and idle.batch_size >= len(plan.ids):
+                    return self._idle.pop(at)
+            if self._decode == "auto":  # whoever comes meanwhile waits, for the choice and lest it be disturbed
+                self._decode = self._faster_way(sizes, plan, encoded)
         return self._new_decoder(sizes, len(plan.ids), self._decode)
 
     def _new_decoder(self, sizes: tuple[int, ...], batch_size: int, decode: str) -> Decoder:

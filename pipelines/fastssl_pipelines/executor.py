@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, wait
+from contextlib import closing
 from importlib import import_module
 from itertools import tee
 from multiprocessing.process import BaseProcess
@@ -19,11 +21,13 @@ from torch import Tensor
 from fastssl_pipelines.augmentation import Augmentation
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError, InputError, UnreadableImages
+from fastssl_pipelines.handover import InputStream, handed_over
 from fastssl_pipelines.listing import being_read
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import Steps
 from fastssl_pipelines.threads import DaemonThreads
+from fastssl_pipelines.transfer import to_device
 from fastssl_pipelines.workers import Crops, views_of
 
 UNREADABLE_AT_MOST = 0.01  # of the images of a source
@@ -78,8 +82,10 @@ class Executor(ABC):
         self.workers = workers
         self.prefetch = prefetch
         self.timeout_s = timeout_s
+        self._input_stream = InputStream(self.device)
         self._processes: list[BaseProcess] = []  # that work for streams just now
         self._stuck = False
+        self._lock = threading.Lock()  # around what the threads of all streams change
         self.notes: list[str] = []
         self.unreadable: dict[int, str] = {}
         self._is_unreadable = np.zeros(len(source), np.bool_)
@@ -87,7 +93,7 @@ class Executor(ABC):
 
     @abstractmethod
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """The boxes of every view, resized: uint8 [B, size, size, 3]; UnreadableImages for broken files."""
+        """The boxes of every view, resized: uint8 [B, size, size, 3] on `device`; UnreadableImages for broken files."""
 
     def batch(self, plan: BatchPlan, step: int) -> Batch:
         """The finished batch of one plan; UnreadableImages for broken files."""
@@ -100,13 +106,21 @@ class Executor(ABC):
         `notes`. Where more than 1 % of the images are excluded, DataError ends the stream. An error of the input
         path is raised where the consumer asks for the batch it belongs to. InputError where no batch is finished within
         `timeout_s` while the consumer waits, or where a worker process dies; no other stream will work then.
+
+        On a GPU the batches are made on a CUDA stream of the executor's own, for which the one that is current where a
+        batch is asked for waits in the consumer's place (see fastssl_pipelines.handover).
         """
+        with closing(self._prepared(steps, first, last)) as batches:
+            yield from handed_over(batches)
+
+    def _prepared(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+        """The batches of `stream` as they are when its thread has made them."""
         batches = self._batches(steps, first, last)
         thread = DaemonThreads(1, f"{THREADS_NAME}input", self._enter_thread)
         pending: deque[Future[Batch]] = deque()
         try:
             for step in range(first, last):
-                pending.append(thread.submit(next, batches))
+                pending.append(thread.submit(self._next, batches))
                 if len(pending) > self.prefetch:
                     yield self._in_time(pending.popleft(), f"the batch of step {step - self.prefetch}")
             while pending:
@@ -115,6 +129,9 @@ class Executor(ABC):
             thread.shutdown(wait=not self._stuck, cancel_futures=True)
             if not self._stuck:
                 batches.close()
+
+    def _next(self, batches: Generator[Batch]) -> Batch:
+        return self._input_stream.finish(next(batches))
 
     def _in_time(self, future: Future[_T], what: str) -> _T:
         """The result; InputError if it is not there within `timeout_s`, after which all that works on it is given up.
@@ -154,10 +171,11 @@ class Executor(ABC):
         return steps.at(step, self._is_unreadable if self.unreadable else None)
 
     def _exclude(self, reasons: Mapping[int, str]) -> None:
-        new = {index: reason for index, reason in reasons.items() if index not in self.unreadable}
-        self.unreadable.update(new)
-        self._is_unreadable[list(new)] = True
-        self.notes += [f"{reason}; the next image takes its place" for reason in new.values()]
+        with self._lock:
+            new = {index: reason for index, reason in reasons.items() if index not in self.unreadable}
+            self.unreadable.update(new)
+            self._is_unreadable[list(new)] = True
+            self.notes += [f"{reason}; the next image takes its place" for reason in new.values()]
         count, total = len(self.unreadable), len(self.source)
         if count > UNREADABLE_AT_MOST * total:
             raise DataError(
@@ -169,8 +187,7 @@ class Executor(ABC):
     def _enter_thread(self) -> None:
         # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
         torch.set_num_threads(1)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self._input_stream.enter()
 
     def _batches_of_processes(self, crops: Crops, steps: Steps, first: int, last: int) -> Generator[Batch]:
         """The batches of what `crops` gives in worker processes, which for a CPU augment as well."""
@@ -181,7 +198,7 @@ class Executor(ABC):
             crops,
             self.augmentation if on_cpu else None,
             workers=self.workers,
-            pin_memory=not on_cpu,
+            own_memory=on_cpu,
             processes=self._processes,
             say=self.notes.append,
         )
@@ -189,14 +206,16 @@ class Executor(ABC):
             if isinstance(loaded, dict):
                 self._exclude(loaded)
                 yield self._readable_batch(steps, step)
+            elif on_cpu:
+                yield self._with_views(plan, loaded, step)
             else:
-                yield self._with_views(plan, loaded if on_cpu else self.augmentation(plan, loaded), step)
+                yield self._finished(plan, tuple(to_device(loaded, self.device)), step)
 
     def _finished(self, plan: BatchPlan, crops: tuple[Tensor, ...], step: int) -> Batch:
         return self._with_views(plan, self.augmentation(plan, crops), step)
 
     def _with_views(self, plan: BatchPlan, views: tuple[Tensor, ...], step: int) -> Batch:
-        labels, ids = (torch.from_numpy(numbers).to(self.device) for numbers in (plan.labels, plan.ids))
+        labels, ids = to_device([plan.labels, plan.ids], self.device)
         return Batch(views=views, labels=labels, ids=ids, step=step)
 
 

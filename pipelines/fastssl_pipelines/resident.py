@@ -19,6 +19,7 @@ from fastssl_pipelines.resize import resized_batch, resized_boxes
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import Steps
 from fastssl_pipelines.threads import DaemonThreads
+from fastssl_pipelines.transfer import to_device
 from fastssl_pipelines.workers import Crops, lack_of_shared_memory
 
 _DECODE_CHUNK = 64  # a future for every small image would cost more than decoding it
@@ -104,19 +105,20 @@ def _crops_one_by_one(images: Tensor, plan: BatchPlan) -> tuple[Tensor, ...]:
 
 def _crops_in_batches(images: Tensor, device: torch.device, plan: BatchPlan) -> tuple[Tensor, ...]:
     """Crops of `images`, uint8 [n, H, 3, W], made on `device`."""
-    ids = torch.from_numpy(plan.ids).to(images.device)
-    boxes = [torch.from_numpy(view.boxes).to(device) for view in plan.views]
+    ids, *boxes = to_device([plan.ids, *(view.boxes for view in plan.views)], device)
+    host_ids = torch.from_numpy(plan.ids)
     at_once = max(1, _WORKING_SET_VALUES // images[0].numel())
     views: list[list[Tensor]] = [[] for _ in plan.views]
     for start in range(0, len(ids), at_once):
         part = slice(start, start + at_once)
-        chosen = images[ids[part]]
-        if chosen.device != device:
-            chosen = chosen.pin_memory().to(device, non_blocking=True)
+        if images.device == device:
+            chosen = images[ids[part]]
+        else:
+            (chosen,) = to_device([images[host_ids[part]]], device)
         chosen = chosen.float()
         for crops, box, view in zip(views, boxes, plan.views, strict=True):
             crops.append(resized_batch(chosen, box[part], view.size))
-    return tuple(torch.cat(crops) for crops in views)
+    return tuple(torch.cat(crops) if len(crops) > 1 else crops[0] for crops in views)
 
 
 def _place(needed_bytes: int, device: torch.device) -> str:

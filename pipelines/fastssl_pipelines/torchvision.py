@@ -15,6 +15,7 @@ from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import Steps
+from fastssl_pipelines.transfer import to_device
 
 
 class TorchvisionExecutor(Executor):
@@ -26,7 +27,7 @@ class TorchvisionExecutor(Executor):
     name = "torchvision"
 
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        return _crops(self.source, plan)
+        return tuple(to_device(_crops(self.source, plan), self.device))
 
     def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
         return self._batches_of_processes(partial(_crops, self.source), steps, first, last)

@@ -33,7 +33,7 @@ def views_of(
     augmentation: Augmentation | None,
     *,
     workers: int,
-    pin_memory: bool,
+    own_memory: bool,
     processes: list[BaseProcess],
     say: Callable[[str], object],
 ) -> Iterator[Views | dict[int, str]]:
@@ -41,8 +41,8 @@ def views_of(
 
     `crops` and what it holds go to the `workers` processes once; with 0 of them all is done in this thread, and also
     where the shared memory has no room for what they make, which `say` is told. A plan is taken as soon as a worker can
-    have it; none may have more rows than the first. The views come in memory of their own, pinned if asked for.
-    `processes` holds the worker processes while they work. InputError where one dies or none can be started.
+    have it; none may have more rows than the first. Without `own_memory` the views may be gone when the next ones are
+    asked for. `processes` holds the worker processes while they work. InputError where one dies or none can be started.
     """
     load = _Load(crops, augmentation)
     plans = iter(plans)
@@ -60,7 +60,7 @@ def views_of(
         yield from map(raised, map(load, plans))
         return
     yield from _views_of_processes(
-        plans, load, [_empty_views(first, augmentation) for _ in range(slots)], workers, pin_memory, processes
+        plans, load, [_empty_views(first, augmentation) for _ in range(slots)], workers, own_memory, processes
     )
 
 
@@ -91,7 +91,7 @@ def _views_of_processes(
     load: _Load,
     slots: list[Views],
     workers: int,
-    pin_memory: bool,
+    own_memory: bool,
     processes: list[BaseProcess],
 ) -> Iterator[Views | dict[int, str]]:
     loader = DataLoader(
@@ -118,7 +118,7 @@ def _views_of_processes(
                 yield cast("dict[int, str]", raised(loaded))
             else:
                 slot, rows = loaded
-                yield tuple(view[:rows].pin_memory() if pin_memory else view[:rows].clone() for view in slots[slot])
+                yield tuple(view[:rows].clone() if own_memory else view[:rows] for view in slots[slot])
     finally:
         for process in own:
             processes.remove(process)

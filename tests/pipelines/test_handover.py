@@ -1,0 +1,183 @@
+"""From the CUDA stream of the input to the one that trains: nobody waits too long and no memory is reused too early.
+
+The GPU is a fake one, which writes down what is queued where; what a real one makes of it is in test_gpu_input.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl_pipelines import ArraySource, Batch, Executor, TrainingSteps, ViewSpec, available_executors, build_executor
+from fastssl_pipelines.handover import HOST_AHEAD, TURN_S
+from fastssl_pipelines.transfer import ALIGNED_BYTES, to_device
+from tests.pipelines import fake_cuda
+from tests.pipelines.photos import NORMALISATION, photo, plan_of
+
+BATCHES = 9
+COPIES_AT_MOST = 4  # a batch: pixels in host memory, ids and boxes, numbers of all views, labels and ids
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> fake_cuda.FakeCuda:
+    return fake_cuda.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def usual_turns(monkeypatch):
+    interval_s = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(interval_s)
+
+
+@pytest.fixture(scope="module")
+def source() -> ArraySource:
+    images = np.stack([photo(32, 32, seed) for seed in range(40)])
+    return ArraySource("small", images, np.arange(40) % 4, ("a", "b", "c", "d"))
+
+
+def steps_of(source) -> TrainingSteps:
+    views = (ViewSpec(size=16, blur=0.5), ViewSpec(size=24))
+    return TrainingSteps(plan_of(source, *views), batch_size=8)
+
+
+def executor_on(device: torch.device | str, name: str, source, monkeypatch, **options) -> Executor:
+    if reason := available_executors()[name]:
+        pytest.skip(f"{name}: {reason}")
+    if name == "dali" and torch.device(device).type == "cuda":
+        decodes_with_torchvision(source, monkeypatch)
+        options["decode"] = "gpu"
+    return build_executor(name, source, device=device, **NORMALISATION, **options)
+
+
+def decodes_with_torchvision(source, monkeypatch) -> None:
+    """DALI's decoder needs a real GPU; this one has the plan, and torchvision's crops of it."""
+    from fastssl_pipelines import dali
+
+    crops = build_executor("torchvision", source, workers=0, **NORMALISATION).crops
+    monkeypatch.setattr(dali.DaliExecutor, "_crops", lambda self, outputs, plan: crops(plan))
+    monkeypatch.setattr(dali, "Decoder", lambda *_, **__: SimpleNamespace(sizes=(16, 24), batch_size=8, run=list_of))
+
+
+def list_of(*arguments: object) -> list[object]:
+    return [*arguments]
+
+
+PIPELINES = [("resident", 1), ("torchvision", 0), ("torchvision", 2), ("dali", 2)]
+
+
+@pytest.mark.parametrize(("name", "workers"), PIPELINES)
+def test_batches_are_made_on_a_stream_of_their_own_and_handed_over_by_events(monkeypatch, cuda, source, name, workers):
+    steps = steps_of(source)
+    executor = executor_on(fake_cuda.DEVICE, name, source, monkeypatch, workers=workers)
+    cuda.consumer.log.clear()
+    taken = []
+    for batch in executor.stream(steps, 0, BATCHES):
+        # the consumer's stream has been told to wait before anything can be queued on it
+        assert cuda.consumer.log[-1] == ("wait", batch.ready)
+        kept = cuda.kept[-4:]
+        tensors = (*batch.views, batch.labels, batch.ids)
+        assert [memory for memory, _, _ in kept] == [each.untyped_storage().data_ptr() for each in tensors]
+        assert {(stream, thread) for _, stream, thread in kept} == {(cuda.consumer, threading.current_thread().name)}
+        taken.append(batch)
+
+    (own,) = cuda.streams
+    assert {batch.ready.stream for batch in taken} == {own}
+    assert ("copy", True) not in own.log
+    assert {kind for kind, *_ in cuda.consumer.log} == {"wait", "record"}  # nothing of the input is queued there
+    assert 0 < own.log.count(("copy", False)) <= COPIES_AT_MOST * BATCHES
+    assert own.log[-1] == ("record", taken[-1].ready)  # behind all that was queued for the batch
+
+
+@pytest.mark.parametrize(("name", "workers"), PIPELINES)
+def test_batches_for_a_gpu_are_those_for_a_cpu(monkeypatch, cuda, source, name, workers):
+    """Also when all are kept, so that memory that is used again would show."""
+    steps = steps_of(source)
+    expected = list(executor_on("cpu", "torchvision", source, monkeypatch, workers=0).stream(steps, 0, BATCHES))
+    found = list(executor_on(fake_cuda.DEVICE, name, source, monkeypatch, workers=workers).stream(steps, 0, BATCHES))
+    one_level = 1.01 / (255 * min(NORMALISATION["std"]))
+    for one, other in zip(found, expected, strict=True):
+        assert one.step == other.step
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.labels, other.labels)
+        for view, wanted in zip(one.views, other.views, strict=True):
+            if name == "resident":  # its resize is two matrix products, and colours make a level more of it
+                assert (view - wanted).abs().mean() < one_level
+            else:
+                assert torch.equal(view, wanted)
+
+
+def test_the_host_stays_few_batches_ahead_of_the_device(monkeypatch, cuda, source):
+    """It waits for its own stream alone, for the oldest batch, and never for the input's."""
+    waited = []
+    monkeypatch.setattr(fake_cuda.Event, "synchronize", lambda event: waited.append(event))
+    stream = executor_on(fake_cuda.DEVICE, "resident", source, monkeypatch).stream(steps_of(source), 0, BATCHES)
+    for given_before, _ in enumerate(stream):
+        assert len(waited) == max(0, given_before - HOST_AHEAD)
+    done = [event for kind, event in cuda.consumer.log if kind == "record"]
+    assert waited == done[: BATCHES - HOST_AHEAD]
+
+
+def test_dali_writes_over_crops_when_the_input_has_read_them(monkeypatch, cuda, source):
+    """Its wait is for the stream that augments, not for the one that trains."""
+    executor = executor_on(fake_cuda.DEVICE, "dali", source, monkeypatch, workers=2)
+    waited = []
+    monkeypatch.setattr(fake_cuda.Event, "synchronize", lambda event: waited.append(event))
+    for _ in executor.stream(steps_of(source), 0, BATCHES):
+        pass
+    (own,) = cuda.streams
+    assert {event.stream for event in waited} == {own, cuda.consumer}
+    assert [event.stream for event in waited].count(own) == BATCHES  # the last at the end
+
+
+def test_two_streams_of_an_executor_share_its_cuda_stream(monkeypatch, cuda, source):
+    """The allocator keeps memory for each CUDA stream, so a new one for each evaluation would take more and more."""
+    executor = executor_on(fake_cuda.DEVICE, "resident", source, monkeypatch)
+    streams = {batch.ready.stream for _ in range(2) for batch in executor.stream(steps_of(source), 0, 2)}
+    assert streams == set(cuda.streams)
+    assert len(streams) == 1
+
+
+def test_threads_take_short_turns_beside_a_gpu_and_the_usual_ones_beside_a_cpu(monkeypatch, cuda, source):
+    usual_s = sys.getswitchinterval()
+    assert usual_s > TURN_S
+    next(executor_on("cpu", "resident", source, monkeypatch).stream(steps_of(source), 0, 1))
+    assert sys.getswitchinterval() == usual_s
+    next(executor_on(fake_cuda.DEVICE, "resident", source, monkeypatch).stream(steps_of(source), 0, 1))
+    assert sys.getswitchinterval() == pytest.approx(TURN_S)
+
+
+def test_taking_a_batch_that_was_made_here_does_nothing():
+    tensor = torch.zeros(2)
+    Batch(views=(tensor,), labels=tensor, ids=tensor, step=0).take()
+
+
+ARRAYS = (
+    np.arange(5, dtype=np.int64),
+    np.array([True, False, True]),
+    np.linspace(0, 1, 7, dtype=np.float32),
+    np.arange(12, dtype=np.int32).reshape(3, 4)[:, 1:3],
+    np.arange(3, dtype=np.uint8),
+    np.arange(24, dtype=np.int64).reshape(6, 4),
+)
+
+
+def test_many_arrays_come_to_a_device_in_one_copy(cuda):
+    tensors = to_device([*ARRAYS, torch.arange(6)], fake_cuda.DEVICE)
+    for tensor, array in zip(tensors, (*ARRAYS, np.arange(6)), strict=True):
+        assert tensor.dtype == torch.from_numpy(array).dtype
+        np.testing.assert_array_equal(tensor.numpy(), array)
+        assert tensor.storage_offset() * tensor.element_size() % ALIGNED_BYTES == 0
+        assert tensor.is_contiguous()
+    assert cuda.consumer.log == [("copy", False)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
+def test_nothing_is_copied_for_a_cpu():
+    tensors = to_device(ARRAYS, torch.device("cpu"))
+    assert all(np.shares_memory(tensor.numpy(), array) for tensor, array in zip(tensors, ARRAYS, strict=True))
