@@ -65,8 +65,9 @@ class DataConfig(Checked, prefix="--data."):
     """Text file of image names (class/name or base name), one a line: these images are left out of everything."""
     decode: Literal["auto", "gpu", "gpu-region", "cpu", "cpu-region"] = "auto"
     """Where the dali pipeline decodes for a GPU; -region: no more of an image than its views need; auto measures."""
-    workers: Annotated[int, Range(least=0, most=1024)] = 2
-    """Processes that decode for the torchvision pipeline, or threads for the others."""
+    workers: Annotated[int, Range(least=0, most=1024)] | None = None
+    """Processes that decode for the torchvision pipeline, or threads for the others; by default for a GPU all cores of
+    its process but one, 12 at most, and for a CPU a quarter of them, 2 at least."""
     prefetch: Annotated[int, Range(least=1, most=256)] = 2
     """Batches that are prepared ahead."""
     resident_gib: Annotated[float, Range(least=0, most=10**6)] = 2.0

@@ -19,7 +19,7 @@ from fastssl.benchmark.recipes import Views, dali_batches, pil_batches
 from fastssl.config import Config, DataConfig
 from fastssl.train.build import training_steps
 from fastssl.train.data import split_roots
-from fastssl.train.input import input_executor
+from fastssl.train.input import input_executor, worker_count
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.sources import Source
@@ -82,11 +82,10 @@ class Ours:
                 self.result.notes.append(str(error))
 
     def _measure(self, seconds: float) -> None:
-        result, group = self.result, self._data.workers
-        started = time.perf_counter()
+        result, started = self.result, time.perf_counter()
         executor = self._build(self._data)
         built_s = time.perf_counter() - started
-        batches = partial(self._batches, executor)
+        batches, group = partial(self._batches, executor), executor.workers
         first_s, images_per_s = rates.rate(batches, group=group, seconds=seconds)
         result.start_s.append(built_s + first_s)
         result.images_per_s.append(images_per_s)
@@ -115,7 +114,7 @@ def candidates(
 
     `source` has the training images under `root`.
     """
-    workers = config.data.workers
+    workers = worker_count(config.data, device)
     yield Recipe("Pillow DataLoader", lambda: pil_batches(config, source, device), workers)
     if "dali" in pipelines and (files := _files(source, split_roots(root)[0])):
         note = "its colours are not torchvision's: fixed order, contrast about 128, hue in YIQ, no solarisation"

@@ -28,7 +28,7 @@ from fastssl.observe.window import Window
 from fastssl.train.build import build_method, build_step, training_steps
 from fastssl.train.data import open_splits
 from fastssl.train.device import choose_device, set_numerics
-from fastssl.train.input import input_executor
+from fastssl.train.input import input_executor, worker_count
 from fastssl.train.schedule import learning_rate
 from fastssl.validation import Checked, Count, Seconds, Threads
 from fastssl_pipelines.batch import Batch
@@ -97,7 +97,7 @@ class EndToEnd:
     def measure(self, name: str, seconds: float) -> None:
         """One round of "input", "step" or "both"."""
         if name == "input":
-            group = max(1, self.config.data.workers)
+            group = max(1, self.executor.workers)
             self.results[name].images_per_s.append(rates.rate(self._views, group=group, seconds=seconds)[1])
         elif name == "step":
             self._train(cycle(self.synthetic), name, seconds)
@@ -168,7 +168,7 @@ def _facts(both: EndToEnd, options: Options) -> dict[str, Any]:
         "device": both.device.type,
         "numerics": both.numerics.text,
         "pipeline": both.executor.name,
-        "workers": config.data.workers,
+        "workers": both.executor.workers,
     }
     return {
         "settings": {**asdict(options), **settings, "threads": torch.get_num_threads()},
@@ -192,7 +192,7 @@ def cause(results: dict[str, Result], config: Config, pipeline: str, device: tor
     alone_ms, beside_ms = _step_ms(step, config), _step_ms(both, config)
     waiting = both.share("data")
     slowed = median((b - a) / b for a, b in zip(alone_ms, beside_ms, strict=True)) * (1 - waiting)
-    cores, workers = os.cpu_count(), config.data.workers
+    cores, workers = os.cpu_count(), worker_count(config.data, device)
     if max(waiting, slowed) < WITHIN:
         part = max((name for name in PARTS if name in both.shares), key=both.share)
         return (

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from fastssl.config import Config
+from fastssl.train.input import worker_count
 from fastssl_pipelines.sources import Source
 from fastssl_pipelines.views import ViewSpec
 
@@ -38,7 +39,7 @@ def pil_batches(config: Config, source: Source, device: torch.device) -> Generat
         dataset,
         batch_size=config.train.batch_size,
         sampler=RandomSampler(dataset, num_samples=_ENDLESS),
-        num_workers=data.workers,
+        num_workers=worker_count(data, device),
         pin_memory=device.type == "cuda",
         multiprocessing_context=context,
     )
@@ -97,7 +98,7 @@ def dali_batches(config: Config, files: Sequence[Path], device: torch.device) ->
     on_gpu = device.type == "cuda"
     device_id = torch.cuda.current_device() if on_gpu else None
     pipeline = Pipeline(
-        batch_size=config.train.batch_size, num_threads=config.data.workers, device_id=device_id, seed=0
+        batch_size=config.train.batch_size, num_threads=worker_count(config.data, device), device_id=device_id, seed=0
     )
     with pipeline:
         encoded, _ = fn.readers.file(files=[str(path) for path in files], random_shuffle=True)

@@ -31,6 +31,11 @@ def local_rank() -> int:
     return _variable("LOCAL_RANK", least=0, most=_RANKS - 1, default=0)
 
 
+def local_ranks() -> int:
+    """Number of processes of this run on this machine."""
+    return _variable("LOCAL_WORLD_SIZE", least=1, most=_RANKS, default=1)
+
+
 def _variable(name: str, *, least: int, most: int, default: int) -> int:
     """An integer of the environment; ConfigError for one that is none or not from `least` to `most`."""
     text = os.environ.get(name, str(default))

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastssl.config import DataConfig
+from fastssl.train.distributed import local_ranks
 from fastssl_pipelines.executor import TIMEOUT_S, Executor, build_executor
 from fastssl_pipelines.sources import Source
+
+_FEWEST_FOR_CPU, _MOST = 2, 12  # workers that nobody asked for
 
 
 def input_executor(
     data: DataConfig, source: Source, *, device: torch.device, dtype: torch.dtype, timeout_s: float = TIMEOUT_S
 ) -> Executor:
-    """The executor for the images of `source`, which hands over views in `dtype` on `device`."""
-    return build_executor(
+    """The executor for the images of `source`, which hands over views in `dtype` on `device`.
+
+    Its notes say how many workers a GPU gets where --data.workers does not.
+    """
+    workers = worker_count(data, device)
+    executor = build_executor(
         data.pipeline,
         source,
         mean=data.mean,
         std=data.std,
         device=device,
         dtype=dtype,
-        workers=data.workers,
+        workers=workers,
         prefetch=data.prefetch,
         timeout_s=timeout_s,
         decode=data.decode,
         resident_gib=data.resident_gib,
     )
+    if data.workers is None and device.type == "cuda":
+        executor.notes.append(f"{workers} of {cores()} cores decode {source.name}; --data.workers chooses")
+    return executor
+
+
+def worker_count(data: DataConfig, device: torch.device) -> int:
+    """--data.workers, or what suits the cores that each process of this machine has."""
+    if data.workers is not None:
+        return data.workers
+    own = cores() // local_ranks()
+    if device.type == "cuda":
+        return min(max(1, own - 1), _MOST)  # one trains
+    return min(max(_FEWEST_FOR_CPU, own // 4), _MOST)  # the others train
+
+
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -39,10 +39,11 @@ def views_of(
 ) -> Iterator[Views | dict[int, str]]:
     """For each plan what `crops` makes of it, augmented if asked for, or a sentence by number for unreadable images.
 
-    `crops` and what it holds go to the `workers` processes once; with 0 of them all is done in this thread, and also
-    where the shared memory has no room for what they make, which `say` is told. A plan is taken as soon as a worker can
-    have it; none may have more rows than the first. Without `own_memory` the views may be gone when the next ones are
-    asked for. `processes` holds the worker processes while they work. InputError where one dies or none can be started.
+    `crops` and what it holds go to the `workers` processes once; with 0 of them all is done in this thread. Where the
+    shared memory has no room for what they make there are fewer, which `say` is told. A plan is taken as soon as a
+    worker can have it; none may have more rows than the first. Without `own_memory` the views may be gone when the next
+    ones are asked for. `processes` holds the worker processes while they work. InputError where one dies or none can be
+    started.
     """
     load = _Load(crops, augmentation)
     plans = iter(plans)
@@ -52,16 +53,21 @@ def views_of(
     plans = chain([first], plans)
     # With new shared memory for each batch, as a DataLoader has it, streams were seen to be 5 to 25 % slower: its pages
     # have to be cleared. One more slot than batches are under way: the one that is being copied.
-    slots = _BATCHES_EACH * workers + 1
-    if workers and (lack := lack_of_shared_memory(slots * _views_bytes(first, augmentation))):
-        say(f"{lack}, so images are decoded in this process, by one thread; lower --data.workers")
-        workers = 0
+    slot_bytes = _views_bytes(first, augmentation)
+    if lack := lack_of_shared_memory(_slots(workers) * slot_bytes):
+        fewer = [count for count in range(1, workers) if not lack_of_shared_memory(_slots(count) * slot_bytes)]
+        who = f"by {fewer[-1]} of {workers} workers" if fewer else "in this process, by one thread"
+        say(f"{lack}, so images are decoded {who}; lower --data.workers")
+        workers = fewer[-1] if fewer else 0
     if not workers:
         yield from map(raised, map(load, plans))
         return
-    yield from _views_of_processes(
-        plans, load, [_empty_views(first, augmentation) for _ in range(slots)], workers, own_memory, processes
-    )
+    slots = [_empty_views(first, augmentation) for _ in range(_slots(workers))]
+    yield from _views_of_processes(plans, load, slots, workers, own_memory, processes)
+
+
+def _slots(workers: int) -> int:
+    return _BATCHES_EACH * workers + 1 if workers else 0
 
 
 def lack_of_shared_memory(needed_bytes: int) -> str:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from fastssl_pipelines import (
     ViewSpec,
     available_executors,
     build_executor,
+    workers,
 )
 from fastssl_pipelines.executor import _automatic
 from fastssl_pipelines.resident import _crops_in_batches
@@ -320,3 +321,21 @@ def test_auto_takes_resident_for_small_data_then_dali_on_a_gpu_then_torchvision(
 def test_a_negative_number_of_workers_is_refused(small):
     with pytest.raises(ValueError, match=r"--data\.workers"):
         build_executor("resident", small, workers=-1, **NORMALISATION)
+
+
+@pytest.mark.parametrize(("room", "taken"), [(7, 3), (6, 2), (4, 1), (2, 0)])
+def test_as_many_workers_decode_as_share_memory_for_their_batches(monkeypatch, folder, room, taken):
+    """Each has two batches under way, and one more is being copied."""
+    plan = plan_of(folder, REDUCED).batch(0, 0, 8)
+    free_bytes = 2 * room * 8 * 16 * 16 * 3  # half of which may be taken
+    monkeypatch.setattr(workers.os, "statvfs", lambda path: SimpleNamespace(f_bavail=free_bytes, f_frsize=1))
+    asked = []
+    monkeypatch.setattr(workers, "_views_of_processes", lambda *given: asked.append((len(given[2]), given[3])) or ())
+    said = []
+    views = workers.views_of([plan], lambda plan: (), None, workers=3, own_memory=False, processes=[], say=said.append)
+    assert len(list(views)) == (taken == 0)
+    assert asked == ([(2 * taken + 1, taken)] if taken else [])
+    who = {3: [], 0: ["in this process, by one thread"]}.get(taken, [f"by {taken} of 3 workers"])
+    assert [sentence.partition("so images are decoded ")[2] for sentence in said] == [
+        f"{words}; lower --data.workers" for words in who
+    ]
