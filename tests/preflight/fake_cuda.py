@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.device_interface import CudaInterface
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +44,8 @@ _PATCHES: dict[str, Any] = {
     "device_count": lambda: 1,
     "current_device": lambda: 0,
     "set_device": lambda _: None,
+    "_exchange_device": lambda _: 0,
+    "_maybe_exchange_device": lambda _: 0,
     "synchronize": lambda _=None: None,
     "get_device_capability": lambda _=None: (9, 0),
     "get_device_properties": lambda _=None: Properties,
@@ -59,18 +62,27 @@ _PATCHES: dict[str, Any] = {
 def fake_cuda() -> Iterator[FakeTensorMode]:
     """Inside the `with` block all tensors are fake, a GPU seems to be there, and backward works on it."""
     with ExitStack() as stack:
-        # it asks the driver and, without one, has torch's own guards do nothing
-        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
+        # torch's own guards of the current device then do nothing
+        patch.setattr(FakeTensorMode, "avoid_device_init", True, raising=False)
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for name, value in _PATCHES.items():
             patch.setattr(torch.cuda, name, value)
             if hasattr(CudaInterface, name) and not isinstance(value, type):
                 patch.setattr(CudaInterface, name, staticmethod(value))
         patch.setattr(torch.accelerator, "is_available", lambda: False)  # else torch.compile asks for its stream
+        patch.setattr(torch._C, "_select_conv_backend", lambda *_, **__: None)
+        patch.setattr(torch._C, "_conv_determine_backend_memory_format", _format_of_cudnn)
         patch.setattr(FakeTensor, "__deepcopy__", _copy, raising=False)
         patch.setattr(nn.Module, "_apply", _apply)
         stack.enter_context(backward.install())
         yield mode
+
+
+def _format_of_cudnn(images: Tensor, weight: Tensor, _: Any) -> torch.memory_format:
+    """What cuDNN gives; without a driver torch would expect the result of a kernel that knows no channels_last."""
+    last = torch.channels_last
+    return last if last in map(suggest_memory_format, (images, weight)) else torch.contiguous_format
 
 
 def _copy(tensor: Tensor, _: Any) -> Tensor:
@@ -85,9 +97,7 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module
     for store in (module._parameters, module._buffers):
         for name, value in store.items():
             if value is not None:
-                # a new one, as a small constant's value would be moved, too
-                unwritten = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-                store[name] = _like(value, function(unwritten))
+                store[name] = _like(value, function(value.detach()))
     return module
 
 
