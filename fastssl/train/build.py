@@ -44,6 +44,10 @@ def build_step(config: Config, method: Method, *, device: torch.device, dtype: t
     if train.cuda_graph and (device.type != "cuda" or world_size() > 1):
         given = f"{world_size()} processes" if world_size() > 1 else f"device {device}"
         raise ConfigError(f"--train.cuda-graph was given with {given}; it works with one process on a GPU: drop it")
+    if train.cuda_graph and config.optim.impl == "apex":
+        raise ConfigError(
+            "--train.cuda-graph was given with --optim.impl apex, whose optimisers cannot be part of a graph; drop one"
+        )
     return TrainStep(
         method,
         build_optimizer(method, config.optim),

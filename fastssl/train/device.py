@@ -16,7 +16,7 @@ _TENSOR_CORES = (7, 0)  # compute capability from which fp16 products are fast
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The device to train on; "auto" takes CUDA where there is a GPU, of several ranks each its own.
+    """The device to train on, a GPU with its number; "auto" takes CUDA where there is one, each rank its own.
 
     ConfigError for a GPU that is not there.
     """
@@ -30,7 +30,7 @@ def choose_device(config: TrainConfig) -> torch.device:
             f"{number + 1} processes or more were started on this machine and it has {count} GPUs; give torchrun "
             f"--nproc-per-node {count} or add --train.device cpu"
         )
-    return torch.device("cuda", number) if number else torch.device("cuda")
+    return torch.device("cuda", number)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -80,7 +80,11 @@ def joined_ranks(device: torch.device, *, timeout_s: float) -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if on_gpu else None,
+        )
         yield
     except (RuntimeError, dist.DistError) as error:
         if not _is_about_another_rank(error):
@@ -153,7 +157,13 @@ def gather_uneven_rows(rows: Tensor) -> Tensor:
     counts = _gathered(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    return torch.cat([part[:count] for part, count in zip(_gathered(padded).chunk(len(counts)), counts, strict=True)])
+    everything = _gathered(padded)
+    filled = 0
+    for part, count in zip(everything.chunk(len(counts)), counts, strict=True):
+        # In place, since features of millions of images would not fit twice
+        everything[filled : filled + count] = part[:count].clone()
+        filled += count
+    return everything[:filled]
 
 
 def gather_rows_with_gradient(rows: Tensor) -> Tensor:

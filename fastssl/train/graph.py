@@ -1,12 +1,11 @@
-"""Forward and backward as one CUDA graph, which the host launches at once."""
+"""A training step as one CUDA graph, which the host launches at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from fastssl.methods import MethodOutput
 from fastssl_pipelines.batch import Batch
@@ -15,20 +14,24 @@ _WARM_UPS = 3  # passes in which libraries choose algorithms and torch.compile c
 
 
 class Graphed:
-    """Calls `run` (forward and backward of `method`) through a CUDA graph, captured at the first call.
+    """Calls `run` through a CUDA graph, once that is captured.
 
-    Batches are copied into the tensors that the graph reads; output and gradients are its own and are overwritten by
-    the next call, so gradients are never to be set to None. Every batch must have the first one's shapes and
-    dtypes. Random numbers follow torch's generator as they do without a graph.
+    Batches are copied into the tensors that the graph reads; the output is its own and is overwritten by the next call.
+    Every batch must have the shapes and dtypes of the one of the capture. Random numbers follow torch's generator as
+    they do without a graph. `state`: all tensors that `run` changes, which must stay the same ones; warm-ups leave no
+    trace in them.
     """
 
-    def __init__(self, run: Callable[[Batch], MethodOutput], method: nn.Module) -> None:
-        self._run, self._method = run, method
+    def __init__(self, run: Callable[[Batch], MethodOutput], state: Callable[[], Iterable[Tensor]]) -> None:
+        self._run, self._state = run, state
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph to call."""
+        return self._graph is not None
+
     def __call__(self, batch: Batch) -> MethodOutput:
-        if self._graph is None:
-            self._capture(batch)
         assert self._graph is not None
         for static, given in zip(_tensors(self._input), _tensors(batch), strict=True):
             if (static.shape, static.dtype) != (given.shape, given.dtype):
@@ -41,30 +44,28 @@ class Graphed:
         output = self._output
         return MethodOutput(output.loss, dict(output.metrics), output.kept)
 
-    def _capture(self, batch: Batch) -> None:
+    def capture(self, batch: Batch) -> None:
+        """Make the graph, from a batch of the kind that it is for."""
         views = tuple(view.clone() for view in batch.views)
         self._input = Batch(views=views, labels=batch.labels.clone(), ids=batch.ids.clone(), step=batch.step)
-        norms = [module for module in self._method.modules() if isinstance(module, _BatchNorm)]
-        statistics = [buffer for norm in norms for buffer in norm.buffers()]
-        before, generator = [buffer.clone() for buffer in statistics], torch.cuda.get_rng_state()
+        state = list(self._state())
+        before, generator = [value.detach().clone() for value in state], torch.cuda.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._method.zero_grad(set_to_none=True)
                 self._run(self._input)
         torch.cuda.current_stream().wait_stream(stream)
-        # the graph then makes gradients of its own
-        self._method.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Threads of the input may allocate meanwhile, which in the mode "global" would break the capture
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._output = self._run(self._input)
-        self._graph = graph
-        # warm-ups count for nothing
-        for buffer, value in zip(statistics, before, strict=True):
-            buffer.copy_(value)
+        with torch.no_grad():
+            for value, kept in zip(state, before, strict=True):
+                value.copy_(kept)
         torch.cuda.set_rng_state(generator)
+        self._graph = graph
 
 
-def _tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
+def _tensors(batch: Batch) -> tuple[Tensor, ...]:
     return (*batch.views, batch.labels, batch.ids)

@@ -17,8 +17,10 @@ class LARS(torch.optim.Optimizer):
     rate = trust * |p| / (|g| + weight_decay * |p| + eps), or 1 where |p| or |g| is 0; then
     buffer = momentum * buffer + rate * (g + weight_decay * p) and p = p - lr * buffer.
     This is the form of LARC without clipping that SwAV and SMoG train with: every tensor is scaled, batch norm and
-    biases too. Norms never leave the device.
+    biases too. Norms never leave the device, and neither does `found_inf` of a GradScaler, which skips a step.
     """
+
+    _step_supports_amp_scaling = True  # what GradScaler asks for; else it reads found_inf on the host
 
     def __init__(
         self,
@@ -49,10 +51,20 @@ class LARS(torch.optim.Optimizer):
         rates = _rates(params, gradients, trust=group["trust"], weight_decay=group["weight_decay"])
         updates = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
         torch._foreach_mul_(updates, rates)
-        buffers = [self._buffer(p) for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        # What is left is SGD with momentum, whose kernel leaves all as it is where a scaled loss overflowed
+        torch._fused_sgd_(
+            params,
+            updates,
+            [self._buffer(p) for p in params] if group["momentum"] else [],
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=getattr(self, "found_inf", None),
+        )
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]

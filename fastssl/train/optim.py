@@ -15,7 +15,8 @@ from fastssl.train.lars import LARS
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser of every parameter that learns; weight decay spares 1-D ones where the options ask for it.
 
-    ConfigError where NVIDIA apex was asked for and is not here.
+    It has its state from the start and keeps it in the same tensors, as a CUDA graph needs it; what is loaded is copied
+    into them. An optimiser of apex keeps its own ways. ConfigError where NVIDIA apex was asked for and is not here.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
@@ -26,11 +27,46 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.impl == "apex":
         return _of_apex(groups, config, common)
+    return _with_fixed_state(_of_torch(groups, config, common))
+
+
+def _of_torch(groups: list[dict[str, Any]], config: OptimConfig, common: dict[str, Any]) -> torch.optim.Optimizer:
     if config.optimizer == "lars":
         return LARS(groups, momentum=config.momentum, trust=config.trust, **common)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=config.betas, fused=True, **common)
+        # Which asks for this where it is to be captured; its fused kernel is the same
+        on_gpu = groups[0]["params"][0].is_cuda
+        return torch.optim.AdamW(groups, betas=config.betas, fused=True, capturable=on_gpu, **common)
     return torch.optim.SGD(groups, momentum=config.momentum, fused=True, **common)
+
+
+def _with_fixed_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Make the state of all parameters now, zeros; torch's SGD leaves it unwritten where the first step overflows."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # So that this step moves nothing
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    state = {p: dict(optimizer.state.get(p, {})) for p in parameters}
+    for p, own in state.items():
+        p.grad = None
+        for value in own.values():
+            value.zero_()
+
+    @torch.no_grad()
+    def into_own_tensors(optimizer: torch.optim.Optimizer) -> None:
+        for p, own in state.items():
+            for name, value in own.items():
+                loaded = optimizer.state[p].get(name, torch.zeros_like(value))
+                if loaded.shape == value.shape:  # Else whoever loads it refuses it
+                    optimizer.state[p][name] = value.copy_(loaded)
+
+    optimizer.register_load_state_dict_post_hook(into_own_tensors)
+    return optimizer
 
 
 def _of_apex(groups: list[dict[str, Any]], config: OptimConfig, common: dict[str, Any]) -> torch.optim.Optimizer:

@@ -32,11 +32,12 @@ class TrainStep:
     All torch randomness of a step follows from (seed, step), so a resumed run draws what the first one would have.
     With several ranks each has its part of the batch, and gradients are averaged over them. `accumulate` parts of the
     batch pass one after the other, each against the queue as it was before the step. A gradient longer than
-    `clip_norm` is shortened to it. `cuda_graph`: forward and backward are captured at the first step and replayed
-    later. The output's metrics have the "gradient_norm" before it was shortened, on the device like all of them.
+    `clip_norm` is shortened to it. `cuda_graph`: the step is captured at the first call and replayed later, from the
+    first forward to the queue; what a method does on the host after a step (SMoG) is not part of it. The output's
+    metrics have the "gradient_norm" before it was shortened, on the device like all of them.
 
     `stopwatch` has the seconds of "forward", "loss", "backward" and "optimizer" (with momentum encoder and queue);
-    with a graph "graph" takes the place of the first three.
+    with a graph those of "graph" take the place of what is in it.
     """
 
     def __init__(
@@ -61,30 +62,68 @@ class TrainStep:
         if world_size() > 1:
             self._forward = _data_parallel(self._forward)
         self._parameters = [p for p in method.parameters() if p.requires_grad]
-        self._graphed = Graphed(self._forward_and_backward, method) if cuda_graph else None
+        self._graphed = Graphed(self._captured, self._state) if cuda_graph else None
+        # What a graph reads of the host's numbers
+        self._step, self._rate = (torch.zeros((), dtype=kind, device=device) for kind in (torch.int64, torch.float32))
 
     def __call__(self, batch: Batch, clock: Clock, lr: float) -> MethodOutput:
         seed_step(self.seed, int(clock.step))
         self._set_rate(lr)
-        self.stopwatch.start()
         if self._graphed:
-            output = self._graphed(batch)
-            self.stopwatch.mark("graph")
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
-            output = self._forward_and_backward(batch)
-        output.metrics["gradient_norm"] = self._finish_gradient()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            return self._replayed(self._graphed, batch, clock, lr)
+        self.stopwatch.start()
+        output = self._forward_and_backward(batch)
+        self._update(output)
         self.method.after_step(output, clock)
         self.stopwatch.mark("optimizer")
         return output
 
-    def _set_rate(self, lr: float) -> None:
+    def _replayed(self, graphed: Graphed, batch: Batch, clock: Clock, lr: float) -> MethodOutput:
+        self._step.fill_(clock.step)
+        self._rate.fill_(lr)
+        if not graphed.captured:
+            scale = self.scaler.state_dict()
+            graphed.capture(batch)
+            self.scaler.load_state_dict(scale)
+            self.stopwatch.read()  # Of the warm-ups
+        self.stopwatch.start()
+        output = graphed(batch)
+        self.stopwatch.mark("graph")
+        if not self.method.capturable:
+            self.method.after_step(output, clock)
+            self.stopwatch.mark("optimizer")
+        return output
+
+    def _captured(self, batch: Batch) -> MethodOutput:
+        """All of a step that needs nothing from the host but a batch, the step's number and its learning rate."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._set_rate(self._rate)
+        output = self._forward_and_backward(batch)
+        self._update(output)
+        if self.method.capturable:
+            self.method.after_step(output, Clock(self._step, 0, 0))
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return output
+
+    def _state(self) -> Iterator[Tensor]:
+        """What a step changes."""
+        yield from self.method.parameters()
+        yield from self.method.buffers()
+        for values in self.optimizer.state.values():
+            yield from values.values()
+
+    def _set_rate(self, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    def _update(self, output: MethodOutput) -> None:
+        output.metrics["gradient_norm"] = self._finish_gradient()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
     def _forward_and_backward(self, batch: Batch) -> MethodOutput:
+        self.optimizer.zero_grad(set_to_none=True)  # In a graph its gradients are then of its own
         outputs = []
         for number, part in enumerate(parts(batch, self.accumulate), 1):
             with self._without_exchange(number < self.accumulate):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 from dataclasses import replace
@@ -86,14 +87,61 @@ def test_lars_leaves_parameters_without_gradient_alone():
     optimizer.step()
 
 
-def test_lars_never_asks_the_device_for_a_value():
-    """A tensor on the meta device has no values, so that every look at one raises."""
+def test_lars_never_asks_the_device_for_a_value(monkeypatch):
+    """A tensor on the meta device has no values, so that every look at one raises; torch's kernel is not for it."""
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *given, **options: None)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
     optimizer = LARS(params, lr=1.0, momentum=0.9, weight_decay=0.1, trust=0.1)
     for _ in range(2):
         for p in params:
             p.grad = torch.empty_like(p)
         optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_an_overflow_at_the_first_step_leaves_no_trace(optimizer, monkeypatch):
+    """torch's SGD took unwritten memory for the momentum, and LARS waited for the device to know of the overflow."""
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", None)  # which reads found_inf on the host
+    monkeypatch.setattr(torch, "empty_like", lambda like, **options: torch.full_like(like, 1e30, **options))
+    config = OptimConfig(optimizer=optimizer, lr=0.5, trust=0.02)
+    results = []
+    for overflows in (False, True):
+        model = nn.ParameterList(parameters())
+        built, scaler = build_optimizer(model, config), torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.ones(()))  # makes the scale
+        for step in [None, 0, 1] if overflows else [0, 1]:
+            set_gradients(list(model), step or 0)
+            for p in model:
+                p.grad *= torch.inf if step is None else scaler.get_scale()
+            scaler.unscale_(built)
+            scaler.step(built)
+            scaler.update()
+        assert scaler.get_scale() == (2.0 if overflows else 4.0)
+        results.append([p.detach() for p in model])
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_what_is_loaded_goes_into_the_tensors_that_a_graph_knows(optimizer):
+    model = nn.ParameterList(parameters())
+    built = build_optimizer(model, OptimConfig(optimizer=optimizer, lr=0.5))
+    new = built.state_dict()
+    held = {p: dict(values) for p, values in built.state.items()}
+    assert all(torch.count_nonzero(value) == 0 for values in held.values() for value in values.values())
+    for p, start in zip(model, drawn(torch.float32), strict=True):
+        assert torch.equal(p, start)  # the state was made without moving them
+        assert p.grad is None
+    set_gradients(list(model), 0)
+    built.step()
+    saved = copy.deepcopy(built.state_dict())
+    built.step()
+    for state, expected in ((saved, saved["state"]), ({**new, "state": {}}, None)):
+        built.load_state_dict(state)
+        for number, (p, values) in enumerate(held.items()):
+            for name, value in values.items():
+                assert built.state[p][name] is value
+                assert torch.equal(value, expected[number][name] if expected else torch.zeros_like(value))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
