@@ -10,11 +10,13 @@ from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl_pipelines.errors import DataError
 
 from . import learning, losses, step
+from .gpu import command as gpu
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "losses": losses.main,
     "learning": learning.main,
     "step": step.main,
+    "gpu": gpu.main,
     "input": lambda arguments: cli.bench(["input", *arguments]),
 }
 USAGE = """\
@@ -23,6 +25,7 @@ usage: python -m bench COMMAND [...]
   losses    loss and gradient of a query against a queue, beside eager torch, torch.compile, flash attention and peers
   step      a MoCo training step beside lightly's and a plain loop
   learning  kNN of every method after the same short training on CIFAR-10 photographs
+  gpu       all that a machine with a GPU can prove, in minutes and with a summary; on a CPU a rehearsal
   input     images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators
 
 `python -m bench COMMAND --help` lists its options.
@@ -38,11 +41,11 @@ def main(arguments: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise unknown_name("command", command, COMMANDS)
-        COMMANDS[command](rest)
+        result = COMMANDS[command](rest)
     except (ConfigError, DataError, TrainingError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 if __name__ == "__main__":

@@ -139,23 +139,26 @@ def candidates(config: Config, device: torch.device) -> list[Candidate]:
     """Every variant of the step, the chosen one last but one, and last the supervised step in the way of that one."""
     ways = variants(config, device)
     batches = synthetic_batches(config, device)
+    methods = [candidate(config, way, batches) for way in ways]
+    return [*methods, candidate(config, ways[-1], batches, supervised=True)]
 
-    def candidate(name: str, way: Variant, make: Callable[[Config], Method]) -> Candidate:
-        dtype = choose_dtype(way.train, device)
-        layout = torch.channels_last if way.channels_last else torch.contiguous_format
 
-        def build() -> TrainStep:
-            own = replace(config, train=way.train)
-            method = make(own).to(memory_format=layout)  # type: ignore[call-overload]
-            return build_step(own, method, device=device, dtype=dtype)
+def candidate(config: Config, way: Variant, batches: Sequence[Batch], *, supervised: bool = False) -> Candidate:
+    """The step in this way, on the device of the batches: the method's or, `supervised`, that of its encoder alone."""
+    device = batches[0].ids.device
+    dtype = choose_dtype(way.train, device)
+    layout = torch.channels_last if way.channels_last else torch.contiguous_format
+    own = replace(config, train=way.train)
 
-        return Candidate(name, build, [as_training(batch, dtype, layout) for batch in batches], config.optim.lr)
+    def build() -> TrainStep:
+        method = build_method(own, device)
+        if supervised:
+            method = Supervised(method.encoder(), config.views[0]).to(device)
+        method = method.to(memory_format=layout)  # type: ignore[call-overload]
+        return build_step(own, method, device=device, dtype=dtype)
 
-    def supervised(own: Config) -> Method:
-        return Supervised(build_method(own, device).encoder(), config.views[0]).to(device)
-
-    methods = [candidate(way.name, way, lambda own: build_method(own, device)) for way in ways]
-    return [*methods, candidate(SUPERVISED, ways[-1], supervised)]
+    name = SUPERVISED if supervised else way.name
+    return Candidate(name, build, [as_training(batch, dtype, layout) for batch in batches], config.optim.lr)
 
 
 class Supervised(Method):

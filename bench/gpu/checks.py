@@ -1,0 +1,147 @@
+"""Parts that check: what machine this is, tests, losses against their definitions, and an overflow in fp16."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import torch
+
+from bench import report
+from fastssl import cli, doctor
+from fastssl.benchmark.training import NO_END, as_training, synthetic_batches
+from fastssl.config import OptimConfig
+from fastssl.methods import Clock
+from fastssl.presets import load
+from fastssl.train.build import build_method, build_step
+from fastssl.verify import DTYPES
+
+from .task import Failed, Skipped, Task
+
+ROOT = Path(__file__).parents[2]
+GPU_FACTS = (
+    *("name", "driver_version", "memory.total", "memory.used", "utilization.gpu", "temperature.gpu", "power.draw"),
+    *("power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks_throttle_reasons.active", "mig.mode.current"),
+)
+HELPFUL = ("tyro", "rich", "nvidia.dali", "lightly", "pytest", "xdist", "hypothesis", "timm", "matplotlib")
+
+
+def environment(task: Task) -> None:
+    """What all other numbers depend on."""
+    task.once("facts", lambda: report.environment(["python -m bench gpu"], task.device))
+    task.once("cores", os.cpu_count)
+    task.once("memory GiB", lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+    task.once("packages", lambda: {name: _is_there(name) for name in HELPFUL})
+    if not task.rehearsal:
+        task.once("gpu", _gpu)
+    task.once("doctor", lambda: {title: dict(rows) for title, rows in doctor.report()})
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
+
+
+def _gpu() -> dict[str, str]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(zip(GPU_FACTS, run.stdout.splitlines()[0].split(", "), strict=True))
+
+
+def tests(task: Task) -> None:
+    """Those marked gpu; on a CPU they are collected and skipped."""
+    if not _is_there("pytest"):
+        raise Skipped("pytest is not installed")
+    task.once("tests", lambda: _tests(task))
+
+
+def _tests(task: Task) -> dict[str, Any]:
+    # not the others: an import that fails somewhere else would end the run
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    results = task.folder / "tests.xml"
+    options = ["-m", "gpu", "-q", "-o", "addopts=--strict-markers --import-mode=importlib", f"--junitxml={results}"]
+    processes = ["-n", "8"] if _is_there("xdist") and not task.rehearsal else []
+    subprocess.run([sys.executable, "-m", "pytest", *options, *processes, *map(str, files)], cwd=ROOT, check=False)
+    suite = next(ElementTree.parse(results).getroot().iter("testsuite"))
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    bad = [f"{case.get('classname')}::{case.get('name')}" for case in suite.iter("testcase") if _is_bad(case)]
+    if bad or not counts["tests"]:
+        task.numbers["counts"], task.numbers["failed"] = counts, bad
+        raise Failed(f"{len(bad)} of {counts['tests']} failed, the first of them {bad[0] if bad else 'none'}")
+    return counts
+
+
+def _is_bad(case: ElementTree.Element) -> bool:
+    return case.find("failure") is not None or case.find("error") is not None
+
+
+def verify(task: Task) -> None:
+    """`fastssl verify`, a dtype at a time; on a CPU of one loss."""
+    for name in DTYPES:
+        task.once(name, partial(_verified, task, name))
+
+
+def _verified(task: Task, dtype: str) -> str:
+    loss = "info_nce" if task.rehearsal else "all"
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        code = cli.main(["verify", loss, "--device", task.device.type, "--dtype", dtype])
+    print(shown.getvalue())
+    lines = [line.strip() for line in shown.getvalue().splitlines() if line.strip()]
+    if code:
+        failed = [" ".join(line.split()[:3]) for line in lines if line.endswith("FAIL")]
+        raise Failed(f"{lines[-1] if lines else f'exit code {code}'}: {'; '.join(failed)}")
+    return lines[-1]
+
+
+def fp16(task: Task) -> None:
+    """An overflow at the first step leaves momentum and weights as they were, and halves the scale."""
+    for optimizer in ("sgd", "lars"):
+        task.once(optimizer, partial(_overflow, task.device, optimizer))
+
+
+def _overflow(device: torch.device, optimizer: Literal["sgd", "lars"]) -> dict[str, float]:
+    preset = load("quickstart")
+    train = replace(preset.train, batch_size=32, precision="fp16", compile="off")
+    config = replace(preset, optim=OptimConfig(optimizer=optimizer, lr=0.03, momentum=0.9), train=train)
+    method = build_method(config, device)
+    step = build_step(config, method, device=device, dtype=torch.float16)
+    batch = as_training(synthetic_batches(config, device)[0], torch.float16, torch.channels_last)
+    weights = [p for p in method.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in weights]
+    scale = step.scaler.get_scale() if step.scaler.is_enabled() else 0.0
+
+    overflow = weights[0].register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    step(batch, Clock(0, NO_END, NO_END), config.optim.lr)
+    overflow.remove()
+    if not all(torch.equal(p, old) for p, old in zip(weights, before, strict=True)):
+        raise Failed("the step with the overflow moved weights")
+    momenta = [values[name] for values in step.optimizer.state.values() for name in values if "momentum" in name]
+    momenta = [m for m in momenta if m is not None]
+    if not all(bool(torch.all(m == 0)) for m in momenta):
+        raise Failed("the step with the overflow left momentum that is not 0, which the next step takes as real")
+    halved = step.scaler.get_scale()
+
+    for number in (1, 2):
+        output = step(batch, Clock(number, NO_END, NO_END), config.optim.lr)
+    if not all(bool(p.isfinite().all()) for p in weights) or not output.loss.isfinite():
+        raise Failed("weights or loss are not finite after two more steps")
+    if not any(not torch.equal(p, old) for p, old in zip(weights, before, strict=True)):
+        raise Failed("no weight moved in two more steps")
+    if halved != scale / 2:
+        raise Failed(f"the scale went from {scale:g} to {halved:g}; an overflow must halve it")
+    moved = max((p - old).abs().max().item() for p, old in zip(weights, before, strict=True))
+    if moved > 10:
+        raise Failed(f"a weight moved by {moved:.3g} in two steps")
+    return {"scale before": scale, "after": halved, "furthest move of a weight": moved, "loss": output.loss.item()}

@@ -1,0 +1,62 @@
+"""The parts of the proof, in order of worth, and how much of the time each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastssl.errors import unknown_name
+
+PASSED, FAILED, TIMEOUT, SKIPPED = "passed", "failed", "timeout", "skipped"
+
+
+class Part(NamedTuple):
+    """A process of its own, that runs `function` of a module of this package."""
+
+    name: str
+    title: str
+    function: str
+    """As module.function."""
+    share: float
+    """Of the time: seconds of ten minutes."""
+
+
+PARTS = (
+    Part("environment", "device, clocks, versions, `fastssl doctor`", "checks.environment", 20),
+    Part("tests", "tests that need a GPU", "checks.tests", 110),
+    Part("verify", "`fastssl verify` in all dtypes", "checks.verify", 60),
+    Part("fp16", "an overflow at the first step in fp16", "checks.fp16", 20),
+    Part("resume", "quickstart, kill -9 and bit-equal resume", "runs.resume", 55),
+    Part("captures", "20 captures beside a prefetching input", "captures.captures", 40),
+    Part("losses", "loss and gradient beside every peer", "speed.losses", 80),
+    Part("step", "training step of a ResNet-50 beside the supervised one", "speed.step", 75),
+    Part("small", "ResNet-18 at 32 px beside lightly's loop", "small.small", 55),
+    Part("input", "images/s of the input pipelines", "speed.inputs", 25),
+    Part("collectives", "collectives of one rank", "collectives.collectives", 15),
+    Part("learning", "a short run on photographs", "runs.learning", 45),
+)
+
+
+def chosen(names: Sequence[str]) -> list[Part]:
+    """The parts of these names, or all; ConfigError for a name that none has."""
+    known = {part.name: part for part in PARTS}
+    for name in names:
+        if name not in known:
+            raise unknown_name("part", name, known)
+    return [part for part in PARTS if part.name in names or not names]
+
+
+def left_to_do(parts: Sequence[Part], records: Mapping[str, Mapping[str, Any]], device: str) -> list[Part]:
+    """The parts that have no end on this device yet: first those never tried, then those that failed or ran out."""
+
+    def status(part: Part) -> str | None:
+        record = records.get(part.name)
+        return record["status"] if record and record["device"] == device else None
+
+    new = [part for part in parts if status(part) is None]
+    return new + [part for part in parts if status(part) in (FAILED, TIMEOUT)]
+
+
+def seconds_for(part: Part, later: Sequence[Part], left_s: float) -> float:
+    """The time-out of a part: its share of what is left, so that what one part leaves over is for the next."""
+    return left_s * part.share / (part.share + sum(other.share for other in later))

@@ -1,0 +1,52 @@
+"""One part, as a process of its own: `python -m bench.gpu.process MODULE.FUNCTION`, called by `python -m bench gpu`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from fastssl.arguments import Positional, parse
+
+from .task import NUMBERS, Skipped, Task
+
+EXIT_FAILED, EXIT_SKIPPED = 1, 77
+
+
+@dataclass(frozen=True)
+class Options:
+    """Runs one part; its numbers go into numbers.json of the folder, each as soon as it is there."""
+
+    function: Annotated[str, Positional]
+    folder: Path
+    device: Literal["cpu", "cuda"]
+    data: Path | None = None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the part; EXIT_FAILED if something of it did."""
+    options = parse(Options, arguments, prog="python -m bench.gpu.process")
+    module, _, name = options.function.partition(".")
+    task = Task(torch.device(options.device), options.folder, options.data)
+    earlier = options.folder / NUMBERS
+    if earlier.exists():
+        task.numbers |= json.loads(earlier.read_text())["numbers"]
+    try:
+        getattr(importlib.import_module(f"bench.gpu.{module}"), name)(task)
+    except Skipped as reason:
+        print(f"skipped: {reason}")
+        task.write(skipped=str(reason))
+        return EXIT_SKIPPED
+    for name, error in task.errors.items():
+        print(f"{name}: {error}")
+    return EXIT_FAILED if task.errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""Runs parts as processes under a time-out each, and keeps what they found; nothing outlasts its time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+from .plan import FAILED, PASSED, SKIPPED, TIMEOUT, Part
+from .process import EXIT_SKIPPED
+from .task import NUMBERS
+
+Record = dict[str, Any]
+
+GRACE_S = 2.0  # between being asked to end and being killed
+TAIL = 6000  # characters of the output that are kept
+
+
+def command(part: Part, folder: Path, device: str, data: Path | None) -> list[str]:
+    """The process of a part."""
+    words = [sys.executable, "-m", "bench.gpu.process", part.function, "--folder", str(folder), "--device", device]
+    return [*words, *(["--data", str(data)] if data else [])]
+
+
+def run_part(
+    part: Part,
+    device: str,
+    data: Path | None,
+    *,
+    seconds: float,
+    earlier: Record | None = None,
+    command: Callable[[Part, Path, str, Path | None], list[str]] = command,
+) -> Record:
+    """The record of a part that has come to its end, or that was ended when its time was over.
+
+    `earlier`: the record of a try that was cut off on the same device, whose numbers are not measured again.
+    """
+    with TemporaryDirectory(prefix=f"bench-gpu-{part.name}-") as name:
+        folder = Path(name)
+        if earlier:
+            (folder / NUMBERS).write_text(json.dumps({"numbers": earlier["numbers"]}))
+        words, started = command(part, folder, device, data), time.monotonic()
+        with (folder / "output").open("w+b") as output:
+            code = _run(words, output.fileno(), seconds)
+            taken_s = time.monotonic() - started
+            output.seek(max(0, output.seek(0, os.SEEK_END) - TAIL))
+            tail = output.read().decode(errors="replace")
+        found = json.loads((folder / NUMBERS).read_text()) if (folder / NUMBERS).exists() else {}
+    status = {0: PASSED, EXIT_SKIPPED: SKIPPED, None: TIMEOUT}.get(code, FAILED)
+    return {
+        "part": part.name,
+        "title": part.title,
+        "status": status,
+        "device": device,
+        "seconds": round(taken_s, 2),
+        "allowed_s": round(seconds, 2),
+        "command": " ".join(words),
+        "exit_code": code,
+        "reason": found.get("skipped"),
+        "numbers": found.get("numbers", {}),
+        "errors": found.get("errors", {}),
+        "tail": tail,
+    }
+
+
+def _run(words: list[str], output: int, seconds: float) -> int | None:
+    """The exit code, or None where the time was over; the process is gone then, and whatever it had started."""
+    # a session of its own, so that all of it can be ended together
+    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(max(0.0, seconds - GRACE_S))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Also what a part that ended by itself has left behind."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(GRACE_S if number == signal.SIGTERM else None)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside the `with` block SIGTERM is a SystemExit, so that what was started is ended too."""
+
+    def stop(*_: object) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,123 @@
+"""Parts that train by `fastssl pretrain`: a run that is killed and resumed, and one that learns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastssl.observe.log import MetricsLog
+from fastssl.train import checkpoint
+
+from .checks import ROOT
+from .task import Failed, Skipped, Task
+
+GIVEN = (Path("shared/data"), Path("../shared/data"))  # of the project, from its root
+ARCHIVE = "cifar10-imagefolder.tar.xz"
+POLL_S = 0.005
+
+
+def resume(task: Task) -> None:
+    """The weights of a run that was killed and resumed are those of one that was left alone, bit for bit."""
+    task.once("resume", lambda: _resume(task))
+
+
+def _resume(task: Task) -> dict[str, Any]:
+    steps, every = (24, 6) if task.rehearsal else (400, 50)
+    whole, killed = task.folder / "whole", task.folder / "killed"
+    options = ["--train.steps", steps, "--train.checkpoint-every", every, "--train.deterministic"]
+    options += ["--train.device", task.device.type, "--train.compile", "off", "--train.log-every", every]
+    if task.rehearsal:
+        options += ["--train.batch-size", 32, "--data.pictures", 600]
+    _fastssl("pretrain", *options, "--run.dir", whole)
+    killed_at = _killed(killed, options)
+    _fastssl("resume", killed)
+    first, second = (_final(folder, steps) for folder in (whole, killed))
+    different = [name for name, value in first.items() if not torch.equal(value, second[name])]
+    if different:
+        raise Failed(f"{len(different)} of {len(first)} tensors differ after the resume, such as {different[0]}")
+    return {"steps": steps, "killed after the checkpoint of step": killed_at, "equal tensors": len(first)}
+
+
+def _killed(folder: Path, options: list[Any]) -> int:
+    """Start a run, kill it as soon as it has a checkpoint of later than its start; the step of that."""
+    process = subprocess.Popen(_command("pretrain", *options, "--run.dir", folder), cwd=ROOT)
+    try:
+        while process.poll() is None:
+            paths = checkpoint.checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
+            if paths and (step := checkpoint.load(paths[-1])["step"]):
+                return step
+            time.sleep(POLL_S)
+        raise Failed(f"the run ended with exit code {process.returncode} before it could be killed")
+    finally:
+        process.kill()
+        if process.wait() == 0:
+            raise Failed("the run ended before the kill reached it")
+
+
+def _final(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(checkpoint.path_of(folder / "checkpoints", step))
+    tensors = dict(state["method"])
+    for number, values in state["optimizer"]["state"].items():
+        tensors |= {f"{name} of parameter {number}": value for name, value in values.items()}
+    return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+def learning(task: Task) -> None:
+    """kNN before and after a short run, on the photographs that are given; on a CPU on a few pictures."""
+    if task.rehearsal:
+        task.once("run", lambda: _learned(task, "quickstart", ["--train.steps", 20, "--data.pictures", 1200]))
+        return
+    root = photographs(task)
+    options = ["--data.root", root, "--train.epochs", 4, "--optim.warmup-epochs", 1, "--eval.every-epochs", 4]
+    # batch norm in the head gets a short run out of the collapse it starts in
+    options += ["--method.head", "mlp-bn", "--method.hidden-dim", 512, "--optim.lr", 0.2]
+    task.once("run", lambda: _learned(task, "mocov2-cifar10", options))
+    graph = ["--train.steps", 200, "--train.cuda-graph", "--eval.every-epochs", 100]
+    task.once("with a CUDA graph", lambda: _learned(task, "mocov2-cifar10", ["--data.root", root, *graph]))
+
+
+def _learned(task: Task, preset: str, options: list[Any]) -> dict[str, Any]:
+    folder = task.folder / f"run-{len(task.numbers)}"
+    _fastssl("pretrain", preset, *options, "--train.device", task.device.type, "--run.dir", folder)
+    records = MetricsLog(folder / "metrics.jsonl").read()
+    end, lines = records[-1], [record for record in records if record["event"] == "train"]
+    if not task.rehearsal and end["knn_top1"] <= end["untrained_top1"]:
+        raise Failed(f"kNN went from {end['untrained_top1']:.2f} to {end['knn_top1']:.2f} %; training must raise it")
+    return {
+        "kNN untrained %": end["untrained_top1"],
+        "kNN %": end["knn_top1"],
+        "images/s": median(line["images_per_s"] for line in lines),
+        "steps": end["step"],
+    }
+
+
+def photographs(task: Task) -> Path:
+    """The folder that was given, or that is in the archive; Skipped where there is none."""
+    places = [task.data] if task.data else [ROOT / place for place in GIVEN]
+    for place in places:
+        archive = place if place.is_file() else place / ARCHIVE
+        if archive.is_file():
+            root = task.folder / "photographs"
+            with tarfile.open(archive) as file:
+                file.extractall(root, filter="data")
+            return root
+        if any(place.glob("train*")):
+            return place
+    raise Skipped(f"no photographs in {' or '.join(map(str, places))}; give a folder or a .tar file with --data")
+
+
+def _command(*words: Any) -> list[str]:
+    return [sys.executable, "-m", "fastssl", *map(str, words)]
+
+
+def _fastssl(*words: Any) -> None:
+    code = subprocess.run(_command(*words), cwd=ROOT, check=False).returncode
+    if code:
+        raise Failed(f"fastssl {' '.join(map(str, words))} ended with exit code {code}")

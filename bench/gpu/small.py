@@ -1,0 +1,102 @@
+"""Part: small images, where launches and input count more than the encoder, beside lightly's loop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench import sides
+from bench import step as step_beside_others
+from bench.peers import Unavailable
+from fastssl.benchmark.command import wait
+from fastssl.benchmark.end_to_end import EndToEnd
+from fastssl.benchmark.recipes import pil_batches
+from fastssl.config import Config
+from fastssl.presets import load
+from fastssl_pipelines.batch import Batch
+
+from .runs import photographs
+from .task import Skipped, Task
+
+
+def small(task: Task) -> None:
+    """MoCo v2 with a ResNet-18 at 32 px: input and step together, then steps alone."""
+    task.once("end to end", lambda: _end_to_end(task))
+    task.once("steps", lambda: _beside_others(task))
+
+
+def _beside_others(task: Task) -> list[dict[str, Any]]:
+    """`python -m bench step`: training steps alone, of fastssl, a plain loop and, if it is installed, lightly."""
+    path = task.folder / "step.json"
+    sizes = ["--batch-size", "16", "--queue-size", "1024", "--width", "0.25", "--steps", "2", "--repeats", "2"]
+    if not task.rehearsal:
+        sizes = ["--batch-size", "512", "--queue-size", "65536", "--steps", "20", "--repeats", "3"]
+    step_beside_others.main([*sizes, "--device", task.device.type, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    return [{**row, "images/s": median(row["images_per_s"]) if row["images_per_s"] else None} for row in rows]
+
+
+def _end_to_end(task: Task) -> dict[str, Any]:
+    """Images/s of input and step together: ours with resident images, and lightly's loop with Pillow in a DataLoader.
+
+    Where lightly is not installed, a plain loop stands for it, in fp32 as lightly's example trains.
+    """
+    preset, seconds = load("mocov2-cifar10"), 1.0 if task.rehearsal else 6.0
+    data = replace(preset.data, workers=2 if task.rehearsal else 12, prefetch=4, **_images(task))
+    train = replace(preset.train, batch_size=32 if task.rehearsal else 512, device=task.device.type)  # type: ignore[arg-type]
+    model = replace(preset.model, norm="local", width=0.25 if task.rehearsal else 1.0)
+    method = replace(preset.method, shuffle=False)  # type: ignore[call-arg]
+    config = replace(preset, data=data, train=train, model=model, method=method)
+    both = EndToEnd(config)
+    both.measure("both", seconds)
+    found: dict[str, Any] = {"fastssl images/s": both.results["both"].rate}
+    if not task.rehearsal:
+        graph = EndToEnd(replace(config, train=replace(train, cuda_graph=True)))
+        graph.measure("both", seconds)
+        found["fastssl with a CUDA graph images/s"] = graph.results["both"].rate
+    name, images_per_s = _lightly_like(config, both, seconds)
+    ours = max(value for key, value in found.items() if key.startswith("fastssl"))
+    return {**found, f"{name} images/s": images_per_s, "times faster": ours / images_per_s, "compared with": name}
+
+
+def _images(task: Task) -> dict[str, Any]:
+    """Photographs where some are given, else procedural pictures."""
+    if not task.rehearsal:
+        try:
+            return {"root": photographs(task), "pictures": 0}
+        except Skipped as reason:
+            print(reason)
+    return {"pictures": 600 if task.rehearsal else 20_000}
+
+
+def _lightly_like(config: Config, both: EndToEnd, seconds: float) -> tuple[str, float]:
+    fp32 = sides.SETTINGS[0]
+    try:
+        name, train_step = "lightly", sides.lightly(config, both.device, fp32)
+    except Unavailable:
+        name, train_step = "plain loop", sides.plain(config, both.device, fp32)
+    batches = _pil(config, both)
+    for batch in islice(batches, 3):
+        train_step(batch)
+    wait(both.device)
+    started, images = time.perf_counter(), 0
+    for batch in batches:
+        train_step(batch)
+        images += len(batch.ids)
+        if time.perf_counter() - started > seconds:
+            break
+    wait(both.device)
+    return name, images / (time.perf_counter() - started)
+
+
+def _pil(config: Config, both: EndToEnd) -> Iterator[Batch]:
+    labels = torch.zeros(config.train.batch_size, dtype=torch.int64, device=both.device)
+    for number, views in enumerate(pil_batches(config, both.executor.source, both.device)):
+        yield Batch(views=views, labels=labels, ids=labels, step=number)
