@@ -57,15 +57,21 @@ def extract_features(encoder: nn.Module, executor: Executor, view: ViewSpec, *, 
         raise ValueError(f"{executor.source.name} has no labelled image; features are taken from those alone")
     was_training = encoder.training
     encoder.eval()
-    rows, labels = [], []
-    shared = len(steps) >= world_size()  # else each rank computes the few there are
+    shared = len(steps) >= world_size()  # Else each rank computes the few there are
     first, last = (
         (len(steps) * number // world_size() for number in (rank(), rank() + 1)) if shared else (0, len(steps))
     )
+    room, rows, labels = (last - first) * BATCH_SIZE, torch.empty(0), []
+    filled = 0
     for batch in executor.stream(steps, first, last):
         known = batch.labels >= 0
-        rows.append(encode(encoder, batch.views[0], dtype=dtype)[known])
+        found = encode(encoder, batch.views[0], dtype=dtype)[known]
+        if not filled:
+            # In one piece, as features of millions of images would not fit a second time to be joined
+            rows = found.new_empty(room, found.shape[1])
+        rows[filled : filled + len(found)] = found
+        filled += len(found)
         labels.append(batch.labels[known])
     encoder.train(was_training)
-    features = Features(torch.cat(rows), torch.cat(labels))
+    features = Features(rows[:filled], torch.cat(labels))
     return Features(*map(gather_uneven_rows, features)) if shared else features

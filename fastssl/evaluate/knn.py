@@ -11,6 +11,9 @@ from fastssl.evaluate.features import extract_features
 from fastssl_pipelines.executor import Executor
 from fastssl_pipelines.views import ViewSpec
 
+_QUERIES = 1024  # at once
+_SIMILARITIES = 2**28  # at once: 1 GiB, where those of 1024 queries with all of ImageNet were 5
+
 
 def knn_of_encoder(
     encoder: nn.Module,
@@ -24,14 +27,9 @@ def knn_of_encoder(
 ) -> Accuracy:
     """Accuracy of the test images by their nearest training images, cosine similarity, all labels in the bank."""
     bank, queries = (extract_features(encoder, executor, view, dtype=dtype) for executor in (train, test))
-    return knn_accuracy(
-        normalize(bank.rows, dim=1),
-        bank.labels,
-        normalize(queries.rows, dim=1),
-        queries.labels,
-        k=k,
-        temperature=temperature,
-    )
+    for rows in (bank.rows, queries.rows):
+        normalize(rows, dim=1, out=rows)
+    return knn_accuracy(bank.rows, bank.labels, queries.rows, queries.labels, k=k, temperature=temperature)
 
 
 @torch.no_grad()
@@ -43,7 +41,6 @@ def knn_accuracy(
     *,
     k: int,
     temperature: float,
-    chunk: int = 1024,
 ) -> Accuracy:
     """Accuracy of a vote of the k nearest bank rows, each weighted by exp(similarity / temperature).
 
@@ -51,12 +48,12 @@ def knn_accuracy(
     The top five are the classes with most votes; a class without any is not among them, and of fewer than five
     classes all that have votes are.
     """
-    bank, bank_labels = bank[bank_labels >= 0], bank_labels[bank_labels >= 0]
-    queries, query_labels = queries[query_labels >= 0], query_labels[query_labels >= 0]
+    (bank, bank_labels), (queries, query_labels) = _labelled(bank, bank_labels), _labelled(queries, query_labels)
     if not len(bank) or not len(queries):
         raise ValueError(f"kNN got {len(bank)} labelled bank rows and {len(queries)} labelled queries; both need some")
     classes = int(bank_labels.max()) + 1
     hits = torch.zeros(2, dtype=torch.int64, device=bank.device)
+    chunk = min(_QUERIES, max(1, _SIMILARITIES // len(bank)))
     for rows, truth in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
         similarity, index = (rows @ bank.T).topk(min(k, len(bank)), dim=1)
         # the largest weight is 1, so that no temperature overflows
@@ -64,3 +61,9 @@ def knn_accuracy(
         votes = torch.zeros(len(rows), classes, device=rows.device).scatter_add_(1, bank_labels[index], weight)
         hits += count_hits(votes.log(), truth)  # log(0) = -inf: no vote, no hit
     return percent(hits, len(queries))
+
+
+def _labelled(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Those with a label; without a copy where all have one."""
+    known = labels >= 0
+    return (rows, labels) if known.all() else (rows[known], labels[known])

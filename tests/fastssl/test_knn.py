@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from fastssl.benchmark.memory import peak_bytes
+from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract_features
 from fastssl.evaluate.knn import knn_accuracy, knn_of_encoder
 from fastssl_pipelines.executor import build_executor
-from fastssl_pipelines.sources import ArraySource
+from fastssl_pipelines.sources import ArraySource, Subset
 from fastssl_pipelines.views import ViewSpec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -34,13 +36,14 @@ def by_definition(bank, bank_labels, queries, query_labels, k, temperature):
 
 
 @pytest.mark.parametrize(("k", "temperature", "chunk"), [(1, 0.1, 3), (7, 0.1, 64), (500, 0.5, 1)])
-def test_knn_equals_its_definition(k, temperature, chunk):
+def test_knn_equals_its_definition(k, temperature, chunk, monkeypatch):
+    monkeypatch.setattr(knn, "_SIMILARITIES", 120 * chunk)
     generator = torch.Generator().manual_seed(3)
     centres = torch.randn(9, 16, generator=generator)
     labels = torch.arange(180) % 9
     rows = normalize(centres[labels] + 2.0 * torch.randn(180, 16, generator=generator), dim=1)
     bank, queries = rows[:120], rows[120:]
-    got = knn_accuracy(bank, labels[:120], queries, labels[120:], k=k, temperature=temperature, chunk=chunk)
+    got = knn_accuracy(bank, labels[:120], queries, labels[120:], k=k, temperature=temperature)
     assert got == pytest.approx(by_definition(bank, labels[:120], queries, labels[120:], k, temperature))
     assert 20 < got.top1 <= got.top5 < 100  # neither chance nor trivial, so that a wrong vote shows
 
@@ -102,3 +105,23 @@ def test_the_length_of_features_does_not_matter():
     assert got != vote(False, True)
     assert got != vote(True, False)
     assert 34 < got.top1 < 100
+
+
+def test_features_are_in_memory_once(monkeypatch):
+    """Those of ImageNet take 10 GB; three copies and the similarities of many queries filled a GPU."""
+    monkeypatch.setattr(knn, "_SIMILARITIES", 2**16)
+    count, features = 8192, 1024
+
+    class Wide(nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, :1] * torch.linspace(-1, 1, features)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
+    source = ArraySource("rows", pixels, np.arange(count) % 3, ("0", "1", "2"))
+    bank, queries = (build_executor("resident", each, mean=MEAN, std=STD) for each in (source, Subset(source, [0, 1])))
+    view = ViewSpec(size=2, centre=1.0)
+
+    def run():
+        knn_of_encoder(Wide(), bank, queries, view, k=5, temperature=0.1, dtype=torch.float32)
+
+    assert peak_bytes(run, torch.device("cpu")) < 1.5 * count * features * 4
