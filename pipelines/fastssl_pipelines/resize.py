@@ -31,9 +31,8 @@ def resized_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     `images`: float32 [B, H, 3, W], grey levels. `boxes`: int32 [B, 4] on the same device. Two matrix products.
     """
     count, image_height, channels, image_width = images.shape
-    top, left, height, width = boxes.unbind(1)
-    rows = _resize_weights(top, height, image_height, size)
-    columns = _resize_weights(left, width, image_width, size)
+    weights = _resize_weights(boxes, max(image_height, image_width), size)
+    rows, columns = weights[:, 0, :, :image_height], weights[:, 1, :, :image_width]
     pixels = torch.bmm(rows, images.view(count, image_height, channels * image_width))
     pixels = torch.bmm(pixels.view(count, size * channels, image_width), columns.transpose(1, 2))
     # The conversion truncates; weights sum to 1, so nothing leaves the range.
@@ -41,16 +40,16 @@ def resized_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     return pixels.transpose(2, 3).contiguous()
 
 
-def _resize_weights(start: Tensor, length: Tensor, image_length: int, size: int) -> Tensor:
-    """Weight of every source pixel in every output pixel along one side, [B, size, image_length].
+def _resize_weights(boxes: Tensor, image_length: int, size: int) -> Tensor:
+    """Weight of every source pixel in every output pixel along both sides, [B, 2, size, image_length].
 
     The antialiased bilinear filter of PIL and torch: a triangle as wide as the scale, at least one pixel to
-    each side, and cut off at the box, as if the box had been cropped first.
+    each side, and cut off at the box, as if the box had been cropped first. Both sides at once are half the launches.
     """
-    start, length = start[:, None, None].float(), length[:, None, None].float()
+    start, length = boxes.float()[:, :, None, None].split(2, dim=1)
     scale = length / size
-    pixel = torch.arange(image_length, device=start.device) - start
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    weights = 1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)
+    pixel = torch.arange(0.5, image_length, device=boxes.device) - start  # centers, as seen from the box
+    center = torch.arange(0.5, size, device=boxes.device)[:, None] * scale
+    weights = 1 - (pixel - center).abs() / scale.clamp(min=1)
     weights = weights.clamp_(min=0).masked_fill_((pixel < 0) | (pixel >= length), 0)
-    return weights / weights.sum(2, keepdim=True)
+    return weights / weights.sum(3, keepdim=True)

@@ -12,8 +12,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl_pipelines import ArraySource, Batch, Executor, TrainingSteps, ViewSpec, available_executors, build_executor
+from fastssl_kernels import use_backend
+from fastssl_pipelines import (
+    ArraySource,
+    Batch,
+    Executor,
+    TrainingSteps,
+    ViewSpec,
+    augmentation,
+    available_executors,
+    build_executor,
+    resident,
+)
 from fastssl_pipelines.handover import HOST_AHEAD, TURN_S
 from fastssl_pipelines.transfer import ALIGNED_BYTES, to_device
 from tests.pipelines import fake_cuda
@@ -181,3 +194,34 @@ def test_many_arrays_come_to_a_device_in_one_copy(cuda):
 def test_nothing_is_copied_for_a_cpu():
     tensors = to_device(ARRAYS, torch.device("cpu"))
     assert all(np.shares_memory(tensor.numpy(), array) for tensor, array in zip(tensors, ARRAYS, strict=True))
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU has to launch: all operations that are no views of others and no empty memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten" and func is not torch.ops.aten.empty.memory_format:
+            self.count += all(given.alias_info is None or given.alias_info.is_write for given in func._schema.returns)
+        return func(*args, **(kwargs or {}))
+
+
+def test_views_are_made_of_resident_images_without_looking_at_the_device_and_in_few_launches(monkeypatch, source):
+    """With tensors that have no values: whoever asks for one, or for a shape that depends on them, gets an error."""
+
+    def on_the_device(arrays, device):
+        return [torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device) for array in arrays]
+
+    for module in (resident, augmentation):
+        monkeypatch.setattr(module, "to_device", on_the_device)
+    plan = steps_of(source)[0]
+    augment = augmentation.Augmentation(**NORMALISATION, device=fake_cuda.DEVICE, dtype=torch.bfloat16)
+    with FakeTensorMode(), use_backend("blockwise"):
+        images = torch.empty(40, 32, 3, 32, dtype=torch.uint8, device=fake_cuda.DEVICE)
+        with Launches() as launches:
+            crops = resident._crops_in_batches(images, fake_cuda.DEVICE, plan)
+        views = augment(plan, crops)
+    assert [tuple(view.shape) for view in views] == [(8, 3, 16, 16), (8, 3, 24, 24)]
+    assert {view.device for view in views} == {fake_cuda.DEVICE}
+    assert launches.count <= 50
