@@ -19,7 +19,7 @@ class Driver:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self.launched: list[Any] = []
+        self.launched: list[tuple[str, int]] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": SHARED_BYTES[self.target], "warpSize": 32},
             load_binary=lambda *_: (None, None, 0, 0, 1024),
@@ -40,7 +40,7 @@ class Driver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What launches a kernel: here it is kept."""
-        return lambda *_: self.launched.append((source.name, metadata))
+        return lambda *_: self.launched.append((source.name, metadata.shared))
 
 
 @contextmanager
