@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +19,7 @@ from fastssl.methods import METHODS, Clock
 from fastssl.presets import load
 from fastssl.train.build import build_step
 from fastssl.train.optim import build_optimizer
-from fastssl.train.step import TrainStep, joined, parts
+from fastssl.train.step import TrainStep, _data_parallel, joined, parts
 from tests.fastssl.small_methods import BATCH, LR, VARIANTS, a_batch, build, sgd
 
 CPU = torch.device("cpu")
@@ -210,3 +212,28 @@ def test_only_the_loss_has_more_to_do_for_a_longer_queue(variant):
         done.append(work.done)
     assert len(done[0]) > 100
     assert done[0] == done[1]
+
+
+@pytest.fixture
+def _one_rank_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank_group")
+def test_gradients_of_a_compiled_method_are_exchanged_while_others_are_computed(monkeypatch):
+    """A graph for each bucket of gradients: with one for all, no exchange would begin before backward ends."""
+    torch.compiler.reset()
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 2000)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    method = build("mocov2")
+    exchanged = _data_parallel(torch.compile(method, backend=keep))
+    exchanged(a_batch("mocov2")).loss.backward()
+    with_parameters = [graph for graph in graphs if any("weight" in node.name for node in graph.graph.nodes)]
+    assert len(with_parameters) > 1
