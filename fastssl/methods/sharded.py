@@ -72,7 +72,8 @@ def sharded_read(query: Tensor, shard: Tensor, *, temperature: float) -> QueueRe
     """
     with torch.no_grad():
         # the products would round them to the shard's dtype anyway
-        here = queue_read(gather_rows(query.to(shard.dtype)), shard, temperature=temperature)
+        everyone = gather_rows(query.to(shard.dtype)).to(query.dtype)
+        here = queue_read(everyone, shard, temperature=temperature)
         lses, means = _of_all_shards(torch.cat([here.lse[:, None], here.mean], 1)).split([1, query.shape[1]], dim=2)
         lse = lses.logsumexp(0)
         mean = ((lses - lse).exp() * means).sum(0)
@@ -83,9 +84,9 @@ def sharded_read(query: Tensor, shard: Tensor, *, temperature: float) -> QueueRe
 @torch.no_grad()
 def largest_product(query: Tensor, shard: Tensor) -> Tensor:
     """The largest product [N] of each row [N, C] of this rank with a key of all shards [K / ranks, C]."""
-    everyone = gather_rows(query.to(shard.dtype))
+    everyone = gather_rows(query.to(shard.dtype)).to(query.dtype)
     nearest = shard[assign_groups(everyone, shard)]
-    return _of_all_shards((everyone.to(query.dtype) * nearest).sum(1)).amax(0)
+    return _of_all_shards((everyone * nearest).sum(1)).amax(0)
 
 
 def _of_all_shards(rows: Tensor) -> Tensor:

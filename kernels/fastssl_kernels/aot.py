@@ -22,13 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .sass import disassemble
-from .triton import augment, bank_gradient, consistency, losses, nearest, reads
-from .triton.configuration import Configuration, aligned_arguments, argument_type
+from .triton import augment, bank_gradient, consistency, losses, nearest, reads, training
+from .triton.configuration import Configuration, aligned_arguments
 
 # Shared memory that one program can have.
 SHARED_BYTES = {f"sm_{number}": size * 1024 for number, size in ((80, 163), (90, 227), (100, 227), (120, 99))}
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100
-_COLUMNS = "{:24} {:38} {:7} {:>9} {:>6} {:>5} {:>7} {:12} {:>6} {:>6}"
+_COLUMNS = "{:24} {:64} {:7} {:>9} {:>6} {:>5} {:>7} {:12} {:>6} {:>6}"
 _HEADINGS = ("kernel", "config", "target", "registers", "spills", "stack", "shared", "tensor cores", "maxima", "/logit")
 
 
@@ -78,23 +78,22 @@ class Usage(NamedTuple):
 
 def compile_for(configuration: Configuration, target: str) -> Usage:
     """Compile one configuration for `target` ("sm_90") and take the result apart."""
-    kernel, constants, dtype, options, logits, label = configuration
-    types = {name: argument_type(name, dtype) for name in kernel.arg_names if name not in constants}
+    kernel, types, logits = configuration.kernel, configuration.types, configuration.logits
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
-        constexprs=constants,
+        constexprs=configuration.fixed,
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned_arguments(configuration)},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=configuration.options)
     sass = disassemble(compiled.asm["cubin"])
     # Of a tile cut evenly; a target that gives some logits to two threads shows as more instructions for each.
     per_thread = logits / (32 * compiled.metadata.num_warps)
     return Usage(
         kernel=kernel.__name__,
-        config=label,
+        config=configuration.label,
         target=target,
-        constants=constants,
+        constants=configuration.constants,
         registers=sass.registers,
         spills=sass.spills,
         stack=sass.stack,
@@ -157,9 +156,9 @@ def _compile_task(task: tuple[int, str]) -> Usage:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Of all launch modules, each once."""
-    modules = (reads, losses, consistency, nearest, bank_gradient, augment)
-    found = {(each.kernel.__name__, each.label): each for module in modules for each in module.configurations()}
+    """What training launches and the heaviest of all launch modules, each once."""
+    modules = (training, reads, losses, consistency, nearest, bank_gradient, augment)
+    found = {each.key: each for module in modules for each in module.configurations()}
     yield from found.values()
 
 

@@ -63,7 +63,6 @@ def update_groups(
     if assignment is None:
         assignment = assign_groups(features, groups)
     checks.check_index(features, assignment=assignment)
-    checks.check_index_values("groups", groups, assignment=assignment)
     sums, members = _group_sums(features, assignment, len(groups))
     old = float_rows(groups, features)
     momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
@@ -76,6 +75,7 @@ def _group_sums(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tens
     """Sum of the rows of each group, and their number; a matrix product, because `index_add_` is not deterministic."""
     dtype = accumulation_dtype(features.dtype)
     sums, members = features.new_zeros(groups, features.shape[1], dtype=dtype), features.new_zeros(groups, dtype=dtype)
+    checks.check_index_values("groups", sums, assignment=assignment)
     numbers = torch.arange(groups, device=features.device)[:, None]
     size = max(1, _MASK_ELEMENTS // groups)
     with torch.autocast(features.device.type, enabled=False):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..numerics import LOG2_E
 from .configuration import Configuration, configure, every_input
-from .launch import Plan, Tiles, make_plan, processors, whole_columns
+from .launch import Plan, Tiles, launch, make_plan, processors, whole_columns
 from .reads import with_unit_stride
 from .tiles import dot, load_tile, round_to
 
@@ -128,7 +128,8 @@ def _read(
     table = TILES[bank.dtype.itemsize]
     plan = make_plan(entries, count, features, bank.dtype, table, temperature=1.0, processors=processors(bank.device))
     gradient = torch.empty(plan.splits, entries, features, dtype=torch.float32, device=bank.device)
-    bank_gradient_kernel[plan.grid(entries)](
+    launch(
+        bank_gradient_kernel, plan.grid(entries),
         rows.contiguous(), bank, row_labels.contiguous(), bank_labels.contiguous(),
         lse.contiguous(), label_weight.contiguous(), upstream.contiguous(), gradient,
         1 / temperature, count, entries, features, bank.stride(0), plan.share,

@@ -1,4 +1,4 @@
-"""What the kernels are compiled for: each launch module lists its own in `configurations()`."""
+"""What the kernels are compiled for: the heaviest, which each launch module lists, and what `training` launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from .launch import TF32_MAX_FEATURES, Plan, Tiles, make_plan
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 _OPERANDS = ("queue", "bank", "stream", "result")
 _LONGS = ("index", "limit", "kept", "order")
 _SWITCHES = ("grey", "solarize", "flip")
@@ -29,6 +29,28 @@ class Configuration(NamedTuple):
     options: dict[str, int]  # num_warps, num_stages
     logits: int  # per tile, 0 for a kernel without
     label: str  # such as "bf16 C=128 full online accuracy"
+    special: tuple[
+        tuple[str, str], ...
+    ] = ()  # arguments with types that `argument_type` does not tell; 1 is a constant
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Hashable, and equal where the compiler gets the same."""
+        sets = (frozenset(values.items()) for values in (self.constants, self.options))
+        return self.kernel.__name__, self.dtype, *sets, self.special
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """All that Triton takes as constants: its own and integers that are 1."""
+        return self.constants | {name: 1 for name, kind in self.special if kind == "1"}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Triton's types of the other arguments."""
+        names = [name for name in self.kernel.arg_names if name not in self.fixed]
+        return {name: argument_type(name, self.dtype) for name in names} | {
+            name: kind for name, kind in self.special if name in names
+        }
 
 
 class Inputs(NamedTuple):
@@ -65,21 +87,47 @@ def every_input() -> Iterator[Inputs]:
 
 def configure(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], tiles: Tiles | None = None) -> Configuration:
     """A configuration with its label; `tiles` for kernels that form logits."""
-    if tiles is None:
-        return Configuration(kernel, constants, dtype, {}, 0, _describe(dtype, constants))
+    options, logits = (tiles.options, tiles.rows * tiles.entries) if tiles else ({}, 0)
+    return Configuration(kernel, constants, dtype, options, logits, _describe(kernel, dtype, constants))
+
+
+def launched(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Configuration:
+    """The configuration for which a launch compiles its kernel."""
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    options = {name: value for name, value in options.items() if name not in constants}
+    dtype = next((value.dtype for name, value in given.items() if name in _OPERANDS), torch.float32)
+    kinds = {name: _type_of(value) for name, value in given.items()}
+    special = tuple((name, kind) for name, kind in kinds.items() if kind != argument_type(name, dtype))
+    logits = constants["ROWS"] * constants["ENTRIES"] if "ENTRIES" in constants else 0
     return Configuration(
-        kernel, constants, dtype, tiles.options, tiles.rows * tiles.entries, _describe(dtype, constants)
+        kernel, constants, dtype, options, logits, _describe(kernel, dtype, constants, special), special
     )
 
 
-def _describe(dtype: torch.dtype, constants: dict[str, Any]) -> str:
-    """dtype, width, and whatever the other constants turn on."""
-    words = [_TYPES[dtype], f"C={constants['FEATURES']}"]
-    words += [name.lower() for name, value in constants.items() if value is True and name != "ROUNDED"]
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "1" if value == 1 else "i32"
+
+
+def _describe(
+    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], special: tuple[tuple[str, str], ...] = ()
+) -> str:
+    """dtype, width, and whatever the other constants turn on or count."""
+    words = [constants["DTYPE"].name if "DTYPE" in constants else _TYPES[dtype], f"C={constants['FEATURES']}"]
+    for name in kernel.arg_names:
+        # of a bank of 16 bits the weights are always rounded
+        if constants.get(name) is True and (name != "ROUNDED" or dtype == torch.float32):
+            words.append(name.lower())
     if "TARGET" in constants:
         words.append(constants["TARGET"])
     if "PRECISION" in constants and dtype == torch.float32:  # else it means nothing
         words.append(constants["PRECISION"])
+    words += [f"{constants[name]} {name.lower()}" for name in ("SPLITS", "COUNT", "TARGETS") if name in constants]
+    words += [f"{name}={kind.strip('*')}" for name, kind in special]
     return " ".join(words)
 
 
@@ -110,11 +158,10 @@ def aligned_arguments(configuration: Configuration) -> list[str]:
 
     Triton specialises on it; without, loads are scalar. The launches widen and copy rows that are not.
     """
-    kernel, constants, dtype, *_ = configuration
-    whole = constants.get("FULL", True)
+    whole = configuration.constants.get("FULL", True)
 
-    def aligned(name: str) -> bool:
+    def aligned(name: str, kind: str) -> bool:
         size = name in ("features", "share") or name.endswith("_stride") or (whole and name == "entries")
-        return size or argument_type(name, dtype).startswith("*")
+        return size or kind.startswith("*")
 
-    return [name for name in kernel.arg_names if name not in constants and aligned(name)]
+    return [name for name, kind in configuration.types.items() if aligned(name, kind)]

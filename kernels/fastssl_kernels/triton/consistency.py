@@ -15,7 +15,7 @@ from ..numerics import LOG2_E
 from ..rows import Rows
 from .combine_consistency import combine_gradients_kernel, combine_moments_kernel
 from .configuration import Configuration, configure, every_input
-from .launch import Plan, Tiles, make_plan, pad_features, processors, splits_at_once, whole_columns
+from .launch import Plan, Tiles, launch, make_plan, pad_features, processors, splits_at_once, whole_columns
 from .moment_read import moment_gradient_kernel, moment_read_kernel
 from .reads import with_unit_stride
 
@@ -45,7 +45,8 @@ class _Reader(NamedTuple):
         """[2, 4 or 7; splits, rows]: what the splits saw at the first reading."""
         plan = self._plan(MOMENT_TILES)
         out = self.empty((7 if plan.constants["ROUNDED"] else 4) if self.tilted else 2, plan.splits, len(self.query))
-        moment_read_kernel[plan.grid(len(self.query))](
+        launch(
+            moment_read_kernel, plan.grid(len(self.query)),
             self.query, self.direction, self.bank, out, *self._scales(), *self._sizes(), plan.share,
             TILTED=self.tilted, **plan.constants, **plan.tiles.options,
         )  # fmt: skip
@@ -55,7 +56,8 @@ class _Reader(NamedTuple):
         """[splits, rows, features]: scale * sum of (softmax * (bias - d) - tilted softmax) * entry."""
         plan = self._plan(GRADIENT_TILES)
         out = self.empty(plan.splits, *self.query.shape)
-        moment_gradient_kernel[plan.grid(len(self.query))](
+        launch(
+            moment_gradient_kernel, plan.grid(len(self.query)),
             self.query, self.direction, self.bank, lse, bias, tilt, out,
             *self._scales(), scale, *self._sizes(), plan.share,
             TILTED=self.tilted, **plan.products, **plan.tiles.options,
@@ -93,7 +95,8 @@ def consistency_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: flo
     reader = _Reader(query, key, with_unit_stride(queue), temperature, tilted=True)
     moments = reader.moments()
     loss, lse, bias, tilt, pair = (reader.empty(rows) for _ in range(5))
-    combine_moments_kernel[(rows,)](
+    launch(
+        combine_moments_kernel, (rows,),
         query, key, moments, loss, lse, bias, tilt, pair,
         scale, 1 / temperature, weight_scale, rows, features, moments.shape[1],
         SPLITS=triton.next_power_of_2(moments.shape[1]),
@@ -103,7 +106,8 @@ def consistency_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: flo
     )  # fmt: skip
     parts = reader.gradients(lse, bias, tilt, 0.5 / (temperature * weight_scale))
     gradient = reader.empty(rows, features)
-    combine_gradients_kernel[(rows,)](
+    launch(
+        combine_gradients_kernel, (rows,),
         query, key, parts, pair, loss, gradient, scale, 1 / scale, rows, features, len(parts),
         SPLITS=splits_at_once(len(parts), features),
         FEATURES=pad_features(features),
@@ -147,9 +151,8 @@ def configurations() -> Iterator[Configuration]:
             gradients = inputs.plan(GRADIENT_TILES[inputs.dtype.itemsize])
             constants = gradients.products | {"TILTED": tilted}
             yield configure(moment_gradient_kernel, inputs.dtype, constants, gradients.tiles)
-    for features in (128, 512):
-        common = {"FEATURES": features, "POSITIVE": True}
-        yield configure(combine_moments_kernel, torch.float32, common | {"SPLITS": 256, "ROUNDED": True})
-        for dtype in _TRITON_DTYPES:
-            constants = common | {"SPLITS": splits_at_once(256, features), "DTYPE": _TRITON_DTYPES[dtype]}
-            yield configure(combine_gradients_kernel, dtype, constants)
+    common = {"FEATURES": 512, "POSITIVE": True}
+    yield configure(combine_moments_kernel, torch.float32, common | {"SPLITS": 256, "ROUNDED": True})
+    for dtype in _TRITON_DTYPES.values():
+        constants = common | {"SPLITS": splits_at_once(256, 512), "DTYPE": dtype}
+        yield configure(combine_gradients_kernel, torch.float32, constants)

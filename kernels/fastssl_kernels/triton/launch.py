@@ -1,9 +1,10 @@
-"""How the read kernels are launched: tile sizes, precision, splits of the bank."""
+"""How the read kernels are launched: tile sizes, precision, splits of the bank; and what notes it instead."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,32 @@ TILES: dict[tuple[bool, int], dict[int, Tiles]] = {
     (True, 2): {128: Tiles(32, 32, 4, 2), 256: Tiles(16, 32, 4, 2), 512: Tiles(16, 32, 8, 2)},
     (True, 4): {128: Tiles(16, 32, 8, 2), 256: Tiles(16, 16, 8, 2), 512: Tiles(16, 16, 8, 1)},
 }
+
+
+_Note = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_note: _Note | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run a kernel; inside `noted_launches` tell of it only."""
+    if _note is None:
+        kernel[grid](*arguments, **options)
+    else:
+        _note(kernel, arguments, options)
+
+
+@contextmanager
+def noted_launches(note: _Note) -> Iterator[None]:
+    """Inside the `with` block nothing is launched, and `note` gets each kernel, its arguments and its options.
+
+    The losses then run without a GPU on any device, also "meta", and what they return means nothing.
+    """
+    global _note
+    previous, _note = _note, note
+    try:
+        yield
+    finally:
+        _note = previous
 
 
 class Plan(NamedTuple):
@@ -151,6 +178,7 @@ def splits_at_once(splits: int, features: int) -> int:
 
 
 TF32_MAX_FEATURES = 256
+H100_PROCESSORS = 132
 
 
 def precision(features: int) -> str:
@@ -166,4 +194,6 @@ def precision(features: int) -> str:
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; the interpreter has none, and 16 lets small tests split the queue."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return H100_PROCESSORS if device.type == "meta" else 16

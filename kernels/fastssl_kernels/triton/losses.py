@@ -16,7 +16,7 @@ from .combine_pairs import combine_pairs_kernel
 from .combine_target import combine_target_kernel
 from .configuration import Configuration, configure
 from .consistency import consistency_rows, queue_read_gradient
-from .launch import pad_features, splits_at_once, whole_columns
+from .launch import launch, pad_features, splits_at_once, whole_columns
 from .nearest import nearest
 from .reads import Partials, read_banks, read_labelled
 
@@ -179,7 +179,8 @@ def _combine_pairs(
     second_key, weight = mixed or (key, negatives.lse)
     rows, features = query.shape
     out = Rows(*_empty_rows(query), negatives.lse.new_empty(rows if accuracy else 0))
-    combine_pairs_kernel[(rows,)](
+    launch(
+        combine_pairs_kernel, (rows,),
         query, key, second_key.contiguous(), weight.contiguous(),
         negatives.lse, negatives.mean, *(positives or negatives)[:2], negatives.largest, *out,
         LOG2_E / temperature, 1 / temperature, rows, features, len(negatives.lse),
@@ -208,7 +209,8 @@ def _combine_target(
     empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     loss, gradient = _empty_rows(query)
     lse, share, hits = empty(rows), empty(rows if positives else 0), empty(rows if accuracy else 0)
-    combine_target_kernel[(rows,)](
+    launch(
+        combine_target_kernel, (rows,),
         query, query if key is None else key.contiguous(),
         bank.contiguous(), index.contiguous(), weight.contiguous(),
         entries.lse, entries.mean, *(positives or entries)[:2], entries.largest,
@@ -231,8 +233,7 @@ def _empty_rows(query: Tensor) -> tuple[Tensor, Tensor]:
 
 def configurations() -> Iterator[Configuration]:
     """What the combine kernels here are compiled for: the most splits and features at once, everything on."""
-    for features in (128, 512):
-        common = {"SPLITS": splits_at_once(64, features), "FEATURES": features, "ACCURACY": True}
-        yield configure(combine_pairs_kernel, torch.float32, common | {"LABELLED": True, "MIXED": True})
-        for target in ("teachers", "entries", "positives"):
-            yield configure(combine_target_kernel, torch.float32, common | {"TARGET": target, "OWN": True})
+    common = {"SPLITS": splits_at_once(64, 512), "FEATURES": 512, "ACCURACY": True}
+    yield configure(combine_pairs_kernel, torch.float32, common | {"LABELLED": True, "MIXED": True})
+    for target in ("teachers", "entries", "positives"):
+        yield configure(combine_target_kernel, torch.float32, common | {"TARGET": target, "OWN": True})

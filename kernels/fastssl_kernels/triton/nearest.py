@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configuration import Configuration, configure, every_input
-from .launch import Tiles, make_plan, processors, whole_columns
+from .launch import Tiles, launch, make_plan, processors, whole_columns
 from .reads import with_unit_stride
 from .tiles import dot, load_tile, round_to
 
@@ -130,7 +130,8 @@ def _read(rows: Tensor, bank: Tensor, count: int, limit: Tensor | None) -> Tenso
     plan = make_plan(queries, entries, features, bank.dtype, table, temperature=1.0, processors=processors(bank.device))
     slots = triton.next_power_of_2(count)
     kept = torch.empty(queries, plan.splits, slots, dtype=torch.int64, device=bank.device)
-    nearest_kernel[plan.grid(queries)](
+    launch(
+        nearest_kernel, plan.grid(queries),
         rows, bank, kept if limit is None else limit, kept,
         queries, entries, features, bank.stride(0), plan.share,
         COUNT=slots, LIMITED=limit is not None, **plan.products, **plan.tiles.options,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..numerics import LOG2_E
 from .configuration import Configuration, configure, every_input
 from .labelled_read import labelled_read_kernel
-from .launch import TILES, make_plan, processors
+from .launch import TILES, launch, make_plan, processors
 from .read import read_kernel
 
 
@@ -56,7 +56,8 @@ def read_banks(
     out = empty_partials(query, sum(plan.splits for plan in plans), stacked, accuracy)
     first = 0
     for bank, plan in zip(banks, plans, strict=True):
-        read_kernel[plan.grid(stacked)](
+        launch(
+            read_kernel, plan.grid(stacked),
             query, teacher, bank, *(part[first:] for part in out),
             LOG2_E / temperature, LOG2_E / teacher_temperature,
             len(query), stacked, *bank.shape, bank.stride(0), plan.share,
@@ -91,7 +92,8 @@ def read_labelled(
     )
     first = empty_partials(query, plan.splits, rows, accuracy)
     positives = empty_partials(query, plan.splits, rows, accuracy=False)
-    labelled_read_kernel[plan.grid(rows)](
+    launch(
+        labelled_read_kernel, plan.grid(rows),
         query, queue, query_labels.contiguous(), queue_labels.contiguous(),
         first.lse, first.mean, positives.lse, positives.mean, first.largest,
         LOG2_E / temperature, rows, entries, features, queue.stride(0), plan.share,
