@@ -292,7 +292,9 @@ def from_json(text: str) -> Config:
 def _method(values: Any) -> MethodConfig:
     if not isinstance(values, dict):
         raise refused("method", values, "an object with the name and the options of a method")
-    name, options = values.get("name"), {key: value for key, value in values.items() if key != "name"}
+    # runs from before there was the option had this
+    options = {"queue_dtype": "fp32"} | {key: value for key, value in values.items() if key != "name"}
+    name = values.get("name")
     if not isinstance(name, str):
         raise refused("method.name", name, "the name of a method")
     if name not in METHODS:
