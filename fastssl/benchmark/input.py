@@ -23,6 +23,7 @@ from fastssl.observe.screen import Table, open_screen
 from fastssl.presets import load
 from fastssl.train.data import split_roots
 from fastssl.train.device import choose_device, choose_dtype
+from fastssl.train.input import worker_count
 from fastssl.validation import Checked, Count, Images, Seconds, Threads
 from fastssl_pipelines.executor import available_executors
 from fastssl_pipelines.index import cache_folder
@@ -47,8 +48,8 @@ class Options(Checked):
     """images, as --data.root of a run; without it, generated photographs of ImageNet's sizes"""
     images: Images = 512
     """photographs to generate, where there is no --root; they are kept for the next time"""
-    workers: Threads = 2
-    """threads or processes of every candidate"""
+    workers: Threads | None = None
+    """threads or processes of every candidate; by default as --data.workers of a run"""
     batch_size: Images = 64
     """images a batch"""
     seconds: Seconds = 5.0
@@ -83,7 +84,12 @@ def run(options: Options) -> int:
         )
     facts = {
         **facts,
-        "settings": {**asdict(options), "device": device.type, "dtype": str(dtype).removeprefix("torch.")},
+        "settings": {
+            **asdict(options),
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "workers": worker_count(config.data, device),
+        },
         "views": [asdict(view) for view in config.views],
         "images": {"source": source.name, "count": len(source), "mean_bytes": _read_all(source)},
         "plan_ms": {"views": rates.PLANNED_VIEWS, "median": rates.plan_ms(config, source)},

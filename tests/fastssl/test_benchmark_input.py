@@ -20,6 +20,7 @@ from fastssl.benchmark import rates
 from fastssl.benchmark.recipes import dali_batches, pil_batches, pil_transform
 from fastssl.cli import main
 from fastssl.presets import load
+from fastssl.train import input as train_input
 from fastssl.train.build import training_steps
 from fastssl.train.data import split_roots
 from fastssl.train.device import choose_dtype
@@ -222,3 +223,13 @@ def test_large_sources_are_cut_and_broken_images_left_out(root, monkeypatch):
     assert len(set(names)) == 8
     assert source.name_of(3) not in names
     assert {name[0] for name in names} == {"a", "b"}
+
+
+def test_workers_are_those_of_a_run_where_nobody_says(monkeypatch, root, tmp_path, capsys):
+    monkeypatch.setattr(train_input.os, "sched_getaffinity", lambda process: range(12), raising=False)
+    path = tmp_path / "input.json"
+    at = TINY.index("--workers")
+    arguments = ["--root", str(root), "--pipelines", "resident", *TINY[:at], *TINY[at + 2 :], "--json", str(path)]
+    assert main(["bench", "input", *arguments]) == 0
+    assert json.loads(path.read_text())["settings"]["workers"] == 3
+    assert " 3 workers, " in capsys.readouterr().out
