@@ -26,7 +26,7 @@ PEERS = [side for side in SIDES if side != "fastssl"]
 def test_step(benchmark: BenchmarkFixture, device: torch.device, sizes: Sizes, setting: Setting, side: str) -> None:
     """The methods' CIFAR-10 presets, not compiled, on random views in memory; the peers have mocov2's."""
     benchmark.group = f"training step, ResNet-18, 32 px, {setting.name}"
-    config = _configuration("mocov2" if side in PEERS else side, sizes.step)
+    config = configuration("mocov2" if side in PEERS else side, sizes.step)
     batches = [as_training(batch, setting.dtype, setting.layout) for batch in synthetic_batches(config, device)]
     turns = itertools.cycle(batches)
     try:
@@ -40,7 +40,7 @@ def test_step(benchmark: BenchmarkFixture, device: torch.device, sizes: Sizes, s
     assert last != first
 
 
-def _configuration(method: str, cut: Cut | None) -> Config:
+def configuration(method: str, cut: Cut | None) -> Config:
     """The CIFAR-10 preset of a method; MoCo v1, which has none, takes that of MoCo v2."""
     config = load(f"{'mocov2' if method == 'mocov1' else method}-cifar10")
     if method == "mocov1":

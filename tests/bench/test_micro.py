@@ -6,13 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("pytest_benchmark")
+
+from bench import conftest
+from bench.micro.sizes import GPU
+from bench.micro.test_step import configuration
+from fastssl.methods import METHODS
+from fastssl.presets import load
 
 REPOSITORY = Path(__file__).parents[2]
 SABOTAGE = """
@@ -80,6 +88,7 @@ def test_a_wrong_value_is_a_failure(tmp_path: Path) -> None:
     assert ended["test_losses", "failure"] == ended["test_losses", "passed"] + 1
 
 
+@pytest.mark.slow
 def test_peers_are_timed_side_by_side(tmp_path: Path) -> None:
     """With `-n auto` in its settings pytest would refuse to time."""
     path = tmp_path / "timed.json"
@@ -91,3 +100,20 @@ def test_peers_are_timed_side_by_side(tmp_path: Path) -> None:
     assert groups == {"EMA": 3, "enqueue": 2}
     assert all(benchmark["stats"]["median"] > 0 for benchmark in saved["benchmarks"])
     assert {"device", "versions"} <= set(saved["machine_info"])
+
+
+def test_the_clock_of_a_gpu_waits_for_it(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.05))
+    monkeypatch.setattr(conftest, "DEVICE", torch.device("cuda"))
+    started = time.perf_counter()
+    conftest.pytest_collection_modifyitems([request.node])
+    marker = request.node.get_closest_marker("benchmark")
+    assert marker.kwargs["timer"]() - started >= 0.05
+
+
+def test_on_a_gpu_steps_have_the_sizes_of_their_presets() -> None:
+    for method in METHODS:
+        preset = load("mocov2-cifar10" if method == "mocov1" else f"{method}-cifar10")
+        config = configuration(method, GPU.step)
+        assert config.method.name == method
+        assert (config.train, config.model) == (preset.train, preset.model)
