@@ -7,14 +7,18 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch.nn.functional import normalize
 
 from fastssl.cli import main
 from fastssl.config import from_json
 from fastssl.methods import METHODS, Clock, smog
+from fastssl.methods.momentum import SHARDABLE
 from fastssl.models.kmeans import spherical_kmeans
-from fastssl.models.queue import KeyQueue
+from fastssl.models.queue import KeyQueue, queue_hash
 from fastssl.train import checkpoint
+from tests.fastssl.rank_runs import a_method, a_run, join
 from tests.fastssl.small_methods import BATCH, a_batch, a_step, build, sgd
 from tests.fastssl.test_runs import assert_same, final_state
 from tests.faults.runs import contents, refusal, train
@@ -274,3 +278,68 @@ def test_an_old_checkpoint_does_not_go_on_with_a_rounded_queue(tmp_path, capsys)
 
 def test_a_checkpoint_with_a_rounded_queue_is_evaluated_anywhere(rounded_run):
     assert main(["eval", "knn", str(rounded_run)]) == 0
+
+
+def run_of(name, shard=False):
+    """A run with a bfloat16 queue, its queues' hash, and the dtypes in which unit rows were gathered after steps."""
+    options = {"bank_dtype": torch.bfloat16} | ({"shard_queue": True} if shard else {})
+    method = a_method(name, options)
+    gathered, gather_keys = [], method.gather_keys
+
+    def recorded(keys):
+        rows = gather_keys(keys)
+        gathered.append(rows.dtype)
+        return rows
+
+    method.gather_keys = recorded
+    run = a_run(method, range(3))
+    return run, queue_hash(method), set(gathered)
+
+
+def a_rank(number, folder):
+    join(f"{folder}/store", number, 2)
+    whole = {name: run_of(name) for name in METHODS if name != "smog"}  # which has batch norm in its heads
+    shards = {name: run_of(name, shard=True) for name in SHARDABLE}
+    torch.save((whole, shards), f"{folder}/{number}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(a_rank, (str(folder),), nprocs=2)
+    return [torch.load(folder / str(number), weights_only=False) for number in range(2)]
+
+
+def assert_close_runs(run, expected, share):
+    for ours, theirs in zip(run[0], expected[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=share, atol=0)
+    for ours, theirs in zip(run[2], expected[2], strict=True):
+        assert (ours - theirs).norm() < 8 * share * theirs.norm()
+    for entry, value in expected[3].items():
+        if value.dtype == torch.bfloat16:
+            assert run[3][entry].dtype == torch.bfloat16
+            torch.testing.assert_close(run[3][entry], value, rtol=2**-7, atol=1e-4)  # a bit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "smog"])
+def test_ranks_gather_rounded_keys_and_train_as_one(two_ranks, name):
+    expected, _, _ = run_of(name)
+    for whole, _ in two_ranks:
+        run, _, gathered = whole[name]
+        assert gathered == {torch.bfloat16}
+        assert_close_runs(run, expected, 1e-4)
+    assert two_ranks[0][0][name][1] == two_ranks[1][0][name][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDABLE)
+def test_shards_of_a_rounded_queue_train_as_the_whole_but_for_rounded_queries(two_ranks, name):
+    expected, _, _ = run_of(name)
+    for _, shards in two_ranks:
+        run, hashed, _ = shards[name]
+        assert_close_runs(run, expected, 2e-3)
+        whole = a_method(name, {"bank_dtype": torch.bfloat16})
+        whole.load_state_dict(run[3])
+        assert hashed == queue_hash(whole)
