@@ -9,13 +9,14 @@ from fastssl import cli
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl_pipelines.errors import DataError
 
-from . import learning, losses, step
+from . import learning, load, losses, step
 from .gpu import command as gpu
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "losses": losses.main,
     "learning": learning.main,
     "step": step.main,
+    "load": load.main,
     "gpu": gpu.main,
     "input": lambda arguments: cli.bench(["input", *arguments]),
 }
@@ -26,6 +27,7 @@ usage: python -m bench COMMAND [...]
   step      a MoCo training step beside lightly's and a plain loop
   learning  kNN of every method after the same short training on CIFAR-10 photographs
   gpu       all that a machine with a GPU can prove, in minutes and with a summary; on a CPU a rehearsal
+  load      the first command of the README beside processes that only compute
   input     images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators
 
 `python -m bench COMMAND --help` lists its options.

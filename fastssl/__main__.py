@@ -1,3 +1,3 @@
-from fastssl.cli import command
+from fastssl.start import command
 
 command()

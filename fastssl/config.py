@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from fastssl.arguments import Suppress
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.methods import METHODS, MethodConfig
 from fastssl.validation import (
@@ -184,11 +183,12 @@ class TrainConfig(Checked, prefix="--train."):
     """bf16 autocast; fp16 autocast with a scaled loss; fp32, on a GPU with exact or with TF32 products. auto is bf16
     where the device computes in it, else fp16 on a GPU that is fast in it, else fp32."""
     deterministic: bool = False
-    """Take only algorithms that give the same bits at every run, on a GPU slower ones; a CPU needs no option."""
+    """Take only algorithms that give the same bits at every run, on a GPU slower ones; on a CPU a fixed number of
+    threads, as OMP_NUM_THREADS does too, where otherwise as many compute as help."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the method; auto is on for CUDA and off on a CPU, where it was seen to gain nothing."""
     cuda_graph: bool = False
-    """Capture forward and backward as one CUDA graph, which saves launches; one GPU alone."""
+    """Capture the whole step as one CUDA graph, which saves launches; one GPU alone."""
     non_finite: Literal["stop", "skip"] = "stop"
     """When loss or gradient is not finite: stop, or go back to the last checkpoint and leave that step out."""
     log_every: Count = 20
@@ -233,11 +233,11 @@ class Config(Checked):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    preset: Annotated[str, tyro.conf.Suppress] = "custom"
-    views: Annotated[tuple[ViewSpec, ...], tyro.conf.Suppress]
-    odd_views: Annotated[tuple[ViewSpec, ...], tyro.conf.Suppress] = ()
+    preset: Annotated[str, Suppress] = "custom"
+    views: Annotated[tuple[ViewSpec, ...], Suppress]
+    odd_views: Annotated[tuple[ViewSpec, ...], Suppress] = ()
     """Views of odd steps where they differ; the two view sets of SMoG swap their roles at every step."""
-    eval_view: Annotated[ViewSpec, tyro.conf.Suppress]
+    eval_view: Annotated[ViewSpec, Suppress]
 
     def __post_init__(self) -> None:
         super().__post_init__()

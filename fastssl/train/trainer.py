@@ -43,6 +43,7 @@ from fastssl.train.interrupt import EXIT_STOPPED, StopRequest
 from fastssl.train.schedule import learning_rate
 from fastssl.train.state import load_state, require_whole
 from fastssl.train.step import seed_step
+from fastssl.train.threads import ThreadChoice
 
 RAW_PIXELS_AT_MOST = 100_000  # images; beyond that the baseline costs more than it tells
 SKIPPED_AT_MOST = 10  # steps that are left out; a run that breaks more often is not about to recover
@@ -125,11 +126,14 @@ class Trainer:
         window = Window(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
         if self.window_state:
             window.load_state(self.window_state)
+        threads = ThreadChoice(self.reporter.say, fixed=config.deterministic or self.device.type != "cpu")
         with closing(self.executor.stream(self.steps, first, total)) as stream:
             for batch in window.timed(stream):
                 if batch.step not in self.skipped:
                     clock = Clock(batch.step, total, self.steps.steps_per_epoch)
-                    window.add(batch, self.train_step(batch, clock, self._learning_rate(batch.step)))
+                    with threads.timed():
+                        output = self.train_step(batch, clock, self._learning_rate(batch.step))
+                    window.add(batch, output)
                 done = batch.step + 1
                 last, stopping = done == total, stop.agreed()
                 saving = last or stopping or done % config.checkpoint_every == 0
