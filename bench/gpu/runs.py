@@ -29,12 +29,12 @@ def resume(task: Task) -> None:
 
 
 def _resume(task: Task) -> dict[str, Any]:
-    steps, every = (24, 6) if task.rehearsal else (400, 50)
+    steps, every = (12, 4) if task.rehearsal else (400, 50)
     whole, killed = task.folder / "whole", task.folder / "killed"
     options = ["--train.steps", steps, "--train.checkpoint-every", every, "--train.deterministic"]
     options += ["--train.device", task.device.type, "--train.compile", "off", "--train.log-every", every]
     if task.rehearsal:
-        options += ["--train.batch-size", 32, "--data.pictures", 600]
+        options += ["--train.batch-size", 16, "--data.pictures", 300]
     _fastssl("pretrain", *options, "--run.dir", whole)
     killed_at = _killed(killed, options)
     _fastssl("resume", killed)
@@ -72,7 +72,12 @@ def _final(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def learning(task: Task) -> None:
     """kNN before and after a short run, on the photographs that are given; on a CPU on a few pictures."""
     if task.rehearsal:
-        task.once("run", lambda: _learned(task, "quickstart", ["--train.steps", 20, "--data.pictures", 1200]))
+        task.once(
+            "run",
+            lambda: _learned(
+                task, "quickstart", ["--train.steps", 20, "--train.batch-size", 64, "--data.pictures", 600]
+            ),
+        )
         return
     root = photographs(task)
     options = ["--data.root", root, "--train.epochs", 4, "--optim.warmup-epochs", 1, "--eval.every-epochs", 4]
