@@ -206,6 +206,8 @@ def update_groups(
     checks.check_rows(features=features, groups=groups)
     checks.check_momentum(features, momentum)
     assignment = assign_groups(features, groups) if assignment is None else assignment
+    checks.check_index(features, assignment=assignment)
+    checks.check_index_values("groups", groups, assignment=assignment)
     members = F.one_hot(assignment, len(groups)).T.to(accumulation_dtype(features.dtype))
     count = members.sum(1, keepdim=True)
     old = float_rows(groups, features)

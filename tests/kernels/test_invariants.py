@@ -274,3 +274,29 @@ def test_the_gradient_is_orthogonal_to_rows_before_normalisation(given: Inputs, 
     (gradient,) = torch.autograd.grad(total, raw)
     assert gradient.norm() > 0.01
     assert_same((F.cosine_similarity(gradient, raw),), (torch.zeros_like(gradient[:, 0]),))
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+def test_groups_move_to_the_rows_that_a_caller_assigned_to_them(backend: str) -> None:
+    given = make_inputs(9, 5, 16).to(torch.float32, torch.float32)
+    chosen = torch.arange(9) % 3
+    with use_backend(backend):
+        groups, assignment = fk.update_groups(given.query, given.queue, momentum=0.0, assignment=chosen)
+        own = fk.update_groups(given.query, given.queue, momentum=0.5)
+        again = fk.update_groups(given.query, given.queue, momentum=0.5, assignment=own[1])
+    assert torch.equal(assignment, chosen)
+    means = F.normalize(torch.stack([given.query[chosen == number].mean(0) for number in range(3)]), dim=1)
+    torch.testing.assert_close(groups, torch.cat([means, given.queue[3:]]), rtol=0, atol=1e-6)
+    assert_same(again[:1], own[:1])
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+def test_assignments_that_no_group_can_have(backend: str) -> None:
+    given = make_inputs(9, 5, 16).to(torch.float32, torch.float32)
+    for wrong, error, words in (
+        (torch.full((9,), 5), IndexError, "assignment holds 5; it must hold rows of groups, from 0 to 4"),
+        (torch.zeros(8, dtype=torch.int64), ValueError, r"assignment has shape \[8\]"),
+        (torch.zeros(9, dtype=torch.int32), TypeError, "assignment has dtype torch.int32"),
+    ):
+        with use_backend(backend), pytest.raises(error, match=words):
+            fk.update_groups(given.query, given.queue, momentum=0.0, assignment=wrong)

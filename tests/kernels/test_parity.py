@@ -188,3 +188,19 @@ def test_strided_inputs(loss: str, backend: str, device: str) -> None:
     for strided in (every_other, transposed):
         errors = parity.errors(parity.evaluate(loss, strided, 0.2, backend), expected)
         assert max(errors) < 1e-6
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:])
+def test_mixco_with_the_keys_of_the_batch_in_16_bits(backend: str, device: str, dtype: torch.dtype) -> None:
+    """As training has them: beside a bank of 16 bits the batch's keys are rounded, and the queries are not."""
+    inputs = make_inputs(17, 70, 128)
+    rounded = replace(inputs, key=inputs.key.to(dtype).double())
+    prepared = parity.prepare("mixco", rounded, dtype, device)
+    truth = parity.evaluate_truth("mixco", prepared, 0.2)
+    in_16_bits = replace(prepared, key=prepared.key.to(dtype))
+    assert torch.equal(in_16_bits.key.float(), prepared.key)
+    errors = parity.errors(parity.evaluate("mixco", in_16_bits, 0.2, backend), truth)
+    tolerated = parity.tolerances("mixco", dtype)
+    assert errors.loss < tolerated.loss
+    assert errors.gradient < tolerated.gradient
