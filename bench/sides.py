@@ -63,7 +63,7 @@ def plain(config: Config, device: torch.device, setting: Setting) -> Step:
     """What one writes after the paper and the official code: logits in one tensor, a loop for the momentum."""
     method = cast(MoCoV2, build_method(config, device).to(memory_format=setting.layout))  # type: ignore[call-overload]
     query_encoder, key_encoder = method.query_encoder, method.key_encoder
-    queue, place = method.queue.keys.T.clone(), 0
+    queue, place = method.queue.keys.T.float().clone(), 0
     optimizer = torch.optim.SGD(query_encoder.parameters(), lr=LR)
 
     def step(batch: Batch) -> Tensor:
@@ -94,7 +94,7 @@ def lightly(config: Config, device: torch.device, setting: Setting) -> Step:
     losses, modules, utils = (_lightly(name) for name in ("loss", "models.modules", "models.utils"))
     method = cast(MoCoV2, build_method(config, device))
     backbone, own_head = cast(Encoder, method.encoder()), method.query_encoder[1]
-    queue = method.queue.keys
+    queue = method.queue.keys.float()  # whatever the dtype of ours
     head = modules.MoCoProjectionHead(backbone.feature_dim, backbone.feature_dim, queue.shape[1]).to(device)
     with torch.no_grad():
         for theirs, weights in zip(head.parameters(), own_head.parameters(), strict=True):

@@ -30,8 +30,9 @@ from .task import Failed, Skipped, Task
 ROOT = Path(__file__).parents[2]
 GPU_FACTS = (
     *("name", "driver_version", "memory.total", "memory.used", "utilization.gpu", "temperature.gpu", "power.draw"),
-    *("power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks_throttle_reasons.active", "mig.mode.current"),
+    *("power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "mig.mode.current"),
 )
+MOST_STEPS = 20  # in fp16 until a weight moves
 HELPFUL = ("tyro", "rich", "nvidia.dali", "lightly", "pytest", "xdist", "hypothesis", "timm", "matplotlib")
 
 
@@ -88,7 +89,7 @@ def _is_bad(case: ElementTree.Element) -> bool:
 
 def verify(task: Task) -> None:
     """`fastssl verify`, a dtype at a time; on a CPU of one loss."""
-    for name in DTYPES:
+    for name in reversed(DTYPES):  # those that training takes first
         task.once(name, partial(_verified, task, name))
 
 
@@ -121,28 +122,29 @@ def _overflow(device: torch.device, optimizer: Literal["sgd", "lars"]) -> dict[s
     batch = as_training(synthetic_batches(config, device)[0], torch.float16, torch.channels_last)
     weights = [p for p in method.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in weights]
-    scale = step.scaler.get_scale() if step.scaler.is_enabled() else 0.0
 
+    def furthest_move() -> float:
+        return max((p - old).abs().max().item() for p, old in zip(weights, before, strict=True))
+
+    scale = step.scaler.get_scale()
     overflow = weights[0].register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     step(batch, Clock(0, NO_END, NO_END), config.optim.lr)
     overflow.remove()
-    if not all(torch.equal(p, old) for p, old in zip(weights, before, strict=True)):
-        raise Failed("the step with the overflow moved weights")
-    momenta = [values[name] for values in step.optimizer.state.values() for name in values if "momentum" in name]
-    momenta = [m for m in momenta if m is not None]
-    if not all(bool(torch.all(m == 0)) for m in momenta):
-        raise Failed("the step with the overflow left momentum that is not 0, which the next step takes as real")
     halved = step.scaler.get_scale()
-
-    for number in (1, 2):
-        output = step(batch, Clock(number, NO_END, NO_END), config.optim.lr)
-    if not all(bool(p.isfinite().all()) for p in weights) or not output.loss.isfinite():
-        raise Failed("weights or loss are not finite after two more steps")
-    if not any(not torch.equal(p, old) for p, old in zip(weights, before, strict=True)):
-        raise Failed("no weight moved in two more steps")
     if halved != scale / 2:
         raise Failed(f"the scale went from {scale:g} to {halved:g}; an overflow must halve it")
-    moved = max((p - old).abs().max().item() for p, old in zip(weights, before, strict=True))
-    if moved > 10:
-        raise Failed(f"a weight moved by {moved:.3g} in two steps")
-    return {"scale before": scale, "after": halved, "furthest move of a weight": moved, "loss": output.loss.item()}
+    if furthest_move() != 0:
+        raise Failed("the step with the overflow moved weights")
+    states = step.optimizer.state.values()
+    momenta = [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
+    if not all(bool(torch.all(momentum == 0)) for momentum in momenta):
+        raise Failed("the step with the overflow left momentum that is not 0, which the next step takes as real")
+
+    done = 1
+    while furthest_move() == 0 and done < MOST_STEPS:  # the scale may have to fall further
+        output = step(batch, Clock(done, NO_END, NO_END), config.optim.lr)
+        done += 1
+    moved = furthest_move()
+    if not 0 < moved < 10 or not output.loss.isfinite():
+        raise Failed(f"after {done} steps the furthest move of a weight is {moved:g} and the loss {output.loss:g}")
+    return {"scale before": scale, "after": halved, "steps": done, "furthest move of a weight": moved}

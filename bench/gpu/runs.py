@@ -21,6 +21,7 @@ from .task import Failed, Skipped, Task
 GIVEN = (Path("shared/data"), Path("../shared/data"))  # of the project, from its root
 ARCHIVE = "cifar10-imagefolder.tar.xz"
 POLL_S = 0.005
+SHIPPED = ("--train.steps", 200, "--eval.every-epochs", 100)
 
 
 def resume(task: Task) -> None:
@@ -80,12 +81,18 @@ def learning(task: Task) -> None:
         )
         return
     root = photographs(task)
-    options = ["--data.root", root, "--train.epochs", 4, "--optim.warmup-epochs", 1, "--eval.every-epochs", 4]
+    short = ["--data.root", root, "--train.epochs", 4, "--train.batch-size", 256, "--optim.warmup-epochs", 1]
     # batch norm in the head gets a short run out of the collapse it starts in
-    options += ["--method.head", "mlp-bn", "--method.hidden-dim", 512, "--optim.lr", 0.2]
-    task.once("run", lambda: _learned(task, "mocov2-cifar10", options))
-    graph = ["--train.steps", 200, "--train.cuda-graph", "--eval.every-epochs", 100]
-    task.once("with a CUDA graph", lambda: _learned(task, "mocov2-cifar10", ["--data.root", root, *graph]))
+    short += ["--optim.lr", 0.2, "--method.head", "mlp-bn", "--method.hidden-dim", "None", "--method.queue-size", 4096]
+    graph = ["--train.compile", "off", "--train.cuda-graph"]  # as compiling would take longer than the run
+    task.once("run", lambda: _learned(task, "mocov2-cifar10", [*short, *graph]))
+    run = task.numbers.get("run")
+    if run and run["kNN %"] <= run["kNN untrained %"]:
+        task.errors["kNN"] = (
+            f"it went from {run['kNN untrained %']:.2f} to {run['kNN %']:.2f} %; training must raise it"
+        )
+        task.write()
+    task.once("200 steps as shipped", lambda: _learned(task, "mocov2-cifar10", ["--data.root", root, *SHIPPED]))
 
 
 def _learned(task: Task, preset: str, options: list[Any]) -> dict[str, Any]:
@@ -93,8 +100,6 @@ def _learned(task: Task, preset: str, options: list[Any]) -> dict[str, Any]:
     _fastssl("pretrain", preset, *options, "--train.device", task.device.type, "--run.dir", folder)
     records = MetricsLog(folder / "metrics.jsonl").read()
     end, lines = records[-1], [record for record in records if record["event"] == "train"]
-    if not task.rehearsal and end["knn_top1"] <= end["untrained_top1"]:
-        raise Failed(f"kNN went from {end['untrained_top1']:.2f} to {end['knn_top1']:.2f} %; training must raise it")
     return {
         "kNN untrained %": end["untrained_top1"],
         "kNN %": end["knn_top1"],
