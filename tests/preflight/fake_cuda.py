@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -31,12 +31,36 @@ class Properties:
     gcnArchName = ""  # read for AMD's alone
 
 
+class Waits(AssertionError):
+    """The host waits for the device here."""
+
+
+def synchronize(*_: Any) -> None:
+    """What is called by the name in torch.cuda and of an event."""
+    raise Waits("the host waits for the device")
+
+
 class Event:
     """A CUDA event of the fake device."""
 
     def __init__(self, **_: bool) -> None: ...
 
     def record(self, *_: Any) -> None: ...
+
+    def elapsed_time(self, _: Event) -> float:
+        return 0.0
+
+    synchronize = synchronize
+
+
+class Stream:
+    """A stream, and a graph, of the fake device."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def replay(self) -> None: ...
 
 
 _PATCHES: dict[str, Any] = {
@@ -46,7 +70,7 @@ _PATCHES: dict[str, Any] = {
     "set_device": lambda _: None,
     "_exchange_device": lambda _: 0,
     "_maybe_exchange_device": lambda _: 0,
-    "synchronize": lambda _=None: None,
+    "synchronize": synchronize,
     "get_device_capability": lambda _=None: (9, 0),
     "get_device_properties": lambda _=None: Properties,
     "is_bf16_supported": lambda **_: True,
@@ -55,6 +79,11 @@ _PATCHES: dict[str, Any] = {
     "get_rng_state": lambda _=None: torch.empty(0, dtype=torch.uint8),
     "set_rng_state": lambda *_: None,
     "Event": Event,
+    "Stream": Stream,
+    "CUDAGraph": Stream,
+    "current_stream": Stream,
+    "stream": nullcontext,
+    "graph": lambda _, **__: nullcontext(),
 }
 
 
@@ -68,7 +97,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for name, value in _PATCHES.items():
             patch.setattr(torch.cuda, name, value)
-            if hasattr(CudaInterface, name) and not isinstance(value, type):
+            if hasattr(CudaInterface, name) and not isinstance(value, type):  # which kept torch's
                 patch.setattr(CudaInterface, name, staticmethod(value))
         patch.setattr(torch.accelerator, "is_available", lambda: False)  # else torch.compile asks for its stream
         patch.setattr(torch._C, "_select_conv_backend", lambda *_, **__: None)
@@ -103,10 +132,6 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module
 
 def _like(before: Tensor, after: Tensor) -> Tensor:
     return nn.Parameter(after, before.requires_grad) if isinstance(before, nn.Parameter) else after
-
-
-class Waits(AssertionError):
-    """The host waits for the device here."""
 
 
 _COPIES = ("_to_copy", "copy", "copy_", "_foreach_copy_")

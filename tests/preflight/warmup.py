@@ -44,7 +44,7 @@ class Size(NamedTuple):
 
 
 TRAINING, ONE = Size(256, 65536, 128), Size(1, 1, 1)
-_MORE = (Size(512, 4096, 128), Size(256, 131072, 512), Size(256, 65536, 256), Size(1, 65536, 128), Size(250, 3000, 100))
+_MORE = (Size(256, 131072, 512), Size(256, 65536, 256), Size(1, 65536, 128), Size(250, 3000, 100))
 
 
 class Case(NamedTuple):
