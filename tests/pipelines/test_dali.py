@@ -211,6 +211,20 @@ def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder):
     assert "auto takes" in note
 
 
+def test_auto_measures_before_other_batches_are_read(slow, folder, monkeypatch):
+    executor, _ = slow
+    read, decode_then = executor._encoded, []
+
+    def watched(ids):
+        decode_then.append(executor._decode)
+        return read(ids)
+
+    monkeypatch.setattr(executor, "_encoded", watched)
+    assert len(list(executor.stream(TrainingSteps(plan_of(folder), batch_size=8), 0, 6))) == 6
+    assert decode_then.count("auto") == 1
+    assert len(decode_then) == 7  # the first batch is decoded twice
+
+
 def test_a_decoder_is_taken_by_one_thread_alone(slow, folder):
     class SlowList(list):
         """Gives other threads the time that a pop is about to take."""

@@ -42,7 +42,7 @@ def cuda(monkeypatch) -> fake_cuda.FakeCuda:
 
 
 @pytest.fixture(autouse=True)
-def usual_turns(monkeypatch):
+def usual_turns():
     interval_s = sys.getswitchinterval()
     yield
     sys.setswitchinterval(interval_s)
@@ -123,6 +123,13 @@ def test_batches_for_a_gpu_are_those_for_a_cpu(monkeypatch, cuda, source, name, 
                 assert (view - wanted).abs().mean() < one_level
             else:
                 assert torch.equal(view, wanted)
+
+
+def test_a_batch_that_is_made_here_is_copied_from_pinned_memory_on_the_current_stream(monkeypatch, cuda, source):
+    executor = executor_on(fake_cuda.DEVICE, "torchvision", source, monkeypatch, workers=0)
+    batch = executor.batch(steps_of(source)[0], 0)
+    assert cuda.consumer.log == [("copy", False)] * 3  # pixels, numbers of the views, labels and ids
+    assert batch.ready is None
 
 
 def test_the_host_stays_few_batches_ahead_of_the_device(monkeypatch, cuda, source):
