@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,12 +47,13 @@ class Event:
 class FakeCuda:
     """`streams`: those that were made. `kept`: for each `record_stream` the memory, the stream and the thread.
 
-    `pinned`: addresses of memory that was asked for as pinned. `consumer`: the stream of every thread that sets none.
+    `turns_s`: how long a thread may keep the interpreter, each time that was set. `pinned`: addresses of memory that was asked for as pinned. `consumer`: the stream of every thread that sets none.
     """
 
     def __init__(self) -> None:
         self.streams: list[Stream] = []
         self.kept: list[tuple[int, Stream, str]] = []
+        self.turns_s: list[float] = []
         self.pinned: set[int] = set()
         self.consumer = Stream("consumer")
         self._current = threading.local()
@@ -91,6 +93,7 @@ def install(patch: pytest.MonkeyPatch) -> FakeCuda:
     patch.setattr(torch.Tensor, "to", to)
     patch.setattr(torch.Tensor, "record_stream", record_stream)
     patch.setattr(torch, "empty", empty)
+    patch.setattr(sys, "setswitchinterval", fake.turns_s.append)
     for name, value in {
         "Stream": fake.new_stream,
         "Event": Event,

@@ -41,13 +41,6 @@ def cuda(monkeypatch) -> fake_cuda.FakeCuda:
     return fake_cuda.install(monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def usual_turns():
-    interval_s = sys.getswitchinterval()
-    yield
-    sys.setswitchinterval(interval_s)
-
-
 @pytest.fixture(scope="module")
 def source() -> ArraySource:
     images = np.stack([photo(32, 32, seed) for seed in range(40)])
@@ -164,12 +157,11 @@ def test_two_streams_of_an_executor_share_its_cuda_stream(monkeypatch, cuda, sou
 
 
 def test_threads_take_short_turns_beside_a_gpu_and_the_usual_ones_beside_a_cpu(monkeypatch, cuda, source):
-    usual_s = sys.getswitchinterval()
-    assert usual_s > TURN_S
+    monkeypatch.setattr(sys, "getswitchinterval", lambda: 5e-3)
     next(executor_on("cpu", "resident", source, monkeypatch).stream(steps_of(source), 0, 1))
-    assert sys.getswitchinterval() == usual_s
+    assert cuda.turns_s == []
     next(executor_on(fake_cuda.DEVICE, "resident", source, monkeypatch).stream(steps_of(source), 0, 1))
-    assert sys.getswitchinterval() == pytest.approx(TURN_S)
+    assert cuda.turns_s == [TURN_S]
 
 
 def test_taking_a_batch_that_was_made_here_does_nothing():
