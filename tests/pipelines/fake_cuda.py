@@ -47,7 +47,8 @@ class Event:
 class FakeCuda:
     """`streams`: those that were made. `kept`: for each `record_stream` the memory, the stream and the thread.
 
-    `turns_s`: how long a thread may keep the interpreter, each time that was set. `pinned`: addresses of memory that was asked for as pinned. `consumer`: the stream of every thread that sets none.
+    `pinned`: addresses of memory that was asked for as pinned. `consumer`: the stream of every thread that sets none.
+    `turns_s`: how long a thread may keep the interpreter, each time that this was set.
     """
 
     def __init__(self) -> None:
