@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def _verdict(target: Target, record: Record | None, device: str) -> dict[str, An
 
 
 def remark(record: Record) -> str:
-    """Why a part did not pass, or how many numbers it left."""
+    """Why a part did not pass, or what it measured."""
     if record["status"] == SKIPPED:
         return record["reason"]
     if record["errors"]:
@@ -40,7 +41,7 @@ def remark(record: Record) -> str:
         return f"{name}: {error}" + (f" (and {more} more)" if more else "")
     if record["status"] == FAILED:
         return f"exit code {record['exit_code']}; its output ends with: {_last_line(record)}"
-    measured = ", ".join(record["numbers"])
+    measured = textwrap.shorten(", ".join(record["numbers"]), 90, placeholder=" ...")
     return f"out of time after {measured or 'nothing'}" if record["status"] == TIMEOUT else measured
 
 
