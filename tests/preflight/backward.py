@@ -67,11 +67,11 @@ def _walk(roots: list[tuple[Place, Tensor]], wanted: set[Place]) -> dict[Place, 
         reached = {(node, at): gradient for at, gradient in given.items() if (node, at) in wanted}
         found |= reached
         results = _apply(node, {} if reached else given, accumulate=not wanted)
-        for (following, at), gradient in zip(node.next_functions, results, strict=False):
+        for (following, at), result in zip(node.next_functions, results, strict=False):
             if following is None:
                 continue
-            if gradient is not None:
-                _add(upstream, (following, at), gradient)
+            if result is not None:
+                _add(upstream, (following, at), result)
             waiting[following] -= 1
             if not waiting[following]:
                 ready.append(following)

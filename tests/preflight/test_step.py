@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_step_in_a_graph_stays_on_the_device(name: str, precision: str, monkey
     assert sum(ops.counts.values()) <= handed_over + (0 if method.capturable else LATE_SMOG[precision])
 
 
-def described(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, torch.device]]:
+def described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, torch.device]]:
     return {name: (value.shape, value.dtype, value.device) for name, value in tensors.items()}
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +47,7 @@ def test_no_kernel_is_left_out(results: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_kernel_too_large_for_a_target_fails(tmp_path: Path) -> None:
+def test_a_kernel_too_large_for_a_target_fails() -> None:
     code = (
         "from fastssl_kernels import aot; aot.SHARED_BYTES['sm_90'] = 1024\n"
         "from tests.preflight import warmup\n"
