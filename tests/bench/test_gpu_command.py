@@ -17,6 +17,7 @@ import pytest
 from bench.__main__ import main
 from bench.gpu import command, runner, summary
 from bench.gpu.plan import PARTS, Part, left_to_do, seconds_for
+from bench.gpu.small import compared
 from bench.gpu.speed import ratios
 from bench.gpu.targets import SMALL, TARGETS
 from bench.gpu.task import Failed, Skipped, Task
@@ -294,6 +295,15 @@ def test_the_step_is_compared_with_the_fastest_supervised_one() -> None:
         "beside": pytest.approx(8.0),  # of the step that runs, as if it still took so long
         "beside, measured in": "eager",
     }
+
+
+def test_ours_at_its_best_is_compared_with_the_other_loop() -> None:
+    found: dict[str, Any] = {"fastssl": {"images/s": 800.0}}
+    assert compared(found) == {}
+    found["lightly's loop"] = {"images/s": 100.0}
+    assert compared(found) == {"times faster": 8.0}
+    found["fastssl with a CUDA graph"] = {"images/s": 1200.0}
+    assert compared(found) == {"times faster": 12.0}
 
 
 def test_a_measurement_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
