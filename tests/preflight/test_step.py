@@ -52,8 +52,9 @@ def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pyte
     learning = {key: value for key, value in method.named_parameters() if value.requires_grad}
     assert described({key: value.grad for key, value in learning.items()}) == described(learning)
     assert {value.dtype for value in learning.values()} == {torch.float32}
-    if config.optim.optimizer == "sgd":
-        assert 5 <= late <= (LATE_SMOG if config.method.name == "smog" else LATE)[precision]
+    if config.optim.optimizer == "sgd":  # a launch for each of its groups
+        budget = (LATE_SMOG if config.method.name == "smog" else LATE)[precision]
+        assert 5 <= late <= budget + len(step.optimizer.param_groups) - 1
 
 
 @pytest.mark.parametrize(("name", "precision"), [*((name, "bf16") for name in METHODS), ("mocov2", "fp16")])
