@@ -42,7 +42,8 @@ def similarity_of(key):
 @triton.jit
 def any_better(similarity, lowest):
     """Whether some row of the tile has an entry above the lowest it keeps."""
-    return tl.max((tl.max(similarity, 1) > similarity_of(lowest)).to(tl.int32), 0) > 0
+    # Of a column: Triton 3.6 cannot reduce a row's maxima where they come from the tensor memory of sm_100
+    return tl.max((tl.max(similarity, 1)[:, None] > similarity_of(lowest)[:, None]).to(tl.int32)) > 0
 
 
 @triton.jit
