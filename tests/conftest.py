@@ -11,11 +11,13 @@ import torch
 
 from fastssl_kernels import available_backends
 
+# Set for all that tests start, too: where it is not, runs choose it by measuring and repeat only nearly.
 if "PYTEST_XDIST_WORKER" in os.environ:
     # As many processes as cores run tests; more threads would wait for one another.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-# Else runs would choose it by measuring, and repeat only nearly.
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 if not torch.cuda.is_available():
     # Read when the kernels are decorated, so it has to be set before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")

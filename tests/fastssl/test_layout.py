@@ -86,7 +86,7 @@ def test_the_wheel_holds_every_module_and_the_command(tmp_path):
         for path in [*folder.rglob("*.py"), folder / "py.typed"]:
             assert str(Path(package) / path.relative_to(folder)) in names
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "fastssl = fastssl.cli:command" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "fastssl = fastssl.start:command" in zipfile.ZipFile(wheel).read(entry_points).decode()
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     script = "import fastssl; print(fastssl.__file__); from fastssl.cli import main; main(['doctor'])"
