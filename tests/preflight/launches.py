@@ -58,10 +58,20 @@ def compiling() -> Iterator[None]:
     """Inside the `with` block torch.compile compiles for an H100 that is not there; no code that it writes can run."""
     # folding evaluates constants on the device, and what a cache holds is not lowered
     options = config.patch(fx_graph_cache=False, compile_threads=1, joint_graph_constant_folding=False)
+    _forget()
+    try:
+        with installed("sm_90"), fake_cuda(), options, functorch.patch(enable_autograd_cache=False):
+            yield
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    """What torch remembers of this machine, such as that it has no GPU for Triton, is asked for again."""
     torch.compiler.reset()
-    with installed("sm_90"), fake_cuda(), options, functorch.patch(enable_autograd_cache=False):
-        yield
-    torch.compiler.reset()
+    for found in vars(torch.utils._triton).values():
+        if hasattr(found, "cache_clear"):
+            found.cache_clear()
 
 
 @contextmanager
