@@ -85,7 +85,7 @@ def test_a_run_that_must_repeat_keeps_its_threads(paper):
 @pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
 def test_the_program_says_how_threads_wait_before_torch_is_there(given, monkeypatch):
     code = (
-        "import os, sys; from fastssl.start import wait_asleep; wait_asleep(); assert 'torch' not in sys.modules; "
+        "import os, sys; from fastssl.start import wait_briefly; wait_briefly(); assert 'torch' not in sys.modules; "
         "print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
@@ -93,5 +93,5 @@ def test_the_program_says_how_threads_wait_before_torch_is_there(given, monkeypa
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    expected = given.get("GOMP_SPINCOUNT", "None") if given else "0"
+    expected = given.get("GOMP_SPINCOUNT", "None") if given else "30000"
     assert run.stdout.strip() == expected
