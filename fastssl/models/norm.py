@@ -82,6 +82,8 @@ def _all_at_once(norm: SplitBatchNorm2d, input: Tensor) -> tuple[Tensor, Tensor,
     """As `_one_by_one`, in operations over all parts that a compiler fuses."""
     output, mean, variance = _SplitNormalization.apply(input, norm.weight, norm.bias, norm.splits, norm.eps)
     count = input.numel() // mean.numel()
+    # torch 2.11 compiles them as if they had a gradient, and then running statistics would hold on to the whole step
+    mean, variance = mean.detach(), variance.detach()
     unbiased = variance * (count / (count - 1))
     return (
         output,
