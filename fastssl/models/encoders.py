@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.models.norm import NormLayer
@@ -18,19 +17,19 @@ class Encoder(nn.Module):
 
 
 class _Architecture(NamedTuple):
-    block: type[BasicBlock] | type[Bottleneck]
+    block: Literal["BasicBlock", "Bottleneck"]
     blocks: tuple[int, int, int, int]
     base_width: int = 64
 
 
 _RESNETS = {
-    "resnet18": _Architecture(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": _Architecture(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": _Architecture(Bottleneck, (3, 4, 6, 3)),
-    "resnet101": _Architecture(Bottleneck, (3, 4, 23, 3)),
-    "resnet152": _Architecture(Bottleneck, (3, 8, 36, 3)),
-    "wide_resnet50_2": _Architecture(Bottleneck, (3, 4, 6, 3), base_width=128),
-    "wide_resnet101_2": _Architecture(Bottleneck, (3, 4, 23, 3), base_width=128),
+    "resnet18": _Architecture("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": _Architecture("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": _Architecture("Bottleneck", (3, 4, 6, 3)),
+    "resnet101": _Architecture("Bottleneck", (3, 4, 23, 3)),
+    "resnet152": _Architecture("Bottleneck", (3, 8, 36, 3)),
+    "wide_resnet50_2": _Architecture("Bottleneck", (3, 4, 6, 3), base_width=128),
+    "wide_resnet101_2": _Architecture("Bottleneck", (3, 4, 23, 3), base_width=128),
 }
 _STEMS = ("imagenet", "small", "small-pool")
 
@@ -85,7 +84,7 @@ class ResNet(Encoder):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "small" else nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = _stage(architecture, 0, channels, channels, norm_layer)
-        expansion = architecture.block.expansion
+        expansion = 1 if architecture.block == "BasicBlock" else 4
         self.layer2 = _stage(architecture, 1, channels * expansion, 2 * channels, norm_layer)
         self.layer3 = _stage(architecture, 2, 2 * channels * expansion, 4 * channels, norm_layer)
         self.layer4 = _stage(architecture, 3, 4 * channels * expansion, 8 * channels, norm_layer)
@@ -102,12 +101,15 @@ class ResNet(Encoder):
 
 
 def _stage(architecture: _Architecture, index: int, inputs: int, planes: int, norm_layer: NormLayer) -> nn.Sequential:
-    block, base_width = architecture.block, architecture.base_width
+    # here, as it takes torch's compiler along: 1 to 7 seconds that most commands do not need
+    from torchvision.models import resnet
+
+    block, base_width = getattr(resnet, architecture.block), architecture.base_width
     outputs = planes * block.expansion
     stride = 1 if index == 0 else 2
     downsample = None
     if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(conv1x1(inputs, outputs, stride), norm_layer(outputs))
+        downsample = nn.Sequential(resnet.conv1x1(inputs, outputs, stride), norm_layer(outputs))
     first = block(inputs, planes, stride, downsample, base_width=base_width, norm_layer=norm_layer)
     others = (
         block(outputs, planes, base_width=base_width, norm_layer=norm_layer)
