@@ -72,6 +72,7 @@ def _tests(task: Task) -> dict[str, Any]:
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     results = task.folder / "tests.xml"
     options = ["-m", "gpu", "-q", "-o", "addopts=--strict-markers --import-mode=importlib", f"--junitxml={results}"]
+    options += ["-p", "bench.gpu.reporter"]
     processes = ["-n", "8"] if _is_there("xdist") and not task.rehearsal else []
     subprocess.run([sys.executable, "-m", "pytest", *options, *processes, *map(str, files)], cwd=ROOT, check=False)
     suite = next(ElementTree.parse(results).getroot().iter("testsuite"))
