@@ -38,6 +38,7 @@ def group_cross_entropy(
 def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
     """The group nearest to each row: int64 [N], the number of the largest product; of equal ones the first.
 
+    Products count as they are computed: a matrix product may round those of two equal groups differently.
     A NaN counts as the largest product: a row of NaN is assigned to group 0, and every row to the first group of NaN.
     `features`: [N, C]. `groups`: [G, C]. Neither needs a gradient. Dtypes and errors as in `info_nce`.
     """

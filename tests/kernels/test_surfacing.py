@@ -83,6 +83,19 @@ def test_nan_in_a_bank_surfaces_in_every_row(
             assert rows_of(name, given)[0].isnan().all()
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_in_a_bank_surfaces_in_every_number_of_the_gradient(
+    dtype: torch.dtype, backend: str, device: str, arguments: Arguments
+) -> None:
+    """Also where bits of the weights are rounded as integers."""
+    given = arguments("info_nce", device)
+    given["queue"] = given["queue"].to(dtype)
+    given["queue"][5, 3] = torch.nan
+    with use_backend(backend):
+        assert all(result.isnan().all() for result in rows_of("info_nce", given))
+
+
 @pytest.mark.parametrize("name", ["info_nce", "unmix", "mean_shift"])
 @pytest.mark.parametrize("entry", [0, 1023, 1024, 3999])
 def test_nan_surfaces_from_any_block(name: str, entry: int) -> None:
@@ -185,21 +198,28 @@ def test_of_equal_groups_the_first_is_assigned(kind: str, backend: str, device: 
         if backend == "triton" and rows not in (1, 9):  # the interpreter is slow
             continue
         for features in (16,) if backend == "triton" else (5, 16, 128):
-            given = parity.make_inputs(rows, count, features).to(torch.float32, torch.float32, device)
-            groups = torch.zeros_like(given.queue) if kind == "zero" else given.queue[:1].expand(count, -1)
+            query, queue = with_exact_products(rows, count, features, device)
+            groups = torch.zeros_like(queue) if kind == "zero" else queue[:1].expand(count, -1)
             expected = torch.zeros(rows, dtype=torch.int64, device=device)
             if kind == "in pairs":
-                groups = torch.cat([given.queue, given.queue])
-                expected = (given.query.double() @ given.queue.double().T).argmax(1)
+                groups = torch.cat([queue, queue])
+                expected = (query.double() @ queue.double().T).argmax(1)
             with use_backend(backend):
-                assert torch.equal(fk.assign_groups(given.query, groups), expected), (rows, count, features)
+                assert torch.equal(fk.assign_groups(query, groups), expected), (rows, count, features)
+
+
+def with_exact_products(rows: int, count: int, features: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Of whole numbers, with a mean of 0 that may be taken off; others a matrix product may round by column."""
+    given = parity.make_inputs(rows, count, features).to(torch.float32, torch.float32, device)
+    query, queue = (32 * given.query).round(), (32 * given.queue).round()
+    return query, torch.cat([queue, -queue])
 
 
 def test_of_equal_groups_in_other_blocks_the_first_is_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = parity.make_inputs(300, 50, 16).to(torch.float32, torch.float32)
-    groups = given.queue.repeat(4, 1)
-    expected = reference.assign_groups(given.query, given.queue)
+    query, queue = with_exact_products(300, 25, 16)
+    groups = queue.repeat(4, 1)
+    expected = reference.assign_groups(query, queue)
     for length in (1, 7, 50, 64):
         monkeypatch.setattr("fastssl_kernels.blockwise.stream._block_length", lambda _, length=length: length)
         with use_backend("blockwise"):
-            assert torch.equal(fk.assign_groups(given.query, groups), expected)
+            assert torch.equal(fk.assign_groups(query, groups), expected)
