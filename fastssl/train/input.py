@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from fastssl.config import DataConfig
 from fastssl.train.distributed import local_ranks
 from fastssl_pipelines.executor import TIMEOUT_S, Executor, build_executor
 from fastssl_pipelines.sources import Source
+from fastssl_pipelines.turns import cores
 
 _FEWEST_FOR_CPU, _MOST = 2, 12  # workers that nobody asked for
 
@@ -48,8 +47,3 @@ def worker_count(data: DataConfig, device: torch.device) -> int:
     if device.type == "cuda":
         return min(max(1, own - 1), _MOST)  # one trains
     return min(max(_FEWEST_FOR_CPU, own // 4), _MOST)  # the others train
-
-
-def cores() -> int:
-    """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

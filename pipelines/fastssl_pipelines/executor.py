@@ -28,7 +28,8 @@ from fastssl_pipelines.sources import Source
 from fastssl_pipelines.steps import Steps
 from fastssl_pipelines.threads import DaemonThreads
 from fastssl_pipelines.transfer import to_device
-from fastssl_pipelines.workers import Crops, views_of
+from fastssl_pipelines.turns import Turns
+from fastssl_pipelines.workers import Crops, context, views_of
 
 UNREADABLE_AT_MOST = 0.01  # of the images of a source
 
@@ -84,6 +85,7 @@ class Executor(ABC):
         self.timeout_s = timeout_s
         self._input_stream = InputStream(self.device)
         self._processes: list[BaseProcess] = []  # that work for streams just now
+        self._turns: Turns | None = None  # of these processes, where there have been any and they compute on a CPU
         self._stuck = False
         self._lock = threading.Lock()  # around what the threads of all streams change
         self.notes: list[str] = []
@@ -126,6 +128,8 @@ class Executor(ABC):
             while pending:
                 yield self._in_time(pending.popleft(), f"the batch of step {last - len(pending) - 1}")
         finally:
+            if self._turns:
+                self._turns.end()
             thread.shutdown(wait=not self._stuck, cancel_futures=True)
             if not self._stuck:
                 batches.close()
@@ -138,6 +142,8 @@ class Executor(ABC):
 
         The one before was finished when this one was asked for, so that slow input has that time for each.
         """
+        if self._turns and not future.done():
+            self._turns.give()
         if not wait([future], self.timeout_s).done:
             self._stuck = True
             for process in self._processes:
@@ -192,6 +198,8 @@ class Executor(ABC):
     def _batches_of_processes(self, crops: Crops, steps: Steps, first: int, last: int) -> Generator[Batch]:
         """The batches of what `crops` gives in worker processes, which for a CPU augment as well."""
         on_cpu = self.device.type == "cpu"
+        if on_cpu and self.workers and not self._turns:
+            self._turns = Turns(context(), self.workers)
         ahead, plans = tee(self._plan(steps, step) for step in range(first, last))
         loading = views_of(
             ahead,
@@ -200,6 +208,7 @@ class Executor(ABC):
             workers=self.workers,
             own_memory=on_cpu,
             processes=self._processes,
+            turns=self._turns,
             say=self.notes.append,
         )
         for step, plan, loaded in zip(range(first, last), plans, loading, strict=False):

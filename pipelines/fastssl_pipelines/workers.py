@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastssl_pipelines.augmentation import Augmentation
 from fastssl_pipelines.errors import DataError, InputError, UnreadableImages
 from fastssl_pipelines.plan import BatchPlan
+from fastssl_pipelines.turns import Turns
 
 _BATCHES_EACH = 2  # that a worker may be given ahead
 _SHARED_MEMORY = "/dev/shm"
@@ -35,6 +36,7 @@ def views_of(
     workers: int,
     own_memory: bool,
     processes: list[BaseProcess],
+    turns: Turns | None,
     say: Callable[[str], object],
 ) -> Iterator[Views | dict[int, str]]:
     """For each plan what `crops` makes of it, augmented if asked for, or a sentence by number for unreadable images.
@@ -42,8 +44,8 @@ def views_of(
     `crops` and what it holds go to the `workers` processes once; with 0 of them all is done in this thread. Where the
     shared memory has no room for what they make there are fewer, which `say` is told. A plan is taken as soon as a
     worker can have it; none may have more rows than the first. Without `own_memory` the views may be gone when the next
-    ones are asked for. `processes` holds the worker processes while they work. InputError where one dies or none can be
-    started.
+    ones are asked for. `processes` holds the worker processes while they work, and `turns`, if any, says when they
+    begin a batch. InputError where one dies or none can be started.
     """
     load = _Load(crops, augmentation)
     plans = iter(plans)
@@ -63,7 +65,7 @@ def views_of(
         yield from map(raised, map(load, plans))
         return
     slots = [_empty_views(first, augmentation) for _ in range(_slots(workers))]
-    yield from _views_of_processes(plans, load, slots, workers, own_memory, processes)
+    yield from _views_of_processes(plans, load, slots, workers, own_memory, processes, turns)
 
 
 def _slots(workers: int) -> int:
@@ -99,14 +101,15 @@ def _views_of_processes(
     workers: int,
     own_memory: bool,
     processes: list[BaseProcess],
+    turns: Turns | None,
 ) -> Iterator[Views | dict[int, str]]:
     loader = DataLoader(
-        _IntoSlots(load, slots),
+        _IntoSlots(load, slots, turns),
         batch_size=None,
         sampler=zip(plans, cycle(range(len(slots)))),  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=_BATCHES_EACH,
-        multiprocessing_context=_context(),
+        multiprocessing_context=context(),
     )
     before = set(multiprocessing.active_children())
     try:
@@ -170,11 +173,13 @@ class _Load:
 class _IntoSlots(Dataset):
     """Indexed by a plan and the number of a slot; an item is that number and how many rows of the slot are filled."""
 
-    def __init__(self, load: _Load, slots: list[Views]) -> None:
-        self._load, self._slots = load, slots
+    def __init__(self, load: _Load, slots: list[Views], turns: Turns | None) -> None:
+        self._load, self._slots, self._turns = load, slots, turns
 
     def __getitem__(self, place: tuple[BatchPlan, int]) -> tuple[int, int] | dict[int, str] | Exception:
         plan, slot = place
+        if self._turns:
+            self._turns.wait()
         loaded = self._load(plan)
         if not isinstance(loaded, tuple):
             return loaded
@@ -198,9 +203,10 @@ def _dtype(augmentation: Augmentation | None) -> torch.dtype:
     return augmentation.dtype if augmentation else torch.uint8
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def context() -> multiprocessing.context.BaseContext:
+    """How worker processes are started."""
     # fork would copy the locks of running threads (the stream's, OpenMP's, CUDA's); spawn would import torch
     # in every worker; the fork server imports it once, in a process without threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "fastssl_pipelines.torchvision"])
-    return context
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload([__name__, "fastssl_pipelines.torchvision"])
+    return forkserver

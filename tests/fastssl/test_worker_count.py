@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from fastssl.config import DataConfig, from_json, to_json
 from fastssl.errors import ConfigError
 from fastssl.presets import load
-from fastssl.train import input as train_input
 from fastssl.train.data import open_splits
 from fastssl.train.identity import HARMLESS
 from fastssl.train.input import input_executor, worker_count
@@ -33,7 +33,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
     ],
 )
 def test_workers_follow_the_cores_of_a_process(monkeypatch, cores, ranks, for_gpu, for_cpu):
-    monkeypatch.setattr(train_input.os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert (worker_count(DataConfig(), GPU), worker_count(DataConfig(), CPU)) == (for_gpu, for_cpu)
     assert [worker_count(DataConfig(workers=given), device) for given in (0, 5) for device in (CPU, GPU)] == [
@@ -45,8 +45,8 @@ def test_workers_follow_the_cores_of_a_process(monkeypatch, cores, ranks, for_gp
 
 
 def test_a_system_that_binds_no_process_to_cores_counts_all(monkeypatch):
-    monkeypatch.delattr(train_input.os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(train_input.os, "cpu_count", lambda: 9)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
     assert worker_count(DataConfig(), GPU) == 8
 
 
@@ -67,7 +67,7 @@ def test_configurations_with_and_without_a_number_are_read_back(workers):
 
 @pytest.mark.parametrize(("workers", "notes"), [(None, 1), (3, 0)])
 def test_a_gpu_tells_how_many_it_took_where_nobody_said(monkeypatch, workers, notes):
-    monkeypatch.setattr(train_input.os, "sched_getaffinity", lambda process: range(6), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
     config = load("mocov2-cifar10")
     data = replace(config.data, root=None, pictures=20, workers=workers)
     source = open_splits(replace(config, data=data)).train

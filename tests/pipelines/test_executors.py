@@ -332,7 +332,9 @@ def test_as_many_workers_decode_as_share_memory_for_their_batches(monkeypatch, f
     asked = []
     monkeypatch.setattr(workers, "_views_of_processes", lambda *given: asked.append((len(given[2]), given[3])) or ())
     said = []
-    views = workers.views_of([plan], lambda plan: (), None, workers=3, own_memory=False, processes=[], say=said.append)
+    views = workers.views_of(
+        [plan], lambda plan: (), None, workers=3, own_memory=False, processes=[], turns=None, say=said.append
+    )
     assert len(list(views)) == (taken == 0)
     assert asked == ([(2 * taken + 1, taken)] if taken else [])
     who = {3: [], 0: ["in this process, by one thread"]}.get(taken, [f"by {taken} of 3 workers"])

@@ -1,0 +1,93 @@
+"""Input workers beside a step that takes all cores: they begin when a batch is waited for, and never wait long."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl_pipelines import ArraySource, TrainingSteps, build_executor, turns
+from fastssl_pipelines.turns import Turns
+from tests.pipelines.photos import NORMALISATION, plan_of
+
+LONG_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def long_waits(monkeypatch):
+    monkeypatch.setattr(turns, "_AT_MOST_S", LONG_S)
+
+
+def of(monkeypatch, workers, threads=4):
+    monkeypatch.setattr(turns, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    return Turns(multiprocessing.get_context("spawn"), workers)
+
+
+def waiting(turns):
+    """A thread that waits as a worker does, and whether it still waits."""
+    worker = threading.Thread(target=turns.wait, daemon=True)
+    worker.start()
+    worker.join(0.2)
+    return worker, worker.is_alive()
+
+
+def test_workers_begin_at_will_before_anyone_has_waited(monkeypatch):
+    turns = of(monkeypatch, 1)
+    assert [waiting(turns)[1] for _ in range(3)] == [False] * 3
+
+
+def test_each_worker_begins_once_for_a_wait_however_often_there_was_one(monkeypatch):
+    turns = of(monkeypatch, 2)
+    turns.give()
+    turns.give()
+    assert [waiting(turns)[1] for _ in range(2)] == [False] * 2
+    worker, waits = waiting(turns)
+    assert waits
+    turns.give()
+    worker.join(LONG_S / 2)
+    assert not worker.is_alive()
+
+
+def test_workers_that_wait_at_the_end_of_a_stream_go_on(monkeypatch):
+    turns = of(monkeypatch, 1)
+    turns.give()
+    turns.wait()
+    worker, waits = waiting(turns)
+    assert waits
+    turns.end()
+    worker.join(LONG_S / 2)
+    assert not worker.is_alive()
+    assert not waiting(turns)[1]
+
+
+def test_a_step_that_leaves_a_core_holds_up_nobody(monkeypatch):
+    turns = of(monkeypatch, 1, threads=3)
+    turns.give()
+    assert [waiting(turns)[1] for _ in range(3)] == [False] * 3
+
+
+def test_a_worker_is_held_for_half_a_second_and_no_longer(monkeypatch):
+    turns = of(monkeypatch, 1)
+    turns.give()
+    turns.wait()
+    monkeypatch.setattr("fastssl_pipelines.turns._AT_MOST_S", 0.01)
+    assert not waiting(turns)[1]
+
+
+def test_a_stream_gives_turns_while_it_waits_and_ends_them_with_its_consumer(monkeypatch):
+    told = []
+    for name in ("give", "end"):
+        real = getattr(Turns, name)
+        monkeypatch.setattr(Turns, name, lambda self, name=name, real=real: (told.append(name), real(self)))
+    source = ArraySource("black", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, int), ("a",))
+    executor = build_executor("torchvision", source, workers=1, **NORMALISATION)
+    stream = executor.stream(TrainingSteps(plan_of(source), batch_size=4), 0, 10**9)
+    for _ in range(20):
+        next(stream)
+    assert "give" in told
+    stream.close()
+    assert told[-1] == "end"
