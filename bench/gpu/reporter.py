@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 LONGEST = 160  # characters of a reason
@@ -22,4 +24,5 @@ class _Failures:
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = " ".join((crash.message if crash else str(report.longrepr)).split())
             name = report.nodeid.rpartition("::")[2]
-            self._plugins.get_plugin("terminalreporter").write_line(f"\nFAILED {name}: {reason[:LONGEST]}")
+            screen: Any = self._plugins.get_plugin("terminalreporter")
+            screen.write_line(f"\nFAILED {name}: {reason[:LONGEST]}")
