@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.models.norm import NormLayer
@@ -100,6 +101,18 @@ class ResNet(Encoder):
         return self.avgpool(x).flatten(1)
 
 
+class _Shortcut(nn.Conv2d):
+    """The 1x1 convolution beside a block that changes its input's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Of fewer channels than a CPU vector holds, oneDNN's backward writes past its workspace where a stride skips
+        # pixels (uxlfoundation/oneDNN#6035): a hang, a crash or a wrong gradient. Skipped here, it does not occur.
+        if x.is_cpu and self.in_channels < 16:
+            rows, columns = self.stride
+            return functional.conv2d(x[:, :, ::rows, ::columns], self.weight)
+        return super().forward(x)
+
+
 def _stage(architecture: _Architecture, index: int, inputs: int, planes: int, norm_layer: NormLayer) -> nn.Sequential:
     # here, as it takes torch's compiler along: 1 to 7 seconds that most commands do not need
     from torchvision.models import resnet
@@ -109,7 +122,7 @@ def _stage(architecture: _Architecture, index: int, inputs: int, planes: int, no
     stride = 1 if index == 0 else 2
     downsample = None
     if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(resnet.conv1x1(inputs, outputs, stride), norm_layer(outputs))
+        downsample = nn.Sequential(_Shortcut(inputs, outputs, 1, stride, bias=False), norm_layer(outputs))
     first = block(inputs, planes, stride, downsample, base_width=base_width, norm_layer=norm_layer)
     others = (
         block(outputs, planes, base_width=base_width, norm_layer=norm_layer)

@@ -9,6 +9,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.errors import ConfigError
 from fastssl.models.encoders import build_encoder, encoder_names
@@ -380,3 +381,43 @@ class TestQueue:
             queue.enqueue(torch.ones(2, 2), torch.zeros(3, dtype=torch.int64), 0)
         with pytest.raises(ValueError, match="a queue of 0 keys"):
             KeyQueue(0, 2)
+
+
+class _Convolutions(TorchDispatchMode):
+    """Keeps (input channels, kernel width, stride) of every convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append((args[0].shape[1], args[1].shape[3], args[3][0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [1 / 32, 1 / 16, 3 / 32, 1 / 8, 1 / 4])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_narrow_encoders_spare_the_cpu_what_onednn_gets_wrong(name: str, width: float) -> None:
+    """Backward of a strided 1x1 convolution of a few channels writes past its workspace, uxlfoundation/oneDNN#6035."""
+    encoder = build_encoder(name, width=width, stem="small").to(memory_format=torch.channels_last)
+    with _Convolutions() as convolutions, torch.no_grad():
+        encoder(torch.rand(2, 3, 16, 16))
+    strided = [channels for channels, kernel, stride in convolutions.seen if (kernel, stride) == (1, 2)]
+    assert all(channels >= 16 for channels in strided)
+    assert len([1 for _, kernel, _ in convolutions.seen if kernel == 1]) >= 3
+
+
+def test_gradients_of_a_narrow_encoder_are_those_of_float64() -> None:
+    encoder = build_encoder("resnet18", width=1 / 16, stem="small").to(memory_format=torch.channels_last).eval()
+    images = torch.rand(16, 3, 32, 32).to(memory_format=torch.channels_last)
+    encoder(images).square().sum().backward()
+    exact = build_encoder("resnet18", width=1 / 16, stem="small").double().eval()
+    exact.load_state_dict(encoder.state_dict())
+    # without oneDNN's kernels, which have no float64
+    exact(images.double()).square().sum().backward()
+    for (name, parameter), other in zip(encoder.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert other.grad is not None
+        error = (parameter.grad - other.grad).norm() / other.grad.norm()
+        assert error < 1e-5, name
