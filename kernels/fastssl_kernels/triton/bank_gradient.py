@@ -14,7 +14,7 @@ from ..numerics import LOG2_E
 from .configuration import Configuration, configure, every_input
 from .launch import Plan, Tiles, launch, make_plan, processors, whole_columns
 from .reads import with_unit_stride
-from .tiles import dot, load_tile, round_to
+from .tiles import dot, load_tile, round_to, rounded_weights
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _LARGEST_UPSTREAM = 2.0**12  # of float16: leaves four bits to its largest number, and 36 below
@@ -73,9 +73,9 @@ def bank_gradient_kernel(
         weight *= row_upstream[None, :]
         if SKIP_OWN:
             weight = tl.where(entry[:, None] == row[None, :], 0.0, weight)
-        rounded = round_to(weight, tile.dtype)
+        rounded, seen = rounded_weights(weight, tile.dtype)
         if tile.dtype == tl.bfloat16:  # its 8 bits alone would leave an error of 2e-3
-            total = dot(round_to(weight - rounded.to(tl.float32), tl.bfloat16), tile, total, PRECISION)
+            total = dot(round_to(weight - seen, tl.bfloat16), tile, total, PRECISION)
         total = dot(rounded, tile, total, PRECISION)
     column = tl.arange(0, FEATURES)[None, :]
     at = (tl.cast(split, tl.int64) * entries + entry)[:, None] * features + column

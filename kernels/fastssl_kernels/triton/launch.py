@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 
 # Largest padded C an entry serves -> tiles; by (labelled, bytes per queue element). `fastssl_kernels.aot` checks them.
 TILES: dict[tuple[bool, int], dict[int, Tiles]] = {
-    (False, 2): {128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2), 512: Tiles(32, 32, 8, 2)},
+    (False, 2): {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2), 512: Tiles(32, 32, 8, 2)},
     (False, 4): {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2), 512: Tiles(16, 16, 8, 1)},
     (True, 2): {128: Tiles(32, 32, 4, 2), 256: Tiles(16, 32, 4, 2), 512: Tiles(16, 32, 8, 2)},
     (True, 4): {128: Tiles(16, 32, 8, 2), 256: Tiles(16, 16, 8, 2), 512: Tiles(16, 16, 8, 1)},

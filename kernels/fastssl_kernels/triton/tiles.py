@@ -30,6 +30,17 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def rounded_weights(x, dtype: tl.constexpr):
+    """Weights rounded to `dtype`, and the same in float32; NaN may become zero."""
+    if dtype == tl.bfloat16:
+        # by integers, ties away from zero: a conversion back would convert number by number, at a quarter of the speed
+        near = ((x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return near.to(dtype), near
+    rounded = round_to(x, dtype)
+    return rounded, rounded.to(tl.float32)
+
+
+@triton.jit
 def load_scaled_query(
     query, first, rows, features, scale, dtype: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr
 ):
@@ -98,8 +109,8 @@ def absorb(
         logits -= higher[:, None]
     weights = tl.exp2(logits)
     total += tl.sum(weights, 1)
-    weights = round_to(weights, tile.dtype)
-    rounded = rounded + tl.sum(weights.to(tl.float32), 1) if ROUNDED else total
+    weights, seen = rounded_weights(weights, tile.dtype)
+    rounded = rounded + tl.sum(seen, 1) if ROUNDED else total
     return shift, total, rounded, dot(weights, tile, weighted, PRECISION)
 
 
@@ -125,4 +136,5 @@ def store_partial(
     filled = total != 0  # NaN is no empty sum
     tl.store(lse + at, tl.where(filled, shift + tl.log2(tl.where(filled, total, 1.0)), LOWEST), mask=row < rows)
     value = weighted / tl.where(filled, rounded, 1.0)[:, None]
+    value = tl.where((total == total)[:, None], value, total[:, None])  # NaN that `rounded_weights` lost
     tl.store(mean + at[:, None] * features + column, value, mask=(row < rows)[:, None] & (column < features))
