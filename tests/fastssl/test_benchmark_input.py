@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -20,7 +21,6 @@ from fastssl.benchmark import rates
 from fastssl.benchmark.recipes import dali_batches, pil_batches, pil_transform
 from fastssl.cli import main
 from fastssl.presets import load
-from fastssl.train import input as train_input
 from fastssl.train.build import training_steps
 from fastssl.train.data import split_roots
 from fastssl.train.device import choose_dtype
@@ -226,7 +226,7 @@ def test_large_sources_are_cut_and_broken_images_left_out(root, monkeypatch):
 
 
 def test_workers_are_those_of_a_run_where_nobody_says(monkeypatch, root, tmp_path, capsys):
-    monkeypatch.setattr(train_input.os, "sched_getaffinity", lambda process: range(12), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
     path = tmp_path / "input.json"
     at = TINY.index("--workers")
     arguments = ["--root", str(root), "--pipelines", "resident", *TINY[:at], *TINY[at + 2 :], "--json", str(path)]

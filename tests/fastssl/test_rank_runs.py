@@ -19,7 +19,7 @@ STEPS = 16
 RUN = (
     f"--train.steps {STEPS} --train.batch-size 16 --train.checkpoint-every 5 --train.log-every 1 --train.device cpu "
     "--train.precision fp32 --train.timeout-s 8 --data.pictures 240 --data.workers 0 --model.width 0.0625 "
-    "--model.norm split --model.splits 4 --method.queue-size 40 --method.head mlp --optim.lr 0.002 "
+    "--model.norm split --model.splits 4 --method.queue-size 40 --method.head mlp --optim.lr 0.0005 "
     "--eval.every-epochs 20"
 ).split()
 

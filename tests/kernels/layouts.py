@@ -47,6 +47,15 @@ def expanded(x: Tensor) -> Tensor:
     return x[:1].expand_as(x)
 
 
+def coarse(x: Tensor) -> Tensor:
+    """`x`, of numbers below 1, in steps of 1/64: float32 has products of such rows exactly.
+
+    Others a matrix product may round differently from column to column (MKL and OpenBLAS do, on AMD), so that equal
+    columns need not tie.
+    """
+    return (64 * x).round() / 64
+
+
 def lone(x: Tensor) -> Tensor:
     """The first row alone, with a stride that no second row needs."""
     return _poisoned(x.numel() + 99, like=x).as_strided((1, *x.shape[1:]), (7, *_strides(x)[1:])).copy_(x[:1])
