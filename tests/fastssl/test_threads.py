@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from fastssl import start
 from fastssl.train.threads import ThreadChoice
 
 CORES = 4
@@ -82,16 +84,38 @@ def test_a_run_that_must_repeat_keeps_its_threads(paper):
     assert paper.threads == CORES
 
 
-@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
-def test_the_program_says_how_threads_wait_before_torch_is_there(given, monkeypatch):
-    code = (
-        "import os, sys; from fastssl.start import wait_briefly; wait_briefly(); assert 'torch' not in sys.modules; "
-        "print(os.environ.get('GOMP_SPINCOUNT'))"
-    )
+@pytest.mark.parametrize(
+    ("given", "free", "expected"),
+    [
+        ({}, 2.0, None),
+        ({}, 1.0, "0"),
+        ({"GOMP_SPINCOUNT": "7"}, 1.0, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, 1.0, None),
+        ({"KMP_BLOCKTIME": "5"}, 1.0, None),
+    ],
+)
+def test_threads_sleep_where_other_work_needs_the_cores_unless_the_user_chose(given, free, expected, monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "removed afterwards, whoever sets it")
+        monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    expected = given.get("GOMP_SPINCOUNT", "None") if given else "30000"
-    assert run.stdout.strip() == expected
+    monkeypatch.setattr(start, "_our_cores", lambda: 2)
+    monkeypatch.setattr(start, "_free_cores", lambda: free)
+    start.wait_asleep_beside_others()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_free_cores_are_read_from_what_the_system_counts(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    counts = iter(["cpu 100 0 10 500 5 1 1 3 0 0", "cpu 104 1 11 512 6 1 1 4 0 0"])  # 13 of 20 idle
+    monkeypatch.setattr(start, "_STAT", stat)
+    monkeypatch.setattr(start.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(start.time, "sleep", lambda _: stat.write_text(next(counts) + "\ncpu0 1 2 3\n"))
+    start.time.sleep(0)
+    assert start._free_cores() == 8 * 13 / 20
+
+
+def test_how_threads_wait_is_settled_before_torch_is_loaded():
+    code = "import sys; from fastssl import start; start.wait_asleep_beside_others(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
