@@ -18,8 +18,9 @@ import torch
 
 from fastssl.errors import ConfigError
 from fastssl.observe.screen import Table, open_screen
+from fastssl_pipelines.errors import DISTRIBUTION
 
-PACKAGES = ("fastssl", "torch", "triton", "numpy", "lightly", "pytorch-metric-learning")
+PACKAGES = (DISTRIBUTION, "torch", "triton", "numpy", "lightly", "pytorch-metric-learning")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -41,6 +42,7 @@ usage: fastssl COMMAND [...]
   methods                                         the methods and their papers
   presets                                         the recipes and their published results
   verify [LOSS]                                   how far every loss is from its definition, on this machine
+  slurm                                           a job script for two nodes that requeues itself, to be changed
   doctor                                          versions, devices, what works here and why not
 
 `fastssl pretrain --help` lists the options of the quickstart, `fastssl pretrain PRESET --help` those of a preset.
@@ -109,6 +111,7 @@ def _dispatch(arguments: list[str]) -> int:
         "methods": methods,
         "presets": presets,
         "verify": verify,
+        "slurm": slurm,
         "doctor": doctor,
     }
     if any(argument == "" or argument.endswith("=") for argument in arguments):
@@ -279,6 +282,13 @@ def verify(arguments: list[str]) -> int:
     from fastssl.verify import Options, run
 
     return run(parse_options(Options, arguments, prog="fastssl verify"))
+
+
+def slurm(arguments: list[str]) -> int:
+    """`fastssl slurm`."""
+    _no_arguments(arguments)
+    sys.stdout.write(resources.files("fastssl").joinpath("pretrain.sbatch").read_text())
+    return 0
 
 
 def doctor(arguments: list[str]) -> int:

@@ -11,10 +11,11 @@ import torch
 from fastssl.apex import why_not_apex
 from fastssl.train.device import has_fast_bf16
 from fastssl_kernels import available_backends
+from fastssl_pipelines.errors import DISTRIBUTION
 from fastssl_pipelines.executor import available_executors
 
 PACKAGES = (
-    "fastssl",
+    DISTRIBUTION,
     "torch",
     "torchvision",
     "triton",

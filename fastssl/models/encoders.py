@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.models.norm import NormLayer
+from fastssl_pipelines.errors import install_command
 
 
 class Encoder(nn.Module):
@@ -135,7 +136,9 @@ def _build_timm(name: str) -> Encoder:
     try:
         import timm
     except ImportError as error:
-        raise ConfigError(f"encoder 'timm/{name}' was given, but timm is missing; install fastssl[timm]") from error
+        raise ConfigError(
+            f"encoder 'timm/{name}' was given and timm is not installed: {install_command('timm')}"
+        ) from error
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
     model = timm.create_model(name, num_classes=0)

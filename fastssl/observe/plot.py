@@ -10,6 +10,7 @@ from fastssl.arguments import Positional
 from fastssl.errors import ConfigError
 from fastssl.observe.history import METRICS, History, Metric, Part, Series, read_history
 from fastssl.validation import Checked
+from fastssl_pipelines.errors import install_command
 from fastssl_pipelines.names import printable
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "fastssl plot draws with matplotlib, which is not installed: pip install 'fastssl[plots]'"
+            f"fastssl plot draws with matplotlib, which is not installed: {install_command('plots')}"
         ) from None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastssl.errors import ConfigError
+from fastssl_pipelines.errors import install_command
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,8 +28,8 @@ class TensorBoardMirror:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError(
-                "--run.tensorboard was given and tensorboard is not installed: pip install 'fastssl[tensorboard]', or "
-                "drop the option"
+                "--run.tensorboard was given and tensorboard is not installed: "
+                f"{install_command('tensorboard')}, or drop the option"
             ) from None
         if not str(folder).isprintable():
             raise ConfigError(

@@ -2,7 +2,8 @@
 
     python -m fastssl_kernels.aot --targets sm_80,sm_90
 
-Fails where a kernel spills registers, uses the stack or asks for more memory than a target has.
+Fails where a kernel spills registers, uses the stack, asks for more memory than a target has, multiplies without tensor
+cores, or takes a maximum that it does not need.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .triton.configuration import Configuration, aligned_arguments
 # Shared memory that one program can have.
 SHARED_BYTES = {f"sm_{number}": size * 1024 for number, size in ((80, 163), (90, 227), (100, 227), (120, 99))}
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100
+UNSHIFTED = ("read_kernel", "labelled_read_kernel")  # which take exponentials without a maximum where these fit
 _COLUMNS = "{:24} {:64} {:7} {:>9} {:>6} {:>5} {:>7} {:12} {:>6} {:>6}"
 _HEADINGS = ("kernel", "config", "target", "registers", "spills", "stack", "shared", "tensor cores", "maxima", "/logit")
 
@@ -65,6 +67,10 @@ class Usage(NamedTuple):
                 f"{name} needs {self.tensor_memory} columns of tensor memory and the target has "
                 f"{TENSOR_MEMORY_COLUMNS}; its tiles have to be smaller."
             )
+        if self.instructions_per_logit and "ieee" not in self.config and not self.tensor_cores:
+            yield f"{name} multiplies without tensor cores; its operands have to be of a dtype that they take."
+        if self.kernel in UNSHIFTED and not self.constants["ONLINE"] and not self.constants["ACCURACY"] and self.maxima:
+            yield f"{name} takes {self.maxima} maxima, though its exponentials need no shift; ONLINE has to guard them."
 
     def row(self) -> str:
         """Its line in the table."""
@@ -122,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.kernel not in (None, *names):
         parser.error(f"--kernel names {given.kernel!r}; it takes {', '.join(sorted(set(names)))}.")
     tasks = [(at, target) for at, name in enumerate(names) if given.kernel in (None, name) for target in targets]
-    usages = list(_compile_all(tasks))
+    usages = list(compile_all(tasks))
     if given.json:
         given.json.write_text(json.dumps([usage._asdict() for usage in usages], indent=1, default=str) + "\n")
     faults = [fault for usage in usages for fault in usage.faults()]
@@ -130,8 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _compile_all(tasks: list[tuple[int, str]]) -> Iterator[Usage]:
-    """Compile in one process per core and print each line of the table when it is known."""
+def compile_all(tasks: list[tuple[int, str]]) -> Iterator[Usage]:
+    """Compile configurations, by their place and target, a process a core; print each line when it is known."""
     print(_COLUMNS.format(*_HEADINGS))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what is shown was compiled now

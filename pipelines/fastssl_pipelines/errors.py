@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+DISTRIBUTION = "fastssl-pretrain"  # the package index has another `fastssl`
+
 
 class DataError(ValueError):
     """The data cannot be used: what was found, what is allowed and which option to change, in a sentence."""
+
+
+def install_command(extra: str) -> str:
+    """Installs what an optional part of fastssl needs, also beside an editable installation."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 class UnreadableImages(DataError):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastssl_pipelines.augmentation import Augmentation
 from fastssl_pipelines.batch import Batch
-from fastssl_pipelines.errors import DataError, InputError, UnreadableImages
+from fastssl_pipelines.errors import DataError, InputError, UnreadableImages, install_command
 from fastssl_pipelines.handover import InputStream, handed_over
 from fastssl_pipelines.listing import being_read
 from fastssl_pipelines.plan import BatchPlan
@@ -39,9 +39,9 @@ THREADS_NAME = "fastssl-"  # how the names of the threads begin that read and de
 _T = TypeVar("_T")
 
 _REQUIREMENTS = {
-    "dali": ("nvidia.dali", "install fastssl[dali]"),
-    "torchvision": ("torchvision", "install torchvision"),
-    "resident": ("torch", "install torch"),
+    "dali": ("nvidia.dali", f"it is not installed: {install_command('dali')}"),
+    "torchvision": ("torchvision", "it is not installed: pip install torchvision"),
+    "resident": ("torch", "it is not installed: pip install torch"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from fastssl.models.heads import LinearHead, MLPHead, build_head
 from fastssl.models.momentum import ema_update_, momentum_copy
 from fastssl.models.norm import SplitBatchNorm2d, SyncBatchNorm, inverse_permutation, norm_layer
 from fastssl.models.queue import KeyQueue
+from fastssl_pipelines.errors import install_command
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -101,7 +103,7 @@ class TestEncoders:
 
     def test_missing_timm_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "timm", None)
-        with pytest.raises(ConfigError, match=r"install fastssl\[timm\]"):
+        with pytest.raises(ConfigError, match=re.escape(install_command("timm"))):
             build_encoder("timm/vit_small_patch16_224")
 
     @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_folder_without_numbers_is_told(tmp_path, records, words):
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", FINISHED)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"fastssl\[plots\]"):
+    with pytest.raises(ConfigError, match=r"fastssl-pretrain\[plots\]"):
         run(Options(runs=(folder,)))
 
 

@@ -306,6 +306,7 @@ def test_lists_and_help(capsys):
     assert main(["methods"]) == 0
     assert main(["presets"]) == 0
     assert main(["doctor"]) == 0
+    assert main(["slurm"]) == 0
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for word in (
@@ -317,6 +318,7 @@ def test_lists_and_help(capsys):
         "blockwise",
         "triton",
         "resume RUN",
+        "scontrol requeue",
     ):
         assert word in text
     with pytest.raises(SystemExit) as stop:

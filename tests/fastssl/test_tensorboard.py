@@ -116,6 +116,6 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
 def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ConfigError, match=r"fastssl\[tensorboard\]"):
+    with pytest.raises(ConfigError, match=r"fastssl-pretrain\[tensorboard\]"):
         TensorBoardMirror(tmp_path)
     assert list(tmp_path.iterdir()) == []

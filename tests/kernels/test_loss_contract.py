@@ -16,7 +16,12 @@ FUNCTIONS = list(dict.fromkeys(name.partition("+")[0] for name in parity.LOSSES)
 REDUCED = [name for name in FUNCTIONS if name not in ("queue_read", "update_groups")]
 WITH_ACCURACY = ["info_nce", "unicon", "sup_con"]
 WITH_QUEUE = [name for name in REDUCED if name not in ("group_cross_entropy", "nt_xent")]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [  # of queries and of the queue: exact, as trained, turned round, alike
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+]
 
 each_backend = pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
 
@@ -55,8 +60,7 @@ def test_accuracy_counts_rows_whose_own_key_is_nearest(
     torch.testing.assert_close(without, mean)
 
 
-@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("queue_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("query_dtype", "queue_dtype"), DTYPES, ids=str)
 @each_backend
 @pytest.mark.parametrize("loss", WITH_QUEUE)
 def test_dtypes_may_be_mixed(
