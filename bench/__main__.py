@@ -18,7 +18,7 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "step": step.main,
     "load": load.main,
     "gpu": gpu.main,
-    "input": lambda arguments: cli.bench(["input", *arguments]),
+    "input": lambda arguments: cli.main(["bench", "input", *arguments]),
 }
 USAGE = """\
 usage: python -m bench COMMAND [...]

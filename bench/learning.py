@@ -14,13 +14,14 @@ from typing import Any
 from fastssl import cli
 from fastssl.arguments import parse
 from fastssl.config import Config, RunConfig, to_json
+from fastssl.device import choose_device
 from fastssl.errors import TrainingError, unknown_name
 from fastssl.methods.moco import MoCoV1Config
-from fastssl.methods.momentum import MomentumConfig
-from fastssl.observe.log import MetricsLog
-from fastssl.observe.screen import Table, open_screen
+from fastssl.methods.queue_method import MomentumConfig
+from fastssl.observe.metrics_log import MetricsLog
+from fastssl.observe.screen import open_screen
+from fastssl.observe.table import Table
 from fastssl.presets import load
-from fastssl.train.device import choose_device
 
 from . import report
 

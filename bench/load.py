@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fastssl.arguments import parse
-from fastssl.benchmark import machine
 from fastssl.benchmark.command import require_file, write_json
+from fastssl.environment import measured_on
 from fastssl.errors import TrainingError
 from fastssl.validation import Checked, Count
 
@@ -46,7 +46,7 @@ class Options(Checked):
 def main(arguments: list[str]) -> int:
     """Run the benchmark."""
     options = parse(Options, arguments, prog="python -m bench load")
-    facts = machine.facts(torch.device("cpu"))
+    facts = measured_on(torch.device("cpu"))
     rates: dict[int, list[float]] = {count: [] for count in options.loops}
     for turn in range(1, options.repeats + 1):
         for count in options.loops:

@@ -6,18 +6,18 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastssl.environment import commit, installed_version, output, processor
 from fastssl.errors import ConfigError
-from fastssl.observe.screen import Table, open_screen
+from fastssl.observe.screen import open_screen
+from fastssl.observe.table import Table
 from fastssl_pipelines.errors import DISTRIBUTION
 
 PACKAGES = (DISTRIBUTION, "torch", "triton", "numpy", "lightly", "pytorch-metric-learning")
@@ -54,9 +54,9 @@ def environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
         "command": " ".join(command),
         "device": _device_name(device),
         "device_state": _device_state(device),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now().isoformat(timespec="seconds"),
     }
 
@@ -64,9 +64,7 @@ def environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    processors = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*:\s*(.+)", processors.read_text()) if processors.exists() else []
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def _device_state(device: torch.device) -> str:
@@ -74,29 +72,7 @@ def _device_state(device: torch.device) -> str:
     if device.type == "cpu":
         return f"load average {os.getloadavg()[0]:.2f} of {os.cpu_count()}"
     query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """With "-dirty" where files other than results differ from it."""
-    commit = _output("git", "rev-parse", "HEAD")
-    changed = _output("git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
-    return f"{commit}-dirty" if changed else commit
-
-
-def _output(*command: str) -> str:
-    try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()
+    return output("nvidia-smi", f"--query-gpu={query}", "--format=csv")
 
 
 def write(folder: Path, name: str, facts: dict[str, Any], rows: Sequence[Any]) -> Path:

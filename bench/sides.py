@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from fastssl.benchmark.training import NO_END
+from fastssl.benchmark.step_variants import NO_END
 from fastssl.config import Config
 from fastssl.methods import Clock
 from fastssl.methods.moco import MoCoV2

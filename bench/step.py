@@ -15,13 +15,14 @@ import torch
 
 from fastssl.arguments import parse
 from fastssl.benchmark.command import require_file, torch_threads, wait, write_json
-from fastssl.benchmark.training import as_training, synthetic_batches
+from fastssl.benchmark.step_variants import as_training, synthetic_batches
 from fastssl.config import Config, ModelConfig, OptimConfig, TrainConfig
+from fastssl.device import choose_device, choose_dtype
 from fastssl.errors import ConfigError
 from fastssl.methods.moco import MoCoV2Config
-from fastssl.observe.screen import Table, open_screen
+from fastssl.observe.screen import open_screen
+from fastssl.observe.table import Table
 from fastssl.presets import load
-from fastssl.train.device import choose_device, choose_dtype
 from fastssl.validation import Count, Images, Range, Rows, Threads, check
 from fastssl_pipelines.batch import Batch
 

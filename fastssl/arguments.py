@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from fastssl.errors import ConfigError
+from fastssl.plain_arguments import Positional, Suppress, parse_plainly
 
-try:
-    from tyro.conf import Positional, Suppress
-except ImportError:  # then marks of our own: `plain_arguments` reads either
-    Positional, Suppress = "positional", "suppress"  # type: ignore[assignment]
+__all__ = ["Positional", "Suppress", "parse", "parse_known"]
 
 _Options = TypeVar("_Options")
 
@@ -37,8 +35,6 @@ def _parsed(
     cls: type[_Options], arguments: Sequence[str], *, prog: str, default: _Options | None, all_known: bool
 ) -> tuple[_Options, list[str]]:
     if importlib.util.find_spec("tyro") is None:
-        from fastssl.plain_arguments import parse_plainly
-
         return parse_plainly(cls, arguments, prog=prog, default=default, all_known=all_known)
     import tyro
 

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
-from importlib import resources
-from pathlib import Path
+from importlib import import_module
 from typing import NoReturn, cast
 
 from fastssl import __version__
-from fastssl.arguments import parse as parse_options
-from fastssl.arguments import parse_known
-from fastssl.config import Config, RunConfig, from_json
 from fastssl.errors import ConfigError, TrainingError, unknown_name
-from fastssl.methods import METHODS
-from fastssl.presets import load
 from fastssl_pipelines.errors import DataError, InputError
 from fastssl_pipelines.names import printable
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+
+# by name, the module of fastssl.commands whose `main` takes the other arguments and returns the exit code
+COMMANDS = {
+    "pretrain": "pretrain",
+    "resume": "resume",
+    "eval": "evaluate",
+    "plot": "plot",
+    "report": "report",
+    "data": "data_check",
+    "preview": "preview",
+    "bench": "bench",
+    "methods": "methods",
+    "presets": "presets",
+    "verify": "verify",
+    "slurm": "slurm",
+    "doctor": "doctor",
+}
 
 USAGE = """\
 usage: fastssl COMMAND [...]
@@ -91,7 +99,7 @@ def command() -> NoReturn:
         # a name can hold what the terminal's encoding has no letter for
         cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     code = main()
-    from fastssl.train.interrupt import EXIT_STOPPED, ignore_requests
+    from fastssl.train.signals import EXIT_STOPPED, ignore_requests
 
     if code == EXIT_STOPPED:
         ignore_requests()  # the exit code is settled
@@ -99,21 +107,6 @@ def command() -> NoReturn:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "pretrain": pretrain,
-        "resume": resume,
-        "eval": evaluate,
-        "plot": plot,
-        "report": report,
-        "data": data,
-        "preview": preview,
-        "bench": bench,
-        "methods": methods,
-        "presets": presets,
-        "verify": verify,
-        "slurm": slurm,
-        "doctor": doctor,
-    }
     if any(argument == "" or argument.endswith("=") for argument in arguments):
         # a path would be the current folder
         raise ConfigError("an argument is empty, as of a variable that is not set; give every option its value")
@@ -124,185 +117,13 @@ def _dispatch(arguments: list[str]) -> int:
         print(__version__)
         return 0
     command, *rest = arguments
-    if command not in commands:
-        raise unknown_name("command", command, commands)
+    if command not in COMMANDS:
+        raise unknown_name("command", command, COMMANDS)
     if importlib.util.find_spec("fcntl") is None:
         raise ConfigError(
             f"fastssl {command} needs a POSIX system, such as Linux, and this is {sys.platform}; of fastssl only the "
             "losses (import fastssl_kernels) work here"
         )
-    return commands[command](rest)
-
-
-def pretrain(arguments: list[str]) -> int:
-    """`fastssl pretrain [PRESET | --config FILE] [--section.field VALUE ...]`."""
-    config = parse(arguments)
-    # resume may be called from another folder
-    config = replace(config, data=config.data.absolute())
-    return _train(config, config.run.dir, new=True)
-
-
-def parse(arguments: list[str]) -> Config:
-    """The configuration that the arguments of `pretrain` ask for."""
-    if arguments[:1] == ["--config"]:
-        from fastssl.train.folder import config_text
-
-        if len(arguments) < 2:
-            raise ConfigError("--config was given without a file; name the config.json of a run")
-        # not the folder that the file comes from: it holds a run
-        default = replace(from_json(config_text(Path(arguments[1]))), run=RunConfig())
-        rest, prog = arguments[2:], "fastssl pretrain --config FILE"
-    else:
-        named = bool(arguments) and not arguments[0].startswith("-")
-        name = arguments[0] if named else "quickstart"
-        default, rest, prog = load(name), arguments[named:], f"fastssl pretrain {name}"
-    given = {argument.split("=")[0].replace("_", "-") for argument in rest}
-    if "--data.label-list" in given and "--data.label-fraction" not in given:
-        # the list takes the place of the preset's share
-        default = replace(default, data=replace(default.data, label_fraction=1.0))
-    return parse_options(Config, rest, prog=prog, default=default)
-
-
-def resume(arguments: list[str]) -> int:
-    """`fastssl resume RUN`."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise ConfigError(f"resume takes one run folder, and {len(arguments)} arguments were given: fastssl resume RUN")
-    from fastssl.train.folder import read_config
-
-    folder = Path(arguments[0])
-    return _train(from_json(read_config(folder)), folder, new=False)
-
-
-def _train(config: Config, folder: Path | None, *, new: bool) -> int:
-    # imported here so that the other commands do not wait for it
-    from fastssl.train.device import choose_device
-    from fastssl.train.distributed import from_first_rank, joined_ranks, rank
-    from fastssl.train.folder import claimed, new_folder, prepare, taken
-    from fastssl.train.trainer import Trainer
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(joined_ranks(choose_device(config.train), timeout_s=config.train.timeout_s))
-        if folder is None:
-            # the first rank's, as the name has the time in it
-            folder = Path(from_first_rank(lambda: str(stack.enter_context(new_folder(config.preset)))))
-        elif new and (folder / "config.json").exists():
-            raise taken(folder)
-        trainer = Trainer(config, folder)
-        if rank() > 0:
-            return trainer.train()
-        claim = stack.enter_context(claimed(folder))
-        prepare(folder, config, identity=trainer.identity, new=new)
-        code = trainer.train(claim)
-        claim.require()
-        return code
-
-
-def evaluate(arguments: list[str]) -> int:
-    """`fastssl eval knn|linear RUN [--option VALUE ...]`."""
-    from fastssl.evaluate.command import KNNOptions, LinearOptions, eval_knn, eval_linear
-
-    protocol, *rest = arguments or [""]
-    if protocol == "knn":
-        return eval_knn(parse_options(KNNOptions, rest, prog="fastssl eval knn"))
-    if protocol == "linear":
-        return eval_linear(parse_options(LinearOptions, rest, prog="fastssl eval linear"))
-    raise unknown_name("evaluation", protocol, ["knn", "linear"])
-
-
-def plot(arguments: list[str]) -> int:
-    """`fastssl plot RUN [RUN ...] [--out DIR]`."""
-    from fastssl.observe.plot import Options, run
-
-    return run(parse_options(Options, arguments, prog="fastssl plot"))
-
-
-def report(arguments: list[str]) -> int:
-    """`fastssl report RUN`."""
-    from fastssl.observe.report import Options, run
-
-    return run(parse_options(Options, arguments, prog="fastssl report"))
-
-
-def data(arguments: list[str]) -> int:
-    """`fastssl data check DIR [--quarantine LIST] [--workers N]`."""
-    from fastssl.check import Options, run
-
-    task, *rest = arguments or [""]
-    if task != "check":
-        raise unknown_name("task for data", task, ["check"])
-    return run(parse_options(Options, rest, prog="fastssl data check"))
-
-
-def preview(arguments: list[str]) -> int:
-    """`fastssl preview [PRESET | --config FILE] [--images N] [--step N] [--out FILE] [--section.field VALUE ...]`."""
-    from fastssl.preview import Options, run
-
-    options, rest = parse_known(Options, arguments, prog="fastssl preview")
-    return run(parse(rest), options)
-
-
-def bench(arguments: list[str]) -> int:
-    """`fastssl bench input|step [PRESET] [--option VALUE ...]` or `e2e [PRESET] [--section.field VALUE ...]`."""
-    task, *rest = arguments or [""]
-    if task == "input":
-        from fastssl.benchmark import input as input_benchmark
-
-        return input_benchmark.run(parse_options(input_benchmark.Options, rest, prog="fastssl bench input"))
-    if task == "step":
-        from fastssl.benchmark import step
-
-        return step.run(parse_options(step.Options, rest, prog="fastssl bench step"))
-    if task == "e2e":
-        from fastssl.benchmark import end_to_end
-
-        options, rest = parse_known(end_to_end.Options, rest, prog="fastssl bench e2e")
-        return end_to_end.run(parse(rest), options)
-    raise unknown_name("benchmark", task, ["input", "step", "e2e"])
-
-
-def methods(arguments: list[str]) -> int:
-    """`fastssl methods`."""
-    _no_arguments(arguments)
-    for name, cls in METHODS.items():
-        print(f"{name:<12} {cls.Config.paper:<18} {(cls.__doc__ or '').splitlines()[0]}")
-    return 0
-
-
-def presets(arguments: list[str]) -> int:
-    """`fastssl presets`."""
-    from fastssl.presets.listing import listing
-
-    _no_arguments(arguments)
-    sys.stdout.write(listing())  # at once, so that `| head` does not break it off
-    return 0
-
-
-def verify(arguments: list[str]) -> int:
-    """`fastssl verify [LOSS] [--device D] [--dtype D]`."""
-    from fastssl.verify import Options, run
-
-    return run(parse_options(Options, arguments, prog="fastssl verify"))
-
-
-def slurm(arguments: list[str]) -> int:
-    """`fastssl slurm`."""
-    _no_arguments(arguments)
-    sys.stdout.write(resources.files("fastssl").joinpath("pretrain.sbatch").read_text())
-    return 0
-
-
-def doctor(arguments: list[str]) -> int:
-    """`fastssl doctor`."""
-    from fastssl.doctor import report
-
-    _no_arguments(arguments)
-    for title, rows in report():
-        print(title)
-        for name, value in rows:
-            print(f"  {name:<22} {value}")
-    return 0
-
-
-def _no_arguments(arguments: list[str]) -> None:
-    if arguments:
-        raise ConfigError(f"this command takes no arguments, and {' '.join(arguments)} was given")
+    # the others are not imported, so that none waits for what another needs
+    module = import_module(f"fastssl.commands.{COMMANDS[command]}")
+    return module.main(rest)

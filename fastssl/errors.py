@@ -19,6 +19,12 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint stays as it is."""
 
 
+def no_arguments(arguments: list[str]) -> None:
+    """Raise ConfigError if a command that takes none was given some."""
+    if arguments:
+        raise ConfigError(f"this command takes no arguments, and {' '.join(arguments)} was given")
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
     """The error for a name that is not one of `allowed`, with the nearest one suggested."""
     allowed, given = sorted(allowed), given[:60]

@@ -9,9 +9,13 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 
-from fastssl.arguments import Positional, Suppress
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.validation import conform
+
+try:
+    from tyro.conf import Positional, Suppress
+except ImportError:  # then marks of our own
+    Positional, Suppress = "positional", "suppress"  # type: ignore[assignment]
 
 _Options = TypeVar("_Options")
 

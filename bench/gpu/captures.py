@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from fastssl.benchmark.end_to_end import EndToEnd
+from fastssl.commands.bench_end_to_end import EndToEnd
 from fastssl.config import Config
 from fastssl.methods import Clock
 from fastssl.presets import load
 from fastssl.train.build import build_method, build_step
-from fastssl_pipelines.photographs import write_photographs
+from fastssl_pipelines.synthetic.photos import write_photographs
 
 from .task import Failed, Skipped, Task
 

@@ -17,13 +17,14 @@ from xml.etree import ElementTree
 import torch
 
 from bench import report
-from fastssl import cli, doctor
-from fastssl.benchmark.training import NO_END, as_training, synthetic_batches
+from fastssl import cli
+from fastssl.benchmark.step_variants import NO_END, as_training, synthetic_batches
+from fastssl.commands import doctor
+from fastssl.commands.verify import DTYPES
 from fastssl.config import OptimConfig
 from fastssl.methods import Clock
 from fastssl.presets import load
 from fastssl.train.build import build_method, build_step
-from fastssl.verify import DTYPES
 
 from .task import Failed, Skipped, Task
 

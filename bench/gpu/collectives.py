@@ -8,9 +8,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from fastssl import distributed
 from fastssl.config import TrainConfig
-from fastssl.train import distributed
-from fastssl.train.device import choose_device
+from fastssl.device import choose_device
 
 from .task import Failed, Task
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastssl.observe.log import MetricsLog
+from fastssl.observe.metrics_log import MetricsLog
 from fastssl.train import checkpoint
 
 from .checks import ROOT

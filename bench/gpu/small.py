@@ -17,8 +17,8 @@ from bench import sides
 from bench import step as step_beside_others
 from bench.peers import Unavailable
 from fastssl.benchmark.command import wait
-from fastssl.benchmark.end_to_end import EndToEnd
-from fastssl.benchmark.recipes import pil_batches
+from fastssl.benchmark.peer_pipelines import pil_batches
+from fastssl.commands.bench_end_to_end import EndToEnd
 from fastssl.config import Config
 from fastssl.presets import load
 from fastssl_pipelines.batch import Batch

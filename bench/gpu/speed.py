@@ -12,11 +12,11 @@ from typing import Any
 
 from bench import losses as losses_beside_peers
 from fastssl import cli
-from fastssl.benchmark.training import CHOSEN, Variant, candidate, synthetic_batches
+from fastssl.benchmark.step_variants import CHOSEN, Variant, candidate, synthetic_batches
 from fastssl.config import Config
 from fastssl.presets import load
 from fastssl_pipelines.batch import Batch
-from fastssl_pipelines.executor import available_executors
+from fastssl_pipelines.executors.base import available_executors
 
 from .targets import LARGE, SMALL
 from .task import Failed, Task

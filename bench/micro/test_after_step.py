@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bench.micro.sizes import Sizes
+from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import build_encoder
-from fastssl.models.momentum import ema_update_, momentum_copy
 from fastssl.models.queue import KeyQueue
 
 MOMENTUM = 0.999

@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.micro.sizes import Cut, Sizes
 from bench.peers import Unavailable
 from bench.sides import SETTINGS, SIDES, Setting
-from fastssl.benchmark.training import as_training, synthetic_batches
+from fastssl.benchmark.step_variants import as_training, synthetic_batches
 from fastssl.config import Config
 from fastssl.methods import METHODS
 from fastssl.methods.moco import MoCoV1Config

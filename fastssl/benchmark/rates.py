@@ -13,13 +13,13 @@ from statistics import median
 import numpy as np
 import torch
 
-from fastssl.benchmark.recipes import Views
+from fastssl.benchmark.peer_pipelines import Views
 from fastssl.config import Config
-from fastssl_pipelines.augmentation import Augmentation
-from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.executors.augmentation import Augmentation
+from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.plan import BatchPlan, SamplePlan
-from fastssl_pipelines.sources import Source
-from fastssl_pipelines.steps import TrainingSteps
+from fastssl_pipelines.sampler import TrainingSteps
+from fastssl_pipelines.sources.base import Source
 
 STAGES = ("decode", "crops", "batch")
 PLANNED_VIEWS = 512

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.train.distributed import gather_uneven_rows, rank, world_size
-from fastssl_pipelines.executor import Executor
+from fastssl.distributed import gather_uneven_rows, rank, world_size
+from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.plan import SamplePlan
-from fastssl_pipelines.sources import Source
-from fastssl_pipelines.steps import EvaluationSteps
+from fastssl_pipelines.sampler import EvaluationSteps
+from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.views import ViewSpec
 
 BATCH_SIZE = 256

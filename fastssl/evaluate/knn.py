@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from fastssl.evaluate.accuracy import Accuracy, count_hits, percent
 from fastssl.evaluate.features import extract_features
-from fastssl_pipelines.executor import Executor
+from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.views import ViewSpec
 
 _QUERIES = 1024  # at once

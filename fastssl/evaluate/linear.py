@@ -2,7 +2,7 @@
 
 What differs from the papers, whose probes train on random crops and report the best test epoch:
 
-- MoCo (arXiv 1911.05722): rate 30, 100 epochs, times 0.1 at 60 and 80, batch 256; see `frozen.py`.
+- MoCo (arXiv 1911.05722): rate 30, 100 epochs, times 0.1 at 60 and 80, batch 256; see `linear_crops.py`.
 - MSVQ (arXiv 2305.05370, linear_eval.py): rate 1, cosine over 100 epochs, Nesterov momentum, batch 256.
 
 Here the images are not augmented, momentum is plain, the rate is chosen on training images that are held out for
@@ -23,7 +23,7 @@ from fastssl.config import OptimConfig
 from fastssl.errors import ConfigError, TrainingError
 from fastssl.evaluate.accuracy import Accuracy, count_hits, percent
 from fastssl.evaluate.features import Features
-from fastssl.train.schedule import learning_rate
+from fastssl.schedule import learning_rate
 
 MOMENTUM = 0.9
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # for features of mean norm 1

@@ -10,8 +10,8 @@ from torch import nn
 
 from fastssl.config import Config
 from fastssl.evaluate.knn import knn_of_encoder
-from fastssl_pipelines.executor import Executor
-from fastssl_pipelines.sources import Source
+from fastssl_pipelines.executors.base import Executor
+from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.views import ViewSpec
 
 RAW_PIXELS_SIDE = 32  # raw pixels are compared at this size: 3072 numbers an image

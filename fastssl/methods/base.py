@@ -9,9 +9,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastssl.distributed import gather_rows
 from fastssl.errors import ConfigError
 from fastssl.models.encoders import Encoder
-from fastssl.train.distributed import gather_rows
 from fastssl.validation import Checked, Dim, Temperature
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastssl.distributed import rank
 from fastssl.methods.base import MethodConfig, MethodOutput
 from fastssl.methods.mixing import uniform_rows
-from fastssl.methods.momentum import MomentumConfig, MomentumMethod
-from fastssl.train.distributed import rank
+from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
 from fastssl.validation import Temperature, Weight
 from fastssl_pipelines.batch import Batch
 

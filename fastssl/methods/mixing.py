@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.train.distributed import local_rows, world_size
+from fastssl.distributed import local_rows, world_size
 
 
 def swap_neighbours(rows: Tensor) -> Tensor:

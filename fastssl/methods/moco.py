@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fastssl.methods.base import MethodConfig, MethodOutput
-from fastssl.methods.momentum import MomentumConfig, MomentumMethod
+from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
 from fastssl.validation import Temperature
 from fastssl_pipelines.batch import Batch
 

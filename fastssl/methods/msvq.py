@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 
+from fastssl.distributed import gather_rows
 from fastssl.methods.base import Clock, MethodConfig, MethodOutput
-from fastssl.methods.momentum import MomentumConfig, MomentumMethod, momentum_rows
+from fastssl.methods.queue_method import MomentumConfig, MomentumMethod, momentum_rows
+from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
-from fastssl.models.momentum import ema_update_, momentum_copy
-from fastssl.train.distributed import gather_rows
 from fastssl.validation import Decay, Rows, Temperature, Width
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec

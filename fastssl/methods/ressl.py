@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fastssl.methods.base import MethodConfig, MethodOutput
-from fastssl.methods.momentum import MomentumConfig, MomentumMethod
+from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
 from fastssl.validation import Dim, Rows, Temperature, Width
 from fastssl_pipelines.batch import Batch
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastssl.train.distributed import gather_rows, world_size
+from fastssl.distributed import gather_rows, world_size
 from fastssl_kernels import QueueRead, assign_groups, queue_read
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fastssl.distributed import gather_rows, gather_rows_with_gradient
 from fastssl.errors import ConfigError
 from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput
+from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
 from fastssl.models.heads import MLPBatchNormHead, ProjectionHead
 from fastssl.models.kmeans import spherical_kmeans
-from fastssl.models.momentum import ema_update_, momentum_copy
 from fastssl.models.queue import KeyQueue
-from fastssl.train.distributed import gather_rows, gather_rows_with_gradient
 from fastssl.validation import Count, Decay, Range, Rows, Share, Temperature, Width, require
 from fastssl_kernels import assign_groups, group_cross_entropy, update_groups
 from fastssl_pipelines.batch import Batch

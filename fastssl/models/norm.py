@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from fastssl.apex import apex_group_norm
-from fastssl.train.distributed import gather_rows, mean_over_ranks, rank, world_size
+from fastssl.distributed import gather_rows, mean_over_ranks, rank, world_size
 
 NormLayer = Callable[[int], nn.Module]
 GROUPS = 32  # of group norm

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.train.distributed import gather_rows, rank
+from fastssl.distributed import gather_rows, rank
 
 _BITS = {2: torch.int16, 4: torch.int32}
 

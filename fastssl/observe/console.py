@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from fastssl.observe.screen import Table, open_screen
+from fastssl.observe.screen import open_screen
+from fastssl.observe.table import Table
 from fastssl_pipelines.files import open_to_append
 from fastssl_pipelines.names import printable
 

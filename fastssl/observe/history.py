@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastssl.errors import ConfigError
-from fastssl.observe.log import LOG_AT_MOST_BYTES, parse_json, whole_records
+from fastssl.observe.metrics_log import LOG_AT_MOST_BYTES, parse_json, whole_records
 from fastssl_pipelines.errors import MachineError
 from fastssl_pipelines.files import read_file
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 
-from fastssl.observe.screen import Cell, Table
+from fastssl.observe.table import Cell, Table
 
 
 class NoBar:

@@ -1,20 +1,16 @@
-"""`fastssl report`: a run as one HTML file that needs nothing else, neither a network nor a plotting library."""
+"""A run as one HTML file that needs nothing else, neither a network nor a plotting library."""
 
 from __future__ import annotations
 
 import html
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastssl.arguments import Positional
-from fastssl.errors import ConfigError
-from fastssl.observe import chart
+from fastssl.observe import svg as chart
 from fastssl.observe.history import METRICS, History, Metric, read_history
 from fastssl.observe.summary import ADVICE, commands, entries, headlines, mean_shares, state, worth_a_look
-from fastssl.validation import Checked
 from fastssl_pipelines.files import write_whole
 from fastssl_pipelines.names import printable
 
@@ -50,26 +46,6 @@ tr + tr td { border-top: 1px solid var(--edge); }
 pre { margin: .5rem 0; overflow: auto; }
 summary { cursor: pointer; margin: .6rem 0; }
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Checked):
-    """Writes a run's numbers, charts, notes and configuration into RUN/report.html, one file for any browser."""
-
-    run: Annotated[Path, Positional]
-    """run folder; the run may still go on"""
-
-
-def run(options: Options) -> int:
-    """Write the report, say where it is, and return 0."""
-    try:
-        path = write_report(options.run)
-    except OSError as error:
-        raise ConfigError(
-            f"no report can be written into {options.run} ({error.strerror}); make that folder writable"
-        ) from None
-    print(printable(f"wrote {path}"))
-    return 0
 
 
 def write_report(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fastssl.observe.screen import Cell, Table
+from fastssl.observe.table import Cell, Table
 
 
 class RichBar:

@@ -3,36 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-
-class Colored(NamedTuple):
-    """A cell in a color, where there are colors."""
-
-    text: str
-    color: str
-
-
-Cell = str | Colored
-
-
-@dataclass
-class Table:
-    """Rows of cells under headings; a row may end early."""
-
-    headings: Sequence[str]
-    align: str
-    """A letter a column: l for left, r for right."""
-    title: str = ""
-    framed: bool = True
-    rows: list[tuple[Cell, ...]] = field(default_factory=list)
-
-    def add_row(self, *cells: Cell) -> None:
-        """Below the others."""
-        self.rows.append(cells)
+from fastssl.observe.table import Table
 
 
 class Bar(Protocol):

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from fastssl.config import Config, OptimConfig
 from fastssl.methods import MethodConfig
-from fastssl.methods.momentum import MomentumConfig
 from fastssl.methods.msvq import MSVQConfig
+from fastssl.methods.queue_method import MomentumConfig
 from fastssl.methods.ressl import ReSSLConfig
 from fastssl.presets.data import DataSet, configuration, strong_view, weak_view
 from fastssl_pipelines.views import ViewSpec

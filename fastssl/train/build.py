@@ -8,18 +8,18 @@ from collections.abc import Callable
 import torch
 
 from fastssl.config import Config
+from fastssl.data import known_labels
+from fastssl.device import choose_dtype
+from fastssl.distributed import rank, world_size
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS, Method
 from fastssl.models.encoders import build_encoder
 from fastssl.models.norm import convert_to_sync, norm_layer
-from fastssl.train.data import known_labels
-from fastssl.train.device import choose_dtype
-from fastssl.train.distributed import rank, world_size
 from fastssl.train.optim import build_optimizer
 from fastssl.train.step import TrainStep
 from fastssl_pipelines.plan import SamplePlan
-from fastssl_pipelines.sources import Source
-from fastssl_pipelines.steps import TrainingSteps
+from fastssl_pipelines.sampler import TrainingSteps
+from fastssl_pipelines.sources.base import Source
 
 
 def build_method(config: Config, device: torch.device) -> Method:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastssl.config import Config, OptimConfig, to_json
+from fastssl.distributed import world_size
 from fastssl.errors import ConfigError
 from fastssl.models.queue import KeyQueue
-from fastssl.train.distributed import world_size
-from fastssl.train.schedule import learning_rate
-from fastssl_pipelines.sources import Source
+from fastssl.schedule import learning_rate
+from fastssl_pipelines.sources.base import Source
 
 Facts = dict[str, Any]
 """Plain values by dotted name, such as {"optim.lr": 0.03, "images.count": 50000}."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastssl.distributed import world_size
 from fastssl.errors import ConfigError
 from fastssl.models.norm import load_statistics
-from fastssl.train.distributed import world_size
 
 _PARTS: dict[str, type] = {
     "method": dict,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastssl.distributed import world_size
 from fastssl.methods import Clock, Method, MethodOutput
 from fastssl.observe.stopwatch import Stopwatch
-from fastssl.train.distributed import world_size
-from fastssl.train.graph import Graphed
+from fastssl.train.cuda_graph import Graphed
 from fastssl_kernels import watch_losses
 from fastssl_pipelines.batch import Batch
 

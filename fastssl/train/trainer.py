@@ -12,19 +12,21 @@ import torch
 import torch.distributed as dist
 
 from fastssl.config import Config
+from fastssl.data import open_splits
+from fastssl.device import choose_device, set_numerics
+from fastssl.distributed import first_on_each_machine, from_first_rank, rank, world_size
 from fastssl.errors import TrainingError
 from fastssl.evaluate.online import OnlineKNN
+from fastssl.executor import input_executor
 from fastssl.methods import METHODS, Clock
 from fastssl.models.norm import averaged_statistics
 from fastssl.models.queue import gather_state, queue_hash
-from fastssl.observe.reporter import Reporter
-from fastssl.observe.window import Broken, Window
+from fastssl.observe.meter import Broken, Window
+from fastssl.observe.run_logger import Reporter
+from fastssl.run_folder import Claim
+from fastssl.schedule import learning_rate
 from fastssl.train.build import build_method, build_step, compiles, training_steps
 from fastssl.train.checkpoint import Checkpoints, path_of
-from fastssl.train.data import open_splits
-from fastssl.train.device import choose_device, set_numerics
-from fastssl.train.distributed import first_on_each_machine, from_first_rank, rank, world_size
-from fastssl.train.folder import Claim
 from fastssl.train.identity import (
     MEASURED,
     binding,
@@ -38,12 +40,10 @@ from fastssl.train.identity import (
     require_same_run,
     weights_hash,
 )
-from fastssl.train.input import input_executor
-from fastssl.train.interrupt import EXIT_STOPPED, StopRequest
-from fastssl.train.schedule import learning_rate
+from fastssl.train.signals import EXIT_STOPPED, StopRequest
 from fastssl.train.state import load_state, require_whole
 from fastssl.train.step import seed_step
-from fastssl.train.threads import ThreadChoice
+from fastssl.train.thread_choice import ThreadChoice
 
 RAW_PIXELS_AT_MOST = 100_000  # images; beyond that the baseline costs more than it tells
 SKIPPED_AT_MOST = 10  # steps that are left out; a run that breaks more often is not about to recover

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .augment_parameters import AugmentParameters, check
+from .augment_parameters import BLUR_RADIUS, AugmentParameters, check
 from .backend import choose, requested
 
 __all__ = ["BLUR_RADIUS", "AugmentParameters", "augment"]
-
-BLUR_RADIUS = 6  # three standard deviations at the largest sigma in use, 2: torchvision's kernel_size 13
 
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's weights; they sum to 0.9999
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3  # values in `AugmentParameters.order`; 0 is brightness

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .checks import check_tensor
 
+BLUR_RADIUS = 6  # three standard deviations at the largest sigma in use, 2: torchvision's kernel_size 13
+
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PER_IMAGE = {
     "flip": torch.bool,

@@ -2,18 +2,18 @@
 
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError, UnreadableImages
-from fastssl_pipelines.executor import Executor, available_executors, build_executor
-from fastssl_pipelines.folder import ImageFolder, ListedImages
-from fastssl_pipelines.opening import list_images, open_source
+from fastssl_pipelines.executors.base import Executor, available_executors, build_executor
 from fastssl_pipelines.plan import (
     BatchPlan,
     SamplePlan,
     ViewPlan,
     partial_labels,
 )
-from fastssl_pipelines.shards import TarShards
-from fastssl_pipelines.sources import ArraySource, Source
-from fastssl_pipelines.steps import EvaluationSteps, TrainingSteps
+from fastssl_pipelines.sampler import EvaluationSteps, TrainingSteps
+from fastssl_pipelines.sources.base import ArraySource, Source
+from fastssl_pipelines.sources.folder import ImageFolder, ListedImages
+from fastssl_pipelines.sources.open import list_images, open_source
+from fastssl_pipelines.sources.shards import TarShards
 from fastssl_pipelines.views import ViewSpec
 
 __all__ = [

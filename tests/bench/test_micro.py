@@ -24,12 +24,13 @@ from fastssl.presets import load
 
 REPOSITORY = Path(__file__).parents[2]
 SABOTAGE = """
-import fastssl.models.momentum, fastssl.models.queue, fastssl_kernels.losses, fastssl_pipelines.augmentation
+import fastssl.models.ema, fastssl.models.queue, fastssl_kernels.losses
 from fastssl_kernels import parity
 from fastssl_pipelines import SamplePlan
+from fastssl_pipelines.executors import augmentation
 
 batch, info_nce = SamplePlan.batch, parity.LOSSES["info_nce"]
-augment = fastssl_pipelines.augmentation.Augmentation.__call__
+augment = augmentation.Augmentation.__call__
 
 def wrong_boxes(self, *args, **options):
     plan = batch(self, *args, **options)
@@ -37,9 +38,9 @@ def wrong_boxes(self, *args, **options):
         view.boxes[:, 0] += 300
     return plan
 
-fastssl.models.momentum.ema_update_ = lambda *_: None
+fastssl.models.ema.ema_update_ = lambda *_: None
 fastssl.models.queue.KeyQueue.enqueue = lambda *_: None
-fastssl_pipelines.augmentation.Augmentation.__call__ = lambda *args: tuple(1.01 * view for view in augment(*args))
+augmentation.Augmentation.__call__ = lambda *args: tuple(1.01 * view for view in augment(*args))
 SamplePlan.batch = wrong_boxes
 parity.LOSSES["info_nce"] = info_nce._replace(
     call=lambda *args: tuple(x * (1.01 if x.dtype != parity.torch.float64 else 1) for x in info_nce.call(*args))

@@ -12,7 +12,7 @@ from bench import step
 from bench.__main__ import main
 from bench.sides import SETTINGS, SIDES, Setting
 from bench.step import Options, Row
-from fastssl.benchmark.training import as_training, synthetic_batches
+from fastssl.benchmark.step_variants import as_training, synthetic_batches
 
 CPU = torch.device("cpu")
 TINY = Options(batch_size=8, queue_size=32, width=1 / 16, device="cpu")

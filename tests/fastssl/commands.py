@@ -15,7 +15,7 @@ from contextlib import contextmanager
 # zombie, which keeps its number from being given to somebody else.
 SERVER = """
 import json, os, sys
-import fastssl.doctor, fastssl.train.trainer
+import fastssl.commands.doctor, fastssl.train.trainer
 from fastssl.cli import main
 
 assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"

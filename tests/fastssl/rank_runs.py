@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from fastssl.distributed import local_rows, mean_over_ranks, world_size
 from fastssl.methods import Clock
 from fastssl.models.norm import averaged_statistics, convert_to_sync
 from fastssl.models.queue import gather_state
-from fastssl.train.distributed import local_rows, mean_over_ranks, world_size
 from fastssl_pipelines.batch import Batch
 from tests.fastssl.small_methods import a_batch, build
 

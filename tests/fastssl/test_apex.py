@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastssl.apex import why_not_apex
+from fastssl.commands.doctor import report
 from fastssl.config import OptimConfig
-from fastssl.doctor import report
 from fastssl.errors import ConfigError
 from fastssl.models.norm import norm_layer
 from fastssl.train.optim import build_optimizer

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from fastssl.cli import main
 from fastssl.config import from_json
 from fastssl.methods import METHODS, Clock, smog
-from fastssl.methods.momentum import SHARDABLE
+from fastssl.methods.queue_method import SHARDABLE
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.models.queue import KeyQueue, queue_hash
 from fastssl.train import checkpoint

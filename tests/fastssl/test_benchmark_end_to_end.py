@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastssl.benchmark import end_to_end
+from fastssl.commands import bench_end_to_end as end_to_end
 from fastssl.errors import ConfigError
 from fastssl.presets import load
 

@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 
 from bench.__main__ import main as bench_main
-from fastssl.benchmark import input as bench_input
 from fastssl.benchmark import rates
-from fastssl.benchmark.recipes import dali_batches, pil_batches, pil_transform
+from fastssl.benchmark.peer_pipelines import dali_batches, pil_batches, pil_transform
 from fastssl.cli import main
+from fastssl.commands import bench_input
+from fastssl.data import split_roots
+from fastssl.device import choose_dtype
 from fastssl.presets import load
 from fastssl.train.build import training_steps
-from fastssl.train.data import split_roots
-from fastssl.train.device import choose_dtype
-from fastssl_pipelines.executor import available_executors, build_executor
-from fastssl_pipelines.opening import open_source
+from fastssl_pipelines.executors.base import available_executors, build_executor
+from fastssl_pipelines.sources.open import open_source
 from fastssl_pipelines.views import ViewSpec
 
 TINY = ["--seconds", "0.05", "--repeats", "1", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
@@ -89,7 +89,7 @@ def test_photographs_are_drawn_once(monkeypatch, tmp_path, capsys):
 
 
 def test_an_executor_that_cannot_have_the_images_is_left_out_with_a_note(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fastssl_pipelines.resident._available_host_bytes", lambda: 1000)
+    monkeypatch.setattr("fastssl_pipelines.executors.resident._available_host_bytes", lambda: 1000)
     path = tmp_path / "input.json"
     arguments = ["--root", str(root), "--pipelines", "resident", *TINY, "--repeats", "2", "--json", str(path)]
     assert main(["bench", "input", "mocov2-cifar10", *arguments]) == 0

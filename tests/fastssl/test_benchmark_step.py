@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.benchmark import step, training
+from fastssl.benchmark import step_variants as training
 from fastssl.benchmark.command import write_trace
-from fastssl.benchmark.training import CHOSEN, SUPERVISED, Candidate, Passes, Result
+from fastssl.benchmark.step_variants import CHOSEN, SUPERVISED, Candidate, Passes, Result
+from fastssl.commands import bench_step as step
+from fastssl.device import choose_dtype
 from fastssl.errors import ConfigError, TrainingError
 from fastssl.presets import load
 from fastssl.train.build import build_method, build_step
-from fastssl.train.device import choose_dtype
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.check import EXIT_FOUND
-from fastssl.cli import main, parse
-from fastssl.train.data import open_splits
+from fastssl.cli import main
+from fastssl.commands.data_check import EXIT_FOUND
+from fastssl.commands.pretrain import parse
+from fastssl.data import open_splits
 
 
 def picture(number: int, format: str = "JPEG", **options) -> bytes:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastssl.cli import parse
+from fastssl.commands.pretrain import parse
 from fastssl.config import TrainConfig, from_json, to_json
 from fastssl.errors import ConfigError
 from fastssl.presets import load

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.cli import main, parse
+from fastssl.cli import main
+from fastssl.commands.pretrain import parse
 from fastssl.config import from_json, to_json
+from fastssl.data import open_splits
 from fastssl.errors import ConfigError
 from fastssl.observe import progress
-from fastssl.train.data import open_splits
 from fastssl_pipelines import ArraySource, DataError
-from fastssl_pipelines.named import NamedSplits
+from fastssl_pipelines.sources.torchvision_sets import NamedSplits
 
 
 def write(path, value=0):
@@ -204,7 +205,7 @@ def test_a_named_data_set(tmp_path, monkeypatch):
         asked.append((arguments, options))
         return NamedSplits(source, source)
 
-    monkeypatch.setattr("fastssl.train.data.open_named", open_named)
+    monkeypatch.setattr("fastssl.data.open_named", open_named)
     assert splits(tmp_path, "--data.dataset", "CIFAR100") == (source, source)
     splits(tmp_path, "--data.dataset", "STL10", "--data.download")
     assert asked == [(("CIFAR100", tmp_path), {"download": False}), (("STL10", tmp_path), {"download": True})]

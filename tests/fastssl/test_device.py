@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from fastssl.config import TrainConfig
-from fastssl.train.device import choose_device
-from fastssl.train.distributed import joined_ranks
+from fastssl.device import choose_device
+from fastssl.distributed import joined_ranks
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from fastssl.cli import main
-from fastssl.evaluate.command import LinearOptions, open_run
+from fastssl.commands.evaluate import LinearOptions, open_run
 from fastssl.evaluate.features import extract_features
-from fastssl.evaluate.frozen import train_on_crops
 from fastssl.evaluate.linear import Recipe
+from fastssl.evaluate.linear_crops import train_on_crops
 
 TINY = "--model.width 0.0625 --model.splits 2 --method.queue-size 64 --train.batch-size 16 --train.checkpoint-every 5"
 

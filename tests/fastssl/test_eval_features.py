@@ -10,8 +10,8 @@ from torch import nn
 from fastssl.evaluate.features import evaluation_plan, extract_features
 from fastssl.evaluate.online import OnlineKNN
 from fastssl.presets import load
-from fastssl_pipelines.executor import build_executor
-from fastssl_pipelines.sources import ArraySource
+from fastssl_pipelines.executors.base import build_executor
+from fastssl_pipelines.sources.base import ArraySource
 from fastssl_pipelines.views import ViewSpec
 
 VIEW = ViewSpec(size=8, centre=1.0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastssl.config import OptimConfig, TrainConfig
+from fastssl.device import set_numerics
 from fastssl.methods import Clock
-from fastssl.observe.window import Window
-from fastssl.train.device import set_numerics
+from fastssl.observe.meter import Window
 from fastssl.train.optim import build_optimizer
 from fastssl.train.step import TrainStep
 from fastssl_pipelines.batch import Batch

@@ -10,7 +10,7 @@ import torch
 
 from fastssl.config import OptimConfig
 from fastssl.methods import METHODS, Clock
-from fastssl.train.graph import Graphed
+from fastssl.train.cuda_graph import Graphed
 from fastssl.train.optim import build_optimizer
 from fastssl.train.step import TrainStep
 from tests.fastssl.small_methods import STEPS_PER_EPOCH, TOTAL_STEPS, VARIANTS, a_batch, build

@@ -12,8 +12,8 @@ from fastssl.benchmark.memory import peak_bytes
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract_features
 from fastssl.evaluate.knn import knn_accuracy, knn_of_encoder
-from fastssl_pipelines.executor import build_executor
-from fastssl_pipelines.sources import ArraySource, Subset
+from fastssl_pipelines.executors.base import build_executor
+from fastssl_pipelines.sources.base import ArraySource, Subset
 from fastssl_pipelines.views import ViewSpec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.cli import main, parse
+from fastssl.cli import main
+from fastssl.commands.pretrain import parse
 from fastssl.config import from_json, to_json
+from fastssl.data import open_splits
 from fastssl.errors import ConfigError
 from fastssl.train.build import training_steps
-from fastssl.train.data import open_splits
 
 SIZE = {"labelled": (12, 12), "more": (10, 15)}
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from fastssl.errors import ConfigError
-from fastssl.observe.log import MetricsLog
+from fastssl.observe.metrics_log import MetricsLog
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_records_are_on_the_disk_when_write_returns(log):
 def test_records_wait_for_the_disk_and_go_in_before_the_next(log, monkeypatch):
     log.write("train", step=1)
     with monkeypatch.context() as patch:
-        patch.setattr("fastssl.observe.log.open_to_append", no_space)
+        patch.setattr("fastssl.observe.metrics_log.open_to_append", no_space)
         for step in (2, 3):
             log.write("train", step=step)
     assert lines(log) == [1]
@@ -56,7 +56,7 @@ def test_records_wait_for_the_disk_and_go_in_before_the_next(log, monkeypatch):
 def test_a_problem_is_told_once_for_each_outage(log, monkeypatch):
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("fastssl.observe.log.open_to_append", no_space)
+            patch.setattr("fastssl.observe.metrics_log.open_to_append", no_space)
             log.write("train", step=1)
             assert "metrics.jsonl cannot be written (No space left" in log.problem()
             log.write("train", step=2)
@@ -68,7 +68,7 @@ def test_a_problem_is_told_once_for_each_outage(log, monkeypatch):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from fastssl.observe.log import MetricsLog
+from fastssl.observe.metrics_log import MetricsLog
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = MetricsLog(Path(sys.argv[1]))
@@ -126,7 +126,7 @@ def test_rewind_keeps_what_was_before_a_step(log):
 
 def test_rewind_takes_what_waits_in_memory(log, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fastssl.observe.log.open_to_append", no_space)
+        patch.setattr("fastssl.observe.metrics_log.open_to_append", no_space)
         for step in (1, 2):
             log.write("train", step=step)
     log.rewind(1)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.errors import ConfigError
+from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import build_encoder, encoder_names
 from fastssl.models.heads import LinearHead, MLPHead, build_head
-from fastssl.models.momentum import ema_update_, momentum_copy
 from fastssl.models.norm import SplitBatchNorm2d, SyncBatchNorm, inverse_permutation, norm_layer
 from fastssl.models.queue import KeyQueue
 from fastssl_pipelines.errors import install_command

@@ -11,9 +11,9 @@ from torch import nn
 
 from fastssl.config import OptimConfig
 from fastssl.errors import ConfigError
+from fastssl.schedule import learning_rate
 from fastssl.train.lars import EPS, LARS
 from fastssl.train.optim import build_optimizer
-from fastssl.train.schedule import learning_rate
 
 SHAPES = [(4, 3, 2, 2), (5,), (5, 4), ()]
 

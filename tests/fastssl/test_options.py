@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastssl.config import DataConfig, OptimConfig, TrainConfig, from_json, to_json
+from fastssl.distributed import joined_ranks, local_rank, started_ranks
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS
 from fastssl.presets import PRESETS, load
-from fastssl.train.distributed import joined_ranks, local_rank, started_ranks
 from fastssl.validation import Checked, Range
 from fastssl_pipelines.views import ViewSpec
 

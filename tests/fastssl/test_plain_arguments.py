@@ -8,16 +8,16 @@ import shlex
 import pytest
 
 from fastssl.arguments import parse
-from fastssl.benchmark.step import Options as StepOptions
-from fastssl.check import Options as CheckOptions
+from fastssl.commands.bench_step import Options as StepOptions
+from fastssl.commands.data_check import Options as CheckOptions
+from fastssl.commands.evaluate import LinearOptions
+from fastssl.commands.plot import Options as PlotOptions
+from fastssl.commands.preview import Options as PreviewOptions
+from fastssl.commands.verify import Options as VerifyOptions
 from fastssl.config import Config
 from fastssl.errors import ConfigError
-from fastssl.evaluate.command import LinearOptions
-from fastssl.observe.plot import Options as PlotOptions
 from fastssl.plain_arguments import parse_plainly
 from fastssl.presets import PRESETS, load
-from fastssl.preview import Options as PreviewOptions
-from fastssl.verify import Options as VerifyOptions
 
 
 def plainly(cls, arguments, default=None):

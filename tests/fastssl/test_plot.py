@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastssl.commands.plot import Options, run
 from fastssl.errors import ConfigError
 from fastssl.observe.history import ACCURACY, KNN, LOSS, PARTS, REST, read_history
-from fastssl.observe.plot import Options, run
 from tests.fastssl.written_runs import FINISHED, SHARES, START, evaluation, train, write_run
 
 PICTURES = {"loss.png", "contrast_accuracy.png", "knn.png", "images_per_s.png", "time.png"}

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastssl.cli import main
+from fastssl.commands.presets import WIDTH
 from fastssl.config import OptimConfig, from_json, to_json
 from fastssl.methods import METHODS
 from fastssl.presets import PRESETS, load
-from fastssl.presets.listing import WIDTH
 from fastssl.train.build import build_method
 from fastssl.train.optim import build_optimizer
 

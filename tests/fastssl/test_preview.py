@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from fastssl import preview
 from fastssl.cli import main
+from fastssl.commands import preview
+from fastssl.commands.preview import Options, caption
+from fastssl.data import open_splits
 from fastssl.presets import load
-from fastssl.preview import Options, caption
 from fastssl.train.build import training_steps
-from fastssl.train.data import open_splits
 from fastssl_pipelines.plan import ViewPlan
 from fastssl_pipelines.views import ViewSpec
 

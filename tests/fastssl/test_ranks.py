@@ -8,10 +8,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
+from fastssl.distributed import gather_rows, gather_rows_with_gradient, local_rows, rank, world_size
 from fastssl.methods import METHODS
-from fastssl.methods.momentum import momentum_rows
+from fastssl.methods.queue_method import momentum_rows
 from fastssl.models.norm import averaged_statistics, convert_to_sync
-from fastssl.train.distributed import gather_rows, gather_rows_with_gradient, local_rows, rank, world_size
 from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join, part
 from tests.fastssl.small_methods import a_batch
 

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.cli import parse
+from fastssl.commands.pretrain import parse
+from fastssl.commands.report import Options, run
 from fastssl.config import to_json
 from fastssl.errors import ConfigError
-from fastssl.observe import chart
+from fastssl.observe import svg as chart
 from fastssl.observe.history import History, read_history
-from fastssl.observe.report import Options, page, run, write_report
+from fastssl.observe.report import page, write_report
 from fastssl.observe.summary import ADVICE, training_s
 from tests.fastssl.written_runs import CONFIG, FINISHED, START, evaluation, train, write_run
 

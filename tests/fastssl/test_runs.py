@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.cli import main, parse
-from fastssl.train.data import open_splits
+from fastssl.cli import main
+from fastssl.commands.pretrain import parse
+from fastssl.data import open_splits
 
 TINY = [
     "--data.pictures",

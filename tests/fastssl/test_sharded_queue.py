@@ -9,12 +9,12 @@ import torch.multiprocessing
 from torch.nn.functional import normalize
 
 import fastssl_kernels
+from fastssl.distributed import local_rows, world_size
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS
-from fastssl.methods.momentum import SHARDABLE, MomentumConfig
+from fastssl.methods.queue_method import SHARDABLE, MomentumConfig
 from fastssl.methods.sharded import sharded_read
 from fastssl.models.queue import KeyQueue, gather_state, queue_hash
-from fastssl.train.distributed import local_rows, world_size
 from fastssl_kernels import queue_read
 from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join
 from tests.fastssl.small_methods import QUEUE, build

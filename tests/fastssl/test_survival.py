@@ -13,11 +13,11 @@ import pytest
 
 from fastssl.cli import main
 from fastssl.config import from_json
-from fastssl.observe.log import MetricsLog
+from fastssl.data import open_splits
+from fastssl.observe.metrics_log import MetricsLog
+from fastssl.run_folder import claimed
 from fastssl.train import checkpoint
 from fastssl.train.build import training_steps
-from fastssl.train.data import open_splits
-from fastssl.train.folder import claimed
 from fastssl.train.step import TrainStep
 from tests.fastssl.test_runs import TINY, assert_same, final_state, records
 
@@ -196,7 +196,7 @@ def test_what_only_tells_does_not_end_a_run_when_the_disk_is_full(tmp_path, monk
     def full(*given):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("fastssl.observe.reporter.write_report", full)
+    monkeypatch.setattr("fastssl.observe.run_logger.write_report", full)
     monkeypatch.setattr(MetricsLog, "_append", full)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "console.log").symlink_to("/dev/full")

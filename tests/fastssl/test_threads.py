@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastssl import start
-from fastssl.train.threads import ThreadChoice
+from fastssl.train.thread_choice import ThreadChoice
 
 CORES = 4
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastssl import verify, verify_augment
 from fastssl.cli import main
+from fastssl.commands import verify, verify_augment
 from fastssl_kernels import blockwise, ops, parity
 from fastssl_kernels.rows import Rows
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fastssl.config import DataConfig, from_json, to_json
+from fastssl.data import open_splits
 from fastssl.errors import ConfigError
+from fastssl.executor import input_executor, worker_count
 from fastssl.presets import load
-from fastssl.train.data import open_splits
 from fastssl.train.identity import HARMLESS
-from fastssl.train.input import input_executor, worker_count
 from tests.pipelines import fake_cuda
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

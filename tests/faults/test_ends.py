@@ -201,7 +201,7 @@ def test_another_error_of_torch_is_a_fault_of_ours_and_stays_a_traceback(tmp_pat
 def test_a_limit_of_address_space_is_a_sentence(tmp_path):
     """The allocator itself says no, not a stand-in."""
     code = (
-        "import resource, sys; from fastssl.cli import main; import fastssl.train.trainer, fastssl.doctor\n"
+        "import resource, sys; from fastssl.cli import main; import fastssl.train.trainer, fastssl.commands.doctor\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)\n"
         "sys.exit(main(sys.argv[1:]))"

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from fastssl.cli import main, parse
+from fastssl.cli import main
+from fastssl.commands.pretrain import parse
 from fastssl.errors import TrainingError
 from fastssl.train import checkpoint
 from fastssl.train.identity import facts_of_options, weights_hash

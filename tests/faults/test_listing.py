@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastssl_pipelines import DataError, ImageFolder
-from fastssl_pipelines.labels import listed_labels
-from fastssl_pipelines.listing import Listing
-from fastssl_pipelines.lists import read_names, write_names
+from fastssl_pipelines.labels import listed_labels, quarantine_list, without
 from fastssl_pipelines.names import to_line
-from fastssl_pipelines.opening import list_images, open_source
-from fastssl_pipelines.quarantine import quarantine_list, without
+from fastssl_pipelines.sources.listing import Listing
+from fastssl_pipelines.sources.lists import read_names, write_names
+from fastssl_pipelines.sources.open import list_images, open_source
 
 
 def png(number: int = 0) -> bytes:

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.cli import parse
+from fastssl.commands.pretrain import parse
 from fastssl.config import Config, from_json, to_json
+from fastssl.distributed import joined_ranks
 from fastssl.errors import ConfigError
 from fastssl.presets import load
-from fastssl.train.distributed import joined_ranks
-from fastssl.train.folder import config_text
+from fastssl.run_folder import config_text
 
 NASTY = (
     *(None, True, False, 0, -1, 1, 0.5, 1e-300, 1e300, 10**20, 10**400, "", "32", "zzz", "a\0b", "\ud800", "\udce9"),

@@ -13,8 +13,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from fastssl_pipelines import DataError, ImageFolder, index, open_source
+from fastssl_pipelines import DataError, ImageFolder, open_source
 from fastssl_pipelines.errors import MachineError
+from fastssl_pipelines.sources import index
 from tests.pipelines.test_shards import png, shard
 
 GIB = 2**30

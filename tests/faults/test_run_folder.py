@@ -9,8 +9,8 @@ from datetime import datetime
 
 import pytest
 
+from fastssl import run_folder as folders
 from fastssl.cli import main
-from fastssl.train import folder as folders
 from fastssl.train.checkpoint import Checkpoints
 from tests.fastssl.test_runs import final_state, records
 from tests.faults.runs import PICTURES, TINY, contents, refusal, sentence, train
@@ -187,7 +187,7 @@ def test_a_read_only_folder_costs_an_evaluation_its_file_alone(finished, monkeyp
     def fail(path, content):
         raise OSError(30, os.strerror(30), path)
 
-    monkeypatch.setattr("fastssl.evaluate.command.write_whole", fail)
+    monkeypatch.setattr("fastssl.commands.evaluate.write_whole", fail)
     assert main(["eval", "knn", str(finished)]) == 0
     out = capsys.readouterr().out
     assert "top-1" in out

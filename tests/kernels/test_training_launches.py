@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastssl.methods import METHODS, Clock, sharded, smog
-from fastssl.methods.momentum import SHARDABLE, MomentumMethod
+from fastssl.methods.queue_method import SHARDABLE, MomentumMethod
 from fastssl.models.encoders import Encoder
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.presets import PRESETS, load

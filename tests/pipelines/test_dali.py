@@ -17,9 +17,9 @@ from tests.pipelines.photos import ENLARGED, NORMALISATION, REDUCED, photo, plan
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
-from fastssl_pipelines import dali
-from fastssl_pipelines.dali import DaliExecutor
-from fastssl_pipelines.dali_graph import Decoder, region_of, within
+from fastssl_pipelines.executors import dali
+from fastssl_pipelines.executors.dali import DaliExecutor
+from fastssl_pipelines.executors.dali_graph import Decoder, region_of, within
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from fastssl_pipelines import DataError, ImageFolder, ViewSpec, available_executors, build_executor
-from fastssl_pipelines.decoding import BROKEN_IMAGE, decode, open_image, orientation_of, upright_size
-from fastssl_pipelines.index import _HEADER_BYTES
+from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, decode, open_image, orientation_of, upright_size
+from fastssl_pipelines.sources.index import _HEADER_BYTES
 from tests.pipelines.photos import NORMALISATION, photo, plan_of
 
 EXECUTORS = ("torchvision", "resident", "dali")
@@ -266,7 +266,7 @@ def test_nothing_that_pillow_finds_odd_reaches_the_console(tmp_path):
         (tmp_path / name).write_bytes(content)
     program = """
 import sys, pathlib
-from fastssl_pipelines.decoding import BROKEN_IMAGE, decode, open_image
+from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, decode, open_image
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     try:
         with open_image(path.read_bytes()) as image:

@@ -24,11 +24,11 @@ from fastssl_pipelines import (
     ViewSpec,
     available_executors,
     build_executor,
-    workers,
 )
 from fastssl_pipelines.errors import install_command
-from fastssl_pipelines.executor import _automatic
-from fastssl_pipelines.resident import _crops_in_batches
+from fastssl_pipelines.executors import workers
+from fastssl_pipelines.executors.base import _automatic
+from fastssl_pipelines.executors.resident import _crops_in_batches
 from tests.pipelines.photos import ENLARGED, NORMALISATION, REDUCED, photo, plan_of
 
 NAMES = ("resident", "torchvision", "dali")
@@ -114,7 +114,7 @@ def test_the_batched_resize_of_a_gpu_is_torchvisions_within_one_level(monkeypatc
     levels = difference(whole, expected)
     assert levels.max() <= 1
     assert levels.float().mean() < 0.25
-    monkeypatch.setattr("fastssl_pipelines.resident._WORKING_SET_VALUES", 5 * images[0].numel())
+    monkeypatch.setattr("fastssl_pipelines.executors.resident._WORKING_SET_VALUES", 5 * images[0].numel())
     (in_parts,) = _crops_in_batches(images, torch.device("cpu"), batch)
     assert torch.equal(in_parts, whole)
 
@@ -231,7 +231,7 @@ def test_a_truncated_file_is_named_when_the_resident_executor_starts(broken):
 
 @pytest.mark.parametrize("name", ["torchvision", "resident"])
 def test_worker_processes_give_the_same_batches(monkeypatch, name, small):
-    monkeypatch.setattr("fastssl_pipelines.resident._WORTH_PROCESSES", 3)
+    monkeypatch.setattr("fastssl_pipelines.executors.resident._WORTH_PROCESSES", 3)
     steps = TrainingSteps(plan_of(small), batch_size=16)
     in_process = list(build(name, small).stream(steps, 1, 15))
     # all are kept, so that memory that is used again would show

@@ -18,8 +18,8 @@ from fastssl_pipelines import (
     available_executors,
     build_executor,
 )
-from fastssl_pipelines.handover import HOST_AHEAD
-from fastssl_pipelines.transfer import ALIGNED_BYTES, to_device
+from fastssl_pipelines.executors.handover import HOST_AHEAD
+from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
 from tests.pipelines.photos import NORMALISATION, photo, plan_of, save_photos
 
 pytestmark = pytest.mark.gpu
@@ -164,7 +164,7 @@ def test_memory_does_not_grow_with_the_length_of_a_stream(images, name, workers)
 
 
 def test_images_in_host_memory_give_the_same_batches(monkeypatch, images, expected):
-    monkeypatch.setattr("fastssl_pipelines.resident._place", lambda needed_bytes, device: "cpu")
+    monkeypatch.setattr("fastssl_pipelines.executors.resident._place", lambda needed_bytes, device: "cpu")
     executor = build("resident", images, "cuda", 2)
     assert any("host memory" in note for note in executor.notes)
     for batch, wanted in zip(executor.stream(steps_of(images), 0, STEPS), expected, strict=True):

@@ -16,19 +16,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl_kernels import use_backend
-from fastssl_pipelines import (
-    ArraySource,
-    Batch,
-    Executor,
-    TrainingSteps,
-    ViewSpec,
-    augmentation,
-    available_executors,
-    build_executor,
-    resident,
-)
-from fastssl_pipelines.handover import HOST_AHEAD, TURN_S
-from fastssl_pipelines.transfer import ALIGNED_BYTES, to_device
+from fastssl_pipelines import ArraySource, Batch, Executor, TrainingSteps, ViewSpec, available_executors, build_executor
+from fastssl_pipelines.executors import augmentation, resident
+from fastssl_pipelines.executors.handover import HOST_AHEAD, TURN_S
+from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
 from tests.pipelines import fake_cuda
 from tests.pipelines.photos import NORMALISATION, photo, plan_of
 
@@ -63,7 +54,7 @@ def executor_on(device: torch.device | str, name: str, source, monkeypatch, **op
 
 def decodes_with_torchvision(source, monkeypatch) -> None:
     """DALI's decoder needs a real GPU; this one has the plan, and torchvision's crops of it."""
-    from fastssl_pipelines import dali
+    from fastssl_pipelines.executors import dali
 
     crops = build_executor("torchvision", source, workers=0, **NORMALISATION).crops
     monkeypatch.setattr(dali.DaliExecutor, "_crops", lambda self, outputs, plan: crops(plan))

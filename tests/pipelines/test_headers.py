@@ -7,7 +7,7 @@ import io
 import pytest
 from PIL import Image
 
-from fastssl_pipelines.headers import well_formed
+from fastssl_pipelines.sources.headers import well_formed
 from tests.pipelines.photos import photo
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl_pipelines import ImageFolder, index
-from fastssl_pipelines.listing import Names
+from fastssl_pipelines import ImageFolder
+from fastssl_pipelines.sources import index
+from fastssl_pipelines.sources.packed_strings import PackedStrings
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_a_cache_with_pickles_is_never_loaded(root, cache, headers):
     ImageFolder(root)
     (file,) = cache.iterdir()
     with np.load(file) as arrays:
-        evil = {**arrays, "widths": np.array([Names.of(["x"])] * 6, object)}
+        evil = {**arrays, "widths": np.array([PackedStrings.of(["x"])] * 6, object)}
     np.savez(file, **evil)
     headers.clear()
     assert ImageFolder(root).widths.tolist() == [10, 12, 14, 11, 13, 15]
@@ -263,13 +264,13 @@ def test_a_relative_and_an_absolute_path_share_an_index(root, headers, monkeypat
 
 def test_names_are_a_compact_list_of_strings():
     given = ["", "a/b.jpg", "löwe.png", os.fsdecode(b"\xff.jpg"), ""]
-    names = Names.of(given)
+    names = PackedStrings.of(given)
     assert (list(names), [names[i] for i in range(5)], len(names)) == (given, given, 5)
     copy = pickle.loads(pickle.dumps(names))
     assert copy == names
-    assert Names.of(given[:-1]) != names
-    assert Names.of(["ab", "c"]) != Names.of(["a", "bc"])
-    assert list(Names.of([])) == []
+    assert PackedStrings.of(given[:-1]) != names
+    assert PackedStrings.of(["ab", "c"]) != PackedStrings.of(["a", "bc"])
+    assert list(PackedStrings.of([])) == []
 
 
 def test_a_name_that_is_not_utf8_is_kept(tmp_path, cache):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl_pipelines.inspection import Kind, inspect, inspect_all
-from fastssl_pipelines.opening import list_images
-from fastssl_pipelines.photographs import photograph
+from fastssl_pipelines.sources.inspection import Kind, inspect, inspect_all
+from fastssl_pipelines.sources.open import list_images
+from fastssl_pipelines.synthetic.photos import photograph
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 

@@ -19,7 +19,7 @@ from fastssl_pipelines import (
     build_executor,
 )
 from fastssl_pipelines.labels import listed_labels
-from fastssl_pipelines.sources import JointSource, Subset
+from fastssl_pipelines.sources.base import JointSource, Subset
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -15,7 +15,7 @@ import torchvision.datasets as known
 
 from fastssl.config import DataConfig
 from fastssl_pipelines import DataError
-from fastssl_pipelines.named import NAMED, open_named
+from fastssl_pipelines.sources.torchvision_sets import NAMED, open_named
 
 RNG = np.random.default_rng(0)
 CIFAR = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)

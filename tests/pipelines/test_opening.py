@@ -24,7 +24,7 @@ from fastssl_pipelines import (
     list_images,
     open_source,
 )
-from fastssl_pipelines.sources import JointSource, Subset
+from fastssl_pipelines.sources.base import JointSource, Subset
 
 
 def write(path, value=0, height=6, width=5):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl_pipelines import photographs
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.opening import open_source
-from fastssl_pipelines.photographs import photograph, write_photographs
-from fastssl_pipelines.pictures import CLASSES
+from fastssl_pipelines.sources.open import open_source
+from fastssl_pipelines.synthetic import photos as photographs
+from fastssl_pipelines.synthetic.photos import photograph, write_photographs
+from fastssl_pipelines.synthetic.shapes import CLASSES
 
 
 @pytest.fixture(scope="module")

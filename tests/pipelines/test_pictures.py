@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastssl_pipelines.pictures import CLASSES, draw_pictures, picture_source
+from fastssl_pipelines.synthetic.shapes import CLASSES, draw_pictures, picture_source
 
 
 def test_pictures_are_a_pure_function_of_their_arguments():

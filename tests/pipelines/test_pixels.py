@@ -10,8 +10,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
 from fastssl_pipelines import ImageFolder, ViewSpec, available_executors, build_executor
-from fastssl_pipelines.photographs import write_photographs
-from fastssl_pipelines.resident import _crops_in_batches
+from fastssl_pipelines.executors.resident import _crops_in_batches
+from fastssl_pipelines.synthetic.photos import write_photographs
 from tests.pipelines.photos import NORMALISATION, plan_of
 
 COUNT = 24
@@ -60,7 +60,7 @@ def crops_of(name: str, source: ImageFolder) -> tuple[torch.Tensor, ...]:
     # what a GPU runs, on a CPU
     if name.startswith("resident"):
         return _crops_in_batches(executor._images.transpose(2, 3).contiguous(), torch.device("cpu"), plan)
-    from fastssl_pipelines.dali_graph import Decoder
+    from fastssl_pipelines.executors.dali_graph import Decoder
 
     decoder = Decoder(tuple(view.size for view in VIEWS), COUNT, threads=1, device=None, decode="cpu")
     encoded = [np.frombuffer(source.encoded(int(index)), np.uint8) for index in plan.ids]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastssl_pipelines import ArraySource, DataError, ImageFolder
-from fastssl_pipelines.sources import JointSource, Subset
+from fastssl_pipelines.sources.base import JointSource, Subset
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl_pipelines import ArraySource, TrainingSteps, build_executor, turns
-from fastssl_pipelines.turns import Turns
+from fastssl_pipelines import ArraySource, TrainingSteps, build_executor
+from fastssl_pipelines.executors import turns
+from fastssl_pipelines.executors.turns import Turns
 from tests.pipelines.photos import NORMALISATION, plan_of
 
 LONG_S = 60.0
@@ -74,7 +75,7 @@ def test_a_worker_is_held_for_half_a_second_and_no_longer(monkeypatch):
     turns = of(monkeypatch, 1)
     turns.give()
     turns.wait()
-    monkeypatch.setattr("fastssl_pipelines.turns._AT_MOST_S", 0.01)
+    monkeypatch.setattr("fastssl_pipelines.executors.turns._AT_MOST_S", 0.01)
     assert not waiting(turns)[1]
 
 

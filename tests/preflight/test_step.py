@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.methods import METHODS, Clock
-from fastssl.train import graph
+from fastssl.train import cuda_graph as graph
 from fastssl.train.build import build_method, build_step
 from tests.fastssl.small_methods import VARIANTS, a_batch, build
 from tests.preflight import backward

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..augment import BLUR_RADIUS, AugmentParameters
+from ..augment_parameters import BLUR_RADIUS, AugmentParameters
 from .blur import blur_kernel
 from .colour import colour_kernel, grey_sum_kernel
 from .configuration import Configuration

@@ -1,0 +1,137 @@
+"""What `fastssl bench input` compares, and what it measures of each."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+import torch
+
+from fastssl.benchmark import rates
+from fastssl.benchmark.peer_pipelines import Views, dali_batches, pil_batches
+from fastssl.config import Config, DataConfig
+from fastssl.data import split_roots
+from fastssl.executor import input_executor, worker_count
+from fastssl.train.build import training_steps
+from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.executors.base import Executor
+from fastssl_pipelines.sources.base import Source
+
+
+@dataclass
+class Result:
+    """What was measured of one candidate, with a number for each round; `images_per_s` is empty if it does not work."""
+
+    name: str
+    images_per_s: list[float] = field(default_factory=list)
+    start_s: list[float] = field(default_factory=list)
+    """To the first batch, from nothing."""
+    augment_off_images_per_s: list[float] = field(default_factory=list)
+    stages_ms: dict[str, list[float]] = field(default_factory=dict)
+    """Of an image, by rates.STAGES: median over the batches of a round."""
+    notes: list[str] = field(default_factory=list)
+
+
+class Candidate(Protocol):
+    """`measure` is one round of about `seconds` for each of its numbers."""
+
+    result: Result
+
+    def measure(self, seconds: float) -> None: ...
+
+
+class Recipe:
+    """What others would write; `batches` starts it anew."""
+
+    def __init__(self, name: str, batches: Callable[[], Generator[Views]], workers: int, *notes: str) -> None:
+        self.result = Result(name, notes=list(notes))
+        self._batches, self._workers = batches, workers
+
+    def measure(self, seconds: float) -> None:
+        start_s, images_per_s = rates.rate(self._batches, group=self._workers, seconds=seconds)
+        self.result.start_s.append(start_s)
+        self.result.images_per_s.append(images_per_s)
+
+
+class Ours:
+    """An executor of fastssl, built anew in every round; where it cannot have the images, a note says why."""
+
+    def __init__(self, config: Config, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+        data = config.data
+        self.result = Result(f"fastssl {data.pipeline}" + f" {data.decode}" * (data.pipeline == "dali"))
+        self._data, self._steps = data, training_steps(config, source)
+        self._build: Callable[[DataConfig], Executor] = partial(
+            input_executor, source=source, device=device, dtype=dtype
+        )
+        self._works = True
+
+    def measure(self, seconds: float) -> None:
+        """One round with augmentation, one without, and the stages."""
+        if self._works:
+            try:
+                self._measure(seconds)
+            except DataError as error:
+                self._works = False
+                self.result.notes.append(str(error))
+
+    def _measure(self, seconds: float) -> None:
+        result, started = self.result, time.perf_counter()
+        executor = self._build(self._data)
+        built_s = time.perf_counter() - started
+        batches, group = partial(self._batches, executor), executor.workers
+        first_s, images_per_s = rates.rate(batches, group=group, seconds=seconds)
+        result.start_s.append(built_s + first_s)
+        result.images_per_s.append(images_per_s)
+        augmentation = executor.augmentation
+        executor.augmentation = rates.NoAugmentation(**(asdict(augmentation) | {"dtype": torch.uint8}))
+        result.augment_off_images_per_s.append(rates.rate(batches, group=group, seconds=seconds)[1])
+        executor.augmentation = augmentation
+        # on a CPU in one thread, as only DALI has several for some of the stages
+        threaded = executor.name == "dali" and executor.device.type == "cpu"
+        staged = self._build(replace(self._data, workers=0)) if threaded else executor
+        for stage, times in rates.stage_times(staged, self._steps, seconds=seconds).items():
+            before_the_first_batch = stage == "decode" and executor.name == "resident"
+            result.stages_ms.setdefault(stage, []).append(0.0 if before_the_first_batch else median(times))
+        result.notes += [note for note in executor.notes if note not in result.notes]
+
+    def _batches(self, executor: Executor) -> Generator[Views]:
+        with closing(executor.stream(self._steps, 0, sys.maxsize)) as stream:
+            for batch in stream:
+                yield batch.views
+
+
+def candidates(
+    config: Config, source: Source, root: Path, device: torch.device, dtype: torch.dtype, pipelines: Sequence[str]
+) -> Iterator[Candidate]:
+    """The recipe of Pillow, with "dali" among the pipelines that of DALI, and the executors of these names.
+
+    `source` has the training images under `root`.
+    """
+    workers = worker_count(config.data, device)
+    yield Recipe("Pillow DataLoader", lambda: pil_batches(config, source, device), workers)
+    if "dali" in pipelines and (files := _files(source, split_roots(root)[0])):
+        note = "its colours are not torchvision's: fixed order, contrast about 128, hue in YIQ, no solarisation"
+        yield Recipe("DALI, own random ops", lambda: dali_batches(config, files, device), workers, note)
+    for name in pipelines:
+        for decode in _decodes(name, device):
+            data = replace(config.data, pipeline=name, decode=decode)  # type: ignore[arg-type]
+            yield Ours(replace(config, data=data), source, device, dtype)
+
+
+def _decodes(pipeline: str, device: torch.device) -> tuple[str, ...]:
+    if pipeline != "dali":
+        return ("auto",)
+    return ("gpu", "gpu-region", "cpu", "cpu-region") if device.type == "cuda" else ("cpu", "cpu-region")
+
+
+def _files(source: Source, root: Path) -> list[Path]:
+    """The files of the images, which DALI's reader wants; [] where they are in archives or elsewhere."""
+    files = [root / source.name_of(index) for index in range(len(source))]
+    return files if all(path.is_file() for path in files) else []

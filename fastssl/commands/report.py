@@ -1,0 +1,38 @@
+"""`fastssl report`: a run as one HTML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fastssl.arguments import Positional, parse
+from fastssl.errors import ConfigError
+from fastssl.observe.report import write_report
+from fastssl.validation import Checked
+from fastssl_pipelines.names import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Writes a run's numbers, charts, notes and configuration into RUN/report.html, one file for any browser."""
+
+    run: Annotated[Path, Positional]
+    """run folder; the run may still go on"""
+
+
+def run(options: Options) -> int:
+    """Write the report, say where it is, and return 0."""
+    try:
+        path = write_report(options.run)
+    except OSError as error:
+        raise ConfigError(
+            f"no report can be written into {options.run} ({error.strerror}); make that folder writable"
+        ) from None
+    print(printable(f"wrote {path}"))
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """`fastssl report RUN`."""
+    return run(parse(Options, arguments, prog="fastssl report"))

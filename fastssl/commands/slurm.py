@@ -1,0 +1,15 @@
+"""`fastssl slurm`: a job script that requeues itself, to be changed."""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+
+from fastssl.errors import no_arguments
+
+
+def main(arguments: list[str]) -> int:
+    """`fastssl slurm`."""
+    no_arguments(arguments)
+    sys.stdout.write(resources.files("fastssl.commands").joinpath("pretrain.sbatch").read_text())
+    return 0

@@ -1,0 +1,312 @@
+"""Executors turn plans into batches; all of them apply the same numbers, so they differ in speed alone."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import closing
+from importlib import import_module
+from itertools import tee
+from multiprocessing.process import BaseProcess
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastssl_pipelines.batch import Batch
+from fastssl_pipelines.errors import DataError, InputError, UnreadableImages, install_command
+from fastssl_pipelines.executors.augmentation import Augmentation
+from fastssl_pipelines.executors.handover import InputStream, handed_over
+from fastssl_pipelines.executors.threads import DaemonThreads
+from fastssl_pipelines.executors.transfer import to_device
+from fastssl_pipelines.executors.turns import Turns
+from fastssl_pipelines.executors.workers import Crops, context, views_of
+from fastssl_pipelines.plan import BatchPlan
+from fastssl_pipelines.sampler import Steps
+from fastssl_pipelines.sources.base import Source
+from fastssl_pipelines.sources.listing import being_read
+
+UNREADABLE_AT_MOST = 0.01  # of the images of a source
+
+TIMEOUT_S = 600.0
+THREADS_NAME = "fastssl-"  # how the names of the threads begin that read and decode
+
+_T = TypeVar("_T")
+
+_REQUIREMENTS = {
+    "dali": ("nvidia.dali", f"it is not installed: {install_command('dali')}"),
+    "torchvision": ("torchvision", "it is not installed: pip install torchvision"),
+    "resident": ("torch", "it is not installed: pip install torch"),
+}
+
+
+class Executor(ABC):
+    """Decodes, cuts and resizes the images of a plan, augments them and hands over batches on `device`.
+
+    `mean`, `std`: of the normalisation, in units of the [0, 1] range. `dtype`: of the views.
+    `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead. `timeout_s`: how long
+    nothing may be finished before InputError ends a stream.
+    `unreadable`: a sentence by the number of each image that could not be decoded so far. `notes`: what the executor
+    chose and found, for the user; whoever shows a sentence takes it out.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        workers: int = 4,
+        prefetch: int = 2,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        if workers < 0 or prefetch < 1:
+            raise ValueError(
+                f"{workers} workers and a prefetch of {prefetch} were given; --data.workers must be at"
+                " least 0 and --data.prefetch at least 1"
+            )
+        self.source = source
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # Every thread has a current GPU of its own, so the stream's thread needs the number.
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.augmentation = Augmentation(mean=mean, std=std, device=self.device, dtype=dtype)
+        self.workers = workers
+        self.prefetch = prefetch
+        self.timeout_s = timeout_s
+        self._input_stream = InputStream(self.device)
+        self._processes: list[BaseProcess] = []  # that work for streams just now
+        self._turns: Turns | None = None  # of these processes, where there have been any and they compute on a CPU
+        self._stuck = False
+        self._lock = threading.Lock()  # around what the threads of all streams change
+        self.notes: list[str] = []
+        self.unreadable: dict[int, str] = {}
+        self._is_unreadable = np.zeros(len(source), np.bool_)
+        self._exclude(source.defects)
+
+    @abstractmethod
+    def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
+        """The boxes of every view, resized: uint8 [B, size, size, 3] on `device`; UnreadableImages for broken files."""
+
+    def batch(self, plan: BatchPlan, step: int) -> Batch:
+        """The finished batch of one plan; UnreadableImages for broken files."""
+        return self._finished(plan, self.crops(plan), step)
+
+    def stream(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+        """The batches of steps first, ..., last - 1, prepared ahead by one background thread.
+
+        An image that cannot be read is excluded: the next one in plan order takes its place, with a sentence in
+        `notes`. Where more than 1 % of the images are excluded, DataError ends the stream. An error of the input
+        path is raised where the consumer asks for the batch it belongs to. InputError where no batch is finished within
+        `timeout_s` while the consumer waits, or where a worker process dies; no other stream will work then.
+
+        On a GPU the batches are made on a CUDA stream of the executor's own, for which the one that is current where a
+        batch is asked for waits in the consumer's place (see fastssl_pipelines.executors.handover).
+        """
+        with closing(self._prepared(steps, first, last)) as batches:
+            yield from handed_over(batches)
+
+    def _prepared(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+        """The batches of `stream` as they are when its thread has made them."""
+        batches = self._batches(steps, first, last)
+        thread = DaemonThreads(1, f"{THREADS_NAME}input", self._enter_thread)
+        pending: deque[Future[Batch]] = deque()
+        try:
+            for step in range(first, last):
+                pending.append(thread.submit(self._next, batches))
+                if len(pending) > self.prefetch:
+                    yield self._in_time(pending.popleft(), f"the batch of step {step - self.prefetch}")
+            while pending:
+                yield self._in_time(pending.popleft(), f"the batch of step {last - len(pending) - 1}")
+        finally:
+            if self._turns:
+                self._turns.end()
+            thread.shutdown(wait=not self._stuck, cancel_futures=True)
+            if not self._stuck:
+                batches.close()
+
+    def _next(self, batches: Generator[Batch]) -> Batch:
+        return self._input_stream.finish(next(batches))
+
+    def _in_time(self, future: Future[_T], what: str) -> _T:
+        """The result; InputError if it is not there within `timeout_s`, after which all that works on it is given up.
+
+        The one before was finished when this one was asked for, so that slow input has that time for each.
+        """
+        if self._turns and not future.done():
+            self._turns.give()
+        if not wait([future], self.timeout_s).done:
+            self._stuck = True
+            for process in self._processes:
+                process.kill()  # a stopped one would outlive a gentle end
+            files = being_read()
+            reading = f", and {files[0]} is being read" if files else ""
+            workers = " or a worker process" if self._processes else ""
+            raise InputError(
+                f"{what} was not there within {self.timeout_s:g} s{reading}: a disk{workers} does not answer, or is"
+                " very slow; mend it, copy the images to a disk of this machine or raise --train.timeout-s, and then"
+                " `fastssl resume` the run"
+            )
+        return future.result()
+
+    def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+        for step in range(first, last):
+            yield self._readable_batch(steps, step)
+
+    def _readable_batch(self, steps: Steps, step: int) -> Batch:
+        return self._finished(*self._readable_crops(steps, step), step)
+
+    def _readable_crops(self, steps: Steps, step: int) -> tuple[BatchPlan, tuple[Tensor, ...]]:
+        while True:
+            plan = self._plan(steps, step)
+            try:
+                return plan, self.crops(plan)
+            except UnreadableImages as error:
+                self._exclude(error.reasons)
+
+    def _plan(self, steps: Steps, step: int) -> BatchPlan:
+        return steps.at(step, self._is_unreadable if self.unreadable else None)
+
+    def _exclude(self, reasons: Mapping[int, str]) -> None:
+        with self._lock:
+            new = {index: reason for index, reason in reasons.items() if index not in self.unreadable}
+            self.unreadable.update(new)
+            self._is_unreadable[list(new)] = True
+            self.notes += [f"{reason}; the next image takes its place" for reason in new.values()]
+        count, total = len(self.unreadable), len(self.source)
+        if count > UNREADABLE_AT_MOST * total:
+            raise DataError(
+                f"{count} of the {total} images of {self.source.name} cannot be read, which is more than"
+                f" {UNREADABLE_AT_MOST:.0%}: {next(iter(self.unreadable.values()))}; `fastssl data check` finds all"
+                " of them and --data.quarantine leaves them out"
+            )
+
+    def _enter_thread(self) -> None:
+        # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
+        torch.set_num_threads(1)
+        self._input_stream.enter()
+
+    def _batches_of_processes(self, crops: Crops, steps: Steps, first: int, last: int) -> Generator[Batch]:
+        """The batches of what `crops` gives in worker processes, which for a CPU augment as well."""
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and self.workers and not self._turns:
+            self._turns = Turns(context(), self.workers)
+        ahead, plans = tee(self._plan(steps, step) for step in range(first, last))
+        loading = views_of(
+            ahead,
+            crops,
+            self.augmentation if on_cpu else None,
+            workers=self.workers,
+            own_memory=on_cpu,
+            processes=self._processes,
+            turns=self._turns,
+            say=self.notes.append,
+        )
+        for step, plan, loaded in zip(range(first, last), plans, loading, strict=False):
+            if isinstance(loaded, dict):
+                self._exclude(loaded)
+                yield self._readable_batch(steps, step)
+            elif on_cpu:
+                yield self._with_views(plan, loaded, step)
+            else:
+                yield self._finished(plan, tuple(to_device(loaded, self.device)), step)
+
+    def _finished(self, plan: BatchPlan, crops: tuple[Tensor, ...], step: int) -> Batch:
+        return self._with_views(plan, self.augmentation(plan, crops), step)
+
+    def _with_views(self, plan: BatchPlan, views: tuple[Tensor, ...], step: int) -> Batch:
+        labels, ids = to_device([plan.labels, plan.ids], self.device)
+        return Batch(views=views, labels=labels, ids=ids, step=step)
+
+
+def available_executors() -> dict[str, str | None]:
+    """For every executor None if it works here, else what to do about it."""
+    return {name: _missing(name) for name in _REQUIREMENTS}
+
+
+def build_executor(
+    name: str,
+    source: Source,
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    workers: int = 4,
+    prefetch: int = 2,
+    timeout_s: float = TIMEOUT_S,
+    decode: str = "auto",
+    resident_gib: float = 2.0,
+) -> Executor:
+    """The executor called `name`: "dali", "torchvision", "resident" or "auto".
+
+    "auto" is "resident" for a data set that decodes to at most `resident_gib` GiB; else "dali" for a GPU, where it is
+    installed, and "torchvision", which leaves the cores more time to train, for a CPU. `decode` is the DALI executor's.
+    DataError for an unknown name or one that does not work here; the other arguments are those of Executor.
+    """
+    note = None
+    if name == "auto":
+        name = _automatic(source, torch.device(device), resident_gib)
+        note = _note_of_outlier(source, name, resident_gib)
+    if name not in _REQUIREMENTS:
+        raise DataError(f"the input pipeline {name} was asked for; --data.pipeline is auto, {', '.join(_REQUIREMENTS)}")
+    if reason := _missing(name):
+        raise DataError(f"the input pipeline {name} does not work here: {reason}, or change --data.pipeline")
+    module = import_module(f"fastssl_pipelines.executors.{name}")
+    kind: type[Executor] = getattr(module, f"{name.capitalize()}Executor")
+    own = {"decode": decode} if name == "dali" else {}
+    executor = kind(
+        source,
+        mean=mean,
+        std=std,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        prefetch=prefetch,
+        timeout_s=timeout_s,
+        **own,
+    )
+    executor.notes += [note] if note else []
+    return executor
+
+
+def _automatic(source: Source, device: torch.device, resident_gib: float) -> str:
+    if _decoded_gib(source, np.max) <= resident_gib:
+        return "resident"
+    return "dali" if device.type == "cuda" and not _missing("dali") else "torchvision"
+
+
+def _note_of_outlier(source: Source, name: str, resident_gib: float) -> str | None:
+    """A sentence where "auto" took another executor than "resident" for the sake of a few large images."""
+    if name == "resident" or _decoded_gib(source, np.median) > resident_gib:
+        return None
+    largest = int(np.argmax(np.maximum(source.widths, source.heights)))
+    return (
+        f"--data.pipeline auto takes {name} and not resident, since {source.describe(largest)} has "
+        f"{source.widths[largest]} x {source.heights[largest]} pixels and all {len(source)} images at the size of the "
+        f"largest take {_decoded_gib(source, np.max):.1f} GiB; make such images smaller, list them in "
+        "--data.quarantine or raise --data.resident-gib"
+    )
+
+
+def _decoded_gib(source: Source, size: Callable[[NDArray[np.int32]], Any]) -> float:
+    """What all images take if each has the height and the width that `size` tells of all heights and widths."""
+    return len(source) * float(size(source.heights)) * float(size(source.widths)) * 3 / 2**30
+
+
+def _missing(name: str) -> str | None:
+    module, remedy = _REQUIREMENTS[name]
+    try:
+        import_module(module)
+    except Exception as error:  # a broken installation fails in ways of its own
+        return f"{remedy} ({error})"
+    return None

@@ -1,0 +1,198 @@
+"""Where images come from: numbered images with known sizes and labels, in memory or put together from others."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, FORMATS, decode, open_image, upright_size
+
+_FINGERPRINT_IMAGES = 10_000
+
+
+class Source(ABC):
+    """Numbered images with known sizes.
+
+    `labels`: int64 [n], the true labels, -1 = unknown, else an index into `classes`.
+    `widths`, `heights`: int32 [n], in pixels of the upright picture, as an EXIF orientation turns it.
+    `defects`: a sentence by the number of each image that is known to be unreadable; its width and height are 0.
+    `notes`: sentences that the user should see.
+    """
+
+    name: str
+    option: str = "--data.root"  # the one that names it on the command line, for error messages
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    widths: NDArray[np.int32]
+    heights: NDArray[np.int32]
+    defects: Mapping[int, str] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The bytes of an image file; DataError for an image of `defects` and where they cannot be read."""
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """What to call image `index` in an error message."""
+
+    def name_of(self, index: int) -> str:
+        """The path of image `index` relative to the data set's folder; DataError for images that are no files."""
+        raise DataError(
+            f"the images of {self.name} have no file names; --data.label-list and --data.quarantine need those of "
+            "--data.root"
+        )
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for names and sizes in bytes of all images, in their order."""
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """The upright picture, uint8 [H, W, 3], RGB; DataError if it cannot be decoded or has another size by now."""
+        encoded = self.encoded(index)
+        known = int(self.widths[index]), int(self.heights[index])
+        try:
+            with open_image(encoded) as image:
+                if (size := upright_size(image)) != known:
+                    raise ValueError(f"it has {size} pixels and had {known} when the index was made")
+                return decode(image)
+        except BROKEN_IMAGE as error:
+            raise broken_image(self.describe(index), error, self.option) from error
+
+
+def broken_image(name: str, error: Exception, option: str) -> DataError:
+    """The DataError for an image called `name` on which Pillow raised `error`."""
+    unknown = isinstance(error, UnidentifiedImageError)  # its own message shows the address of an object
+    reason = f"it is none of {', '.join(FORMATS)}" if unknown else " ".join(str(error).split())
+    return DataError(f"{name} cannot be read as an image ({reason}); remove or replace it in {option}")
+
+
+def digest_of(*parts: bytes | memoryview) -> str:
+    """16 hexadecimal digits of the parts, one after the other."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()[:16]
+
+
+class ArraySource(Source):
+    """Images that are already in memory: `images` uint8 [n, H, W, 3], `labels` int [n], -1 = unknown.
+
+    ValueError for other arrays and for labels outside -1, ..., len(classes) - 1.
+    """
+
+    def __init__(
+        self, name: str, images: NDArray[np.uint8], labels: NDArray[np.integer], classes: tuple[str, ...]
+    ) -> None:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images are {images.dtype} {images.shape}; they must be uint8 [n, H, W, 3]")
+        if len(labels) != len(images):
+            raise ValueError(f"{len(images)} images came with {len(labels)} labels; they must be as many")
+        self.name = name
+        self.labels = np.asarray(labels, dtype=np.int64)
+        outside = self.labels[(self.labels < -1) | (self.labels >= len(classes))]
+        if len(outside):
+            raise ValueError(
+                f"label {outside[0]} was given with {len(classes)} classes; a label must be -1 (unknown) or the number"
+                " of a class, from 0 on"
+            )
+        self.classes = classes
+        self.heights = np.full(len(images), images.shape[1], np.int32)
+        self.widths = np.full(len(images), images.shape[2], np.int32)
+        self._images = images
+
+    def encoded(self, index: int) -> bytes:
+        file = io.BytesIO()
+        # Nothing keeps the file, so speed matters and size does not.
+        Image.fromarray(self._images[index]).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of {self.name}"
+
+    def fingerprint(self) -> str:
+        # these have no names; of the pixels of a large set a part will do
+        part = self._images[:: 1 + len(self._images) // _FINGERPRINT_IMAGES]
+        return digest_of(self.labels.tobytes(), repr(self._images.shape).encode(), np.ascontiguousarray(part).data)
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        return self._images[index]
+
+
+class Subset(Source):
+    """The images of another source at `rows`, int [n], in that order."""
+
+    def __init__(self, source: Source, rows: NDArray[np.integer]) -> None:
+        self.name = f"{len(rows)} images of {source.name}"
+        self.labels, self.classes = source.labels[rows], source.classes
+        self.widths, self.heights = source.widths[rows], source.heights[rows]
+        broken = np.flatnonzero(np.isin(rows, list(source.defects))).tolist()
+        self.defects = {row: source.defects[int(rows[row])] for row in broken}
+        self.option, self.notes = source.option, source.notes
+        self._source, self._rows = source, rows
+
+    def encoded(self, index: int) -> bytes:
+        return self._source.encoded(int(self._rows[index]))
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(int(self._rows[index]))
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        return self._source.pixels(int(self._rows[index]))
+
+    def name_of(self, index: int) -> str:
+        return self._source.name_of(int(self._rows[index]))
+
+    def fingerprint(self) -> str:
+        return digest_of(self._source.fingerprint().encode(), np.asarray(self._rows, np.int64).tobytes())
+
+
+class JointSource(Source):
+    """The images of `labelled` and after them those of `unlabelled`, whose labels count as unknown.
+
+    The unlabelled images stand last: so the labelled ones keep their numbers, and an evaluation can leave off the end.
+    """
+
+    def __init__(self, labelled: Source, unlabelled: Source) -> None:
+        self.name = f"{labelled.name} and {unlabelled.name}"
+        self.classes = labelled.classes
+        self.labels = np.concatenate([labelled.labels, np.full(len(unlabelled), -1, np.int64)])
+        self.widths = np.concatenate([labelled.widths, unlabelled.widths])
+        self.heights = np.concatenate([labelled.heights, unlabelled.heights])
+        self.defects = {**labelled.defects, **{len(labelled) + row: why for row, why in unlabelled.defects.items()}}
+        self.notes = labelled.notes + unlabelled.notes
+        self._labelled, self._unlabelled = labelled, unlabelled
+
+    def encoded(self, index: int) -> bytes:
+        source, index = self._part(index)
+        return source.encoded(index)
+
+    def describe(self, index: int) -> str:
+        source, index = self._part(index)
+        return source.describe(index)
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        source, index = self._part(index)
+        return source.pixels(index)
+
+    def name_of(self, index: int) -> str:
+        source, index = self._part(index)
+        return source.name_of(index)
+
+    def fingerprint(self) -> str:
+        return digest_of(*(source.fingerprint().encode() for source in (self._labelled, self._unlabelled)))
+
+    def _part(self, index: int) -> tuple[Source, int]:
+        count = len(self._labelled)
+        return (self._labelled, index) if index < count else (self._unlabelled, index - count)

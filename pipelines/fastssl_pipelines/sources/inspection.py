@@ -1,0 +1,211 @@
+"""What is wrong with image files, found by reading and decoding all of them before a run does."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate
+
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+
+from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.sources.decoding import (
+    BROKEN_IMAGE,
+    UnsupportedPixels,
+    keep_pillow_quiet,
+    open_image,
+    orientation_of,
+)
+from fastssl_pipelines.sources.headers import PNG_BIT_DEPTH_AT
+from fastssl_pipelines.sources.listing import SUFFIXES_OF, Listing, Progress
+
+_CHUNK = 16  # images for one thread at a time: a progress bar that moves, and few futures
+_DIGEST_BYTES = 16
+_ANOTHER = "another image takes its place"
+
+# How files begin, and how those end that have a mark for it.
+_STARTS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "BMP": rb"BM",
+    "TIFF": rb"(II|MM)([*+]\0|\0[*+])",
+    "GIF": rb"GIF8[79]a",
+    "PPM": rb"P[0-6fy]",
+}
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_TIFF_BIT_DEPTHS = 258  # its tag
+
+
+class Kind(Enum):
+    """A kind of defect: what to call it, what training does with such an image, and whether it is harmless."""
+
+    ZERO_SIZE = "zero size", _ANOTHER, False
+    UNREADABLE = "unreadable file", _ANOTHER, False
+    TRUNCATED = "truncated", _ANOTHER, False
+    CORRUPT = "corrupt", _ANOTHER, False
+    OTHER_FORMAT = "another format", _ANOTHER, False
+    TOO_LARGE = "too large", _ANOTHER, False
+    MISLABELLED = "one file in two classes", "used with every one of the labels", False
+    LEAKED = "in training and test images", "used in both: accuracies are too high", True
+    TURNED = "EXIF orientation", "applied", True
+    WRONG_SUFFIX = "misleading suffix", "none: the content counts", True
+    CMYK = "CMYK", "converted to RGB", True
+    SIXTEEN_BIT = "16 bits a channel", "the upper 8 bits are used", True
+    ANIMATED = "several pictures in a file", "the first one is used", True
+
+    def __init__(self, title: str, consequence: str, harmless: bool) -> None:
+        self.title, self.consequence, self.harmless = title, consequence, harmless
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """A kind of defect, with what was found in this file where the kind alone does not say it."""
+
+    kind: Kind
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A defect of the image that listing number `listing` calls `name`."""
+
+    listing: int
+    name: str
+    defect: Defect
+
+
+def inspect(encoded: bytes, name: str) -> tuple[Defect, ...]:
+    """The defects of one file, at most one of which makes it unusable; `name` is compared by its suffix alone.
+
+    The file is decoded as training does it, by Pillow. Damage that a JPEG decoder passes over cannot be seen: it
+    gives a picture with wrong pixels in it.
+    """
+    if not encoded:
+        return (Defect(Kind.ZERO_SIZE),)
+    format = next((format for format, start in _STARTS.items() if re.match(start, encoded, re.DOTALL)), None)
+    if format is None:
+        return (Defect(Kind.OTHER_FORMAT, _other_format(encoded)),)
+    try:
+        with open_image(encoded) as image:
+            found = {
+                Kind.TURNED: orientation_of(image) != 1,
+                Kind.WRONG_SUFFIX: not name.lower().endswith(SUFFIXES_OF[format]),
+                Kind.CMYK: image.mode == "CMYK",
+                Kind.SIXTEEN_BIT: _has_16_bits(image, encoded),
+            }
+            # an eighth of the size: the whole file is still read, and its pixels are not needed
+            image.draft(None, (1, 1))
+            image.load()
+            found[Kind.ANIMATED] = _has_more_pictures(image)
+    except UnsupportedPixels as error:
+        return (Defect(Kind.OTHER_FORMAT, str(error)),)
+    except Image.DecompressionBombError as error:
+        return (Defect(Kind.TOO_LARGE, str(error).split(",")[0]),)
+    except BROKEN_IMAGE as error:
+        reason = "its header is broken" if isinstance(error, UnidentifiedImageError) else str(error)
+        return (Defect(Kind.TRUNCATED if _ends_early(encoded, format, reason) else Kind.CORRUPT, reason),)
+    return tuple(Defect(kind, format if kind is Kind.WRONG_SUFFIX else "") for kind, is_so in found.items() if is_so)
+
+
+def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress | None = None) -> list[Finding]:
+    """The defects of all images of the listings, in their order; `workers` threads read and decode.
+
+    Usable files of the same bytes that lie in two classes, of one listing or of two, are all MISLABELLED: which of
+    the labels is right cannot be told. Those of one class that lie in two listings are LEAKED.
+    """
+    images = _Joined(listings)
+    found: list[tuple[int, Defect]] = []
+    first: dict[bytes, int] = {}
+    copies: dict[bytes, list[int]] = {}
+    chunks = [range(start, min(start + _CHUNK, len(images))) for start in range(0, len(images), _CHUNK)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        results = pool.map(lambda chunk: [_inspect_image(*images.place(image)) for image in chunk], chunks)
+        for chunk, inspected in zip(chunks, results, strict=True):
+            for image, (digest, defects) in zip(chunk, inspected, strict=True):
+                found += [(image, defect) for defect in defects]
+                if digest and first.setdefault(digest, image) != image:
+                    copies.setdefault(digest, [first[digest]]).append(image)
+            if progress:
+                progress("reading images", chunk.stop, len(images))
+    for group in copies.values():
+        classes = sorted({name for name in map(images.class_of, group) if name is not None})
+        if len(classes) > 1:
+            found += [(image, Defect(Kind.MISLABELLED, " and ".join(classes))) for image in group]
+        elif len({images.name_of(image)[0] for image in group}) > 1:
+            found += [(image, Defect(Kind.LEAKED)) for image in group]
+    found.sort(key=lambda pair: pair[0])
+    return [Finding(*images.name_of(image), defect) for image, defect in found]
+
+
+class _Joined:
+    """The images of several listings, numbered through."""
+
+    def __init__(self, listings: Sequence[Listing]) -> None:
+        self._listings = listings
+        self._ends = list(accumulate(map(len, listings)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def place(self, image: int) -> tuple[Listing, int]:
+        number = self._number(image)
+        return self._listings[number], image - self._ends[number] + len(self._listings[number])
+
+    def class_of(self, image: int) -> str | None:
+        listing, row = self.place(image)
+        label = int(listing.labels[row])
+        return listing.classes[label] if label >= 0 else None
+
+    def name_of(self, image: int) -> tuple[int, str]:
+        listing, row = self.place(image)
+        return self._number(image), listing.names[row]
+
+    def _number(self, image: int) -> int:
+        return bisect_right(self._ends, image)
+
+
+def _inspect_image(listing: Listing, row: int) -> tuple[bytes | None, tuple[Defect, ...]]:
+    """The digest of the file if it is usable, and its defects."""
+    try:
+        encoded = listing.encoded(row)
+    except DataError as error:
+        return None, (Defect(Kind.UNREADABLE, str(error)),)
+    defects = inspect(encoded, listing.names[row])
+    if all(defect.kind.harmless for defect in defects):
+        return hashlib.sha256(encoded).digest()[:_DIGEST_BYTES], defects
+    return None, defects
+
+
+def _ends_early(encoded: bytes, format: str, reason: str) -> bool:
+    # a download into a file of the final size leaves zeros at the end
+    return not encoded.rstrip(b"\0").endswith(_ENDS[format]) if format in _ENDS else "truncated" in reason
+
+
+def _has_16_bits(image: Image.Image, encoded: bytes) -> bool:
+    if isinstance(image, TiffImageFile):
+        return 16 in image.tag_v2.get(_TIFF_BIT_DEPTHS, ())
+    return encoded[PNG_BIT_DEPTH_AT] == 16 if image.format == "PNG" else image.mode.startswith("I")
+
+
+def _has_more_pictures(image: Image.Image) -> bool:
+    try:
+        return int(getattr(image, "n_frames", 1)) > 1
+    except Exception:  # what follows the first one is broken in ways of its own, and is not used
+        return True
+
+
+def _other_format(encoded: bytes) -> str:
+    keep_pillow_quiet()
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.format or ""
+    except BROKEN_IMAGE:
+        return "no picture that Pillow knows"
