@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,96 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             modules.add(node.module)
     return modules
+
+
+# Who stands on whom: a room (a folder or a file) imports from floors before its own, and from itself.
+FLOORS = {
+    "fastssl": (
+        "errors",
+        "apex distributed validation",
+        "plain_arguments",
+        "arguments models",
+        "methods",
+        "config",
+        "device schedule",
+        "environment presets",
+        "observe run_folder",
+        "data executor",
+        "evaluate",
+        "train",
+        "benchmark",
+        "commands",
+        "cli",
+        "start",
+        "__main__",
+    ),
+    "fastssl_kernels": (
+        "autograd backend checks numerics sass",
+        "augment_parameters rows",
+        "reference blockwise triton",
+        "augment ops",
+        "groups in_batch losses read",
+        "aot parity",
+    ),
+    "fastssl_pipelines": (
+        "errors names views",
+        "batch files plan",
+        "sampler sources",
+        "labels synthetic",
+        "executors",
+    ),
+}
+
+
+def graph(package: str) -> dict[str, set[str]]:
+    """By module, without the package's name, the modules of the package that it imports anywhere in its file."""
+    folder = PACKAGES[package]
+    paths = {}
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {module: set(_imports(package, module, path, paths.keys())) - {module} for module, path in paths.items()}
+
+
+def _imports(package: str, module: str, path: Path, known: Collection[str]) -> Iterator[str]:
+    inside = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [package, *inside[: len(inside) - node.level + 1]] if node.level else []
+            whole = ".".join([*filter(None, base), *filter(None, [node.module])])
+            names = [f"{whole}.{alias.name}" for alias in node.names]
+        for name in names:
+            own = name.removeprefix(f"{package}.")
+            if name.startswith(f"{package}."):
+                yield own if own in known else own.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_runs_back_up(package):
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS[package]) for room in rooms.split()}
+    arrows = {
+        (module.split(".")[0], other.split(".")[0])
+        for module, others in graph(package).items()
+        for other in others
+        if module and other
+    }
+    assert {room for arrow in arrows for room in arrow} | {"errors"} & floor_of.keys() <= floor_of.keys()
+    assert (
+        sorted(f"{room} -> {other}" for room, other in arrows if room != other and floor_of[other] >= floor_of[room])
+        == []
+    )
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_runs_in_a_circle(package):
+    # a package's own file names what it holds, and whoever imports one of these imports that file first
+    arrows = {module: {other for other in others if other} for module, others in graph(package).items() if module}
+    while ends := {module for module, others in arrows.items() if not others & arrows.keys()}:
+        arrows = {module: others for module, others in arrows.items() if module not in ends}
+    assert arrows == {}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
