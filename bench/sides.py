@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fastssl.benchmark.step_variants import NO_END
 from fastssl.config import Config
-from fastssl.methods import Clock
+from fastssl.methods import TrainProgress
 from fastssl.methods.moco import MoCoV2
 from fastssl.models.encoders import Encoder
 from fastssl.train.build import build_method, build_step
@@ -52,7 +52,7 @@ def ours(config: Config, device: torch.device, setting: Setting) -> Step:
 
     def step(batch: Batch) -> Tensor:
         nonlocal done
-        output = train_step(batch, Clock(done, NO_END, NO_END), LR)
+        output = train_step(batch, TrainProgress(done, NO_END, NO_END), LR)
         done += 1
         return output.loss
 
@@ -123,7 +123,7 @@ def lightly(config: Config, device: torch.device, setting: Setting) -> Step:
     return step
 
 
-SIDES: dict[str, Callable[[Config, torch.device, Setting], Step]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Config, torch.device, Setting], Step]] = {
     "fastssl": ours,
     "plain loop": plain,
     "lightly": lightly,

@@ -28,7 +28,7 @@ from fastssl_pipelines.batch import Batch
 
 from . import report
 from .peers import Unavailable
-from .sides import LR, MOMENTUM, SETTINGS, SIDES, TEMPERATURE, Setting, Step, ours
+from .sides import IMPLEMENTATIONS, LR, MOMENTUM, SETTINGS, TEMPERATURE, Setting, Step, ours
 
 BEST, SHIPPED = "fastssl, at its best", "lightly as shipped"
 FIRST_STEPS = 3  # whose losses are shown; they are not timed
@@ -112,14 +112,14 @@ def measure(config: Config, device: torch.device, options: Options) -> list[Row]
     batches = synthetic_batches(config, device)
     chosen = Setting("chosen", choose_dtype(config.train, device), torch.channels_last)
     rows, running = [], []
-    for setting, names in [(chosen, (BEST,)), *((setting, tuple(SIDES)) for setting in SETTINGS)]:
+    for setting, names in [(chosen, (BEST,)), *((setting, tuple(IMPLEMENTATIONS)) for setting in SETTINGS)]:
         own = [as_training(batch, setting.dtype, setting.layout) for batch in batches]
         for name in names:
             shown = SHIPPED if (name, setting.name) == ("lightly", "fp32") else name
             row = Row(shown, setting.name)
             rows.append(row)
             try:
-                step = ours(config, device, setting) if name == BEST else SIDES[name](config, device, setting)
+                step = ours(config, device, setting) if name == BEST else IMPLEMENTATIONS[name](config, device, setting)
             except Unavailable as error:
                 row.note = str(error)
                 continue

@@ -41,14 +41,14 @@ def _parsed(
     known: dict[str, Any] = {"args": list(arguments), "prog": prog}
     if default is not None:
         known["default"] = default
-    with _told_in_a_sentence():
+    with _as_config_error():
         if all_known:
             return tyro.cli(cls, **known), []
         return tyro.cli(cls, **known, return_unknown_args=True)
 
 
 @contextlib.contextmanager
-def _told_in_a_sentence() -> Iterator[None]:
+def _as_config_error() -> Iterator[None]:
     """Turns what tyro says before it exits into a ConfigError, or back into ours that it caught."""
     errors = io.StringIO()
     try:

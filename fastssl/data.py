@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS
-from fastssl.observe.progress import PatientBar
+from fastssl.observe.progress import DelayedProgressBar
 from fastssl_pipelines.labels import listed_labels, quarantine_list, without
 from fastssl_pipelines.plan import partial_labels
 from fastssl_pipelines.sources.base import JointSource, Source, Subset
@@ -45,7 +45,7 @@ def open_splits(config: Config) -> Splits:
     Those of --data.unlabelled stand behind the training images; those of --data.quarantine are left out. A bar shows
     how the index is made, where that takes long. Sentences for the user are in the `notes` of the sources.
     """
-    with PatientBar() as progress:
+    with DelayedProgressBar() as progress:
         splits = _labelled_splits(config, progress)
         if config.data.unlabelled is not None:
             splits = splits._replace(train=JointSource(splits.train, _unlabelled(config, progress)))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from fastssl.commands.bench_end_to_end import EndToEnd
 from fastssl.config import Config
-from fastssl.methods import Clock
+from fastssl.methods import TrainProgress
 from fastssl.presets import load
 from fastssl.train.build import build_method, build_step
 from fastssl_pipelines.synthetic.photos import write_photographs
@@ -40,7 +40,7 @@ def _captured(task: Task, pipeline: Literal["resident", "torchvision"], root: Pa
             method = build_method(config, ends.device)
             step = build_step(config, method, device=ends.device, dtype=ends.numerics.dtype)
             for number, batch in enumerate(islice(batches, STEPS)):
-                output = step(batch, Clock(number, 2**20, 2**10), config.optim.lr)
+                output = step(batch, TrainProgress(number, 2**20, 2**10), config.optim.lr)
             losses.append(output.loss.item())
     if not all(abs(loss) < 1e3 for loss in losses):  # also NaN
         raise Failed(f"the losses after {STEPS} steps were {losses}")

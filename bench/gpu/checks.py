@@ -22,7 +22,7 @@ from fastssl.benchmark.step_variants import NO_END, as_training, synthetic_batch
 from fastssl.commands import doctor
 from fastssl.commands.verify import DTYPES
 from fastssl.config import OptimConfig
-from fastssl.methods import Clock
+from fastssl.methods import TrainProgress
 from fastssl.presets import load
 from fastssl.train.build import build_method, build_step
 
@@ -130,7 +130,7 @@ def _overflow(device: torch.device, optimizer: Literal["sgd", "lars"]) -> dict[s
 
     scale = step.scaler.get_scale()
     overflow = weights[0].register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
-    step(batch, Clock(0, NO_END, NO_END), config.optim.lr)
+    step(batch, TrainProgress(0, NO_END, NO_END), config.optim.lr)
     overflow.remove()
     halved = step.scaler.get_scale()
     if halved != scale / 2:
@@ -144,7 +144,7 @@ def _overflow(device: torch.device, optimizer: Literal["sgd", "lars"]) -> dict[s
 
     done = 1
     while furthest_move() == 0 and done < MOST_STEPS:  # the scale may have to fall further
-        output = step(batch, Clock(done, NO_END, NO_END), config.optim.lr)
+        output = step(batch, TrainProgress(done, NO_END, NO_END), config.optim.lr)
         done += 1
     moved = furthest_move()
     if not 0 < moved < 10 or not output.loss.isfinite():

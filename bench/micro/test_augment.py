@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as tv
 from fastssl_pipelines import SamplePlan, ViewPlan, ViewSpec
 from fastssl_pipelines.executors.augmentation import Augmentation
 
-SIDES = ("fastssl", "torchvision, image by image", "torchvision, all as one image")
+IMPLEMENTATIONS = ("fastssl", "torchvision, image by image", "torchvision, all as one image")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = {
     0: (tv.adjust_brightness, "brightness", 1.0),
@@ -23,7 +23,7 @@ JITTER = {
 TOLERATED = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # Views of 16 bits are rounded at the end
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", TOLERATED, ids=["float32", "bfloat16"])
 def test_augment(
     benchmark: BenchmarkFixture, device: torch.device, view_size: tuple[int, int], dtype: torch.dtype, side: str
@@ -49,10 +49,10 @@ def test_augment(
     def all_as_one() -> Tensor:
         return _by_torchvision(crops.permute(0, 3, 1, 2), numbers, blurred, dtype)
 
-    steps = dict(zip(SIDES, (ours, one_by_one, all_as_one), strict=True))
+    steps = dict(zip(IMPLEMENTATIONS, (ours, one_by_one, all_as_one), strict=True))
     found = benchmark(steps[side])
     expected = one_by_one() if side == "fastssl" else ours()
-    rows = [blurred] if side == SIDES[-1] else list(range(count))
+    rows = [blurred] if side == IMPLEMENTATIONS[-1] else list(range(count))
     assert found.dtype == dtype
     assert (found[rows].float() - expected[rows].float()).abs().max() <= TOLERATED[dtype]
 

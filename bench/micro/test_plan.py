@@ -11,7 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from bench.micro.sizes import Sizes
-from fastssl_pipelines import BatchPlan, SamplePlan, TrainingSteps, ViewSpec
+from fastssl_pipelines import BatchPlan, SamplePlan, TrainSampler, ViewSpec
 
 VIEW = ViewSpec(size=224, blur=0.5)
 WIDTH, HEIGHT = 500, 375
@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 500, 375
 def test_step(benchmark: BenchmarkFixture, sizes: Sizes, side: str) -> None:
     """All numbers of two views of a batch; torchvision draws boxes and jitter alone, image by image."""
     benchmark.group = f"plan of a step: 2 views of {sizes.batch_size} images"
-    steps, numbers = TrainingSteps(_plan(sizes.images), batch_size=sizes.batch_size), itertools.count()
+    steps, numbers = TrainSampler(_plan(sizes.images), batch_size=sizes.batch_size), itertools.count()
 
     def ours() -> np.ndarray:
         plan: BatchPlan = steps.at(next(numbers) % steps.steps_per_epoch)

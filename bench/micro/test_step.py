@@ -11,14 +11,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.micro.sizes import Cut, Sizes
 from bench.peers import Unavailable
-from bench.sides import SETTINGS, SIDES, Setting
+from bench.sides import IMPLEMENTATIONS, SETTINGS, Setting
 from fastssl.benchmark.step_variants import as_training, synthetic_batches
 from fastssl.config import Config
 from fastssl.methods import METHODS
 from fastssl.methods.moco import MoCoV1Config
 from fastssl.presets import load
 
-PEERS = [side for side in SIDES if side != "fastssl"]
+PEERS = [side for side in IMPLEMENTATIONS if side != "fastssl"]
 
 
 @pytest.mark.parametrize("side", [*METHODS, *PEERS])
@@ -30,7 +30,7 @@ def test_step(benchmark: BenchmarkFixture, device: torch.device, sizes: Sizes, s
     batches = [as_training(batch, setting.dtype, setting.layout) for batch in synthetic_batches(config, device)]
     turns = itertools.cycle(batches)
     try:
-        step = SIDES[side if side in PEERS else "fastssl"](config, device, setting)
+        step = IMPLEMENTATIONS[side if side in PEERS else "fastssl"](config, device, setting)
     except Unavailable as error:
         pytest.skip(str(error))
     benchmark.extra_info["images"] = config.train.batch_size

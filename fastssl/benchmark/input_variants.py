@@ -19,7 +19,7 @@ from fastssl.benchmark.peer_pipelines import Views, dali_batches, pil_batches
 from fastssl.config import Config, DataConfig
 from fastssl.data import split_roots
 from fastssl.executor import input_executor, worker_count
-from fastssl.train.build import training_steps
+from fastssl.train.build import train_sampler
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.sources.base import Source
@@ -47,7 +47,7 @@ class Candidate(Protocol):
     def measure(self, seconds: float) -> None: ...
 
 
-class Recipe:
+class PeerPipeline:
     """What others would write; `batches` starts it anew."""
 
     def __init__(self, name: str, batches: Callable[[], Generator[Views]], workers: int, *notes: str) -> None:
@@ -60,13 +60,13 @@ class Recipe:
         self.result.images_per_s.append(images_per_s)
 
 
-class Ours:
+class ExecutorVariant:
     """An executor of fastssl, built anew in every round; where it cannot have the images, a note says why."""
 
     def __init__(self, config: Config, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         data = config.data
         self.result = Result(f"fastssl {data.pipeline}" + f" {data.decode}" * (data.pipeline == "dali"))
-        self._data, self._steps = data, training_steps(config, source)
+        self._data, self._steps = data, train_sampler(config, source)
         self._build: Callable[[DataConfig], Executor] = partial(
             input_executor, source=source, device=device, dtype=dtype
         )
@@ -115,14 +115,14 @@ def candidates(
     `source` has the training images under `root`.
     """
     workers = worker_count(config.data, device)
-    yield Recipe("Pillow DataLoader", lambda: pil_batches(config, source, device), workers)
+    yield PeerPipeline("Pillow DataLoader", lambda: pil_batches(config, source, device), workers)
     if "dali" in pipelines and (files := _files(source, split_roots(root)[0])):
         note = "its colours are not torchvision's: fixed order, contrast about 128, hue in YIQ, no solarisation"
-        yield Recipe("DALI, own random ops", lambda: dali_batches(config, files, device), workers, note)
+        yield PeerPipeline("DALI, own random ops", lambda: dali_batches(config, files, device), workers, note)
     for name in pipelines:
         for decode in _decodes(name, device):
             data = replace(config.data, pipeline=name, decode=decode)  # type: ignore[arg-type]
-            yield Ours(replace(config, data=data), source, device, dtype)
+            yield ExecutorVariant(replace(config, data=data), source, device, dtype)
 
 
 def _decodes(pipeline: str, device: torch.device) -> tuple[str, ...]:

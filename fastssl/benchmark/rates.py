@@ -18,7 +18,7 @@ from fastssl.config import Config
 from fastssl_pipelines.executors.augmentation import Augmentation
 from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.plan import BatchPlan, SamplePlan
-from fastssl_pipelines.sampler import TrainingSteps
+from fastssl_pipelines.sampler import TrainSampler
 from fastssl_pipelines.sources.base import Source
 
 STAGES = ("decode", "crops", "batch")
@@ -45,7 +45,7 @@ def rate(open_batches: Callable[[], Generator[Views]], *, group: int, seconds: f
         return start_s, images / (time.perf_counter() - begun)
 
 
-def stage_times(executor: Executor, steps: TrainingSteps, *, seconds: float) -> dict[str, list[float]]:
+def stage_times(executor: Executor, steps: TrainSampler, *, seconds: float) -> dict[str, list[float]]:
     """Milliseconds an image of decoding, of that with cutting and resizing, and of a whole batch, for about `seconds`.
 
     Each of STAGES works alone, on the same images, and the next begins when the device has finished.

@@ -18,7 +18,7 @@ from fastssl.benchmark.memory import peak_bytes
 from fastssl.config import Config, TrainConfig
 from fastssl.device import choose_dtype
 from fastssl.errors import TrainingError
-from fastssl.methods import Clock, Method, MethodConfig, MethodOutput
+from fastssl.methods import Method, MethodConfig, MethodOutput, TrainProgress
 from fastssl.models.encoders import Encoder
 from fastssl.train.build import build_method, build_step
 from fastssl.train.step import TrainStep
@@ -127,7 +127,7 @@ class Candidate:
     def _run(self, steps: int) -> MethodOutput:
         for number in range(steps):
             batch = self._batches[number % len(self._batches)]
-            output = self._step(batch, Clock(number, NO_END, NO_END), self._lr)
+            output = self._step(batch, TrainProgress(number, NO_END, NO_END), self._lr)
         return output
 
 
@@ -174,7 +174,7 @@ class Supervised(Method):
     def forward(self, batch: Batch) -> MethodOutput:
         return MethodOutput(cross_entropy(self.classifier(batch.views[0]).float(), batch.labels), {}, ())
 
-    def after_step(self, output: MethodOutput, clock: Clock) -> None:
+    def after_step(self, output: MethodOutput, clock: TrainProgress) -> None:
         """There is nothing to do."""
 
     def encoder(self) -> nn.Module:

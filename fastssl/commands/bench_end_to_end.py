@@ -28,12 +28,12 @@ from fastssl.data import open_splits
 from fastssl.device import choose_device, set_numerics
 from fastssl.environment import measured_on
 from fastssl.executor import input_executor, worker_count
-from fastssl.methods import Clock
-from fastssl.observe.meter import Window
+from fastssl.methods import TrainProgress
+from fastssl.observe.meter import StepMeter
 from fastssl.observe.screen import open_screen
 from fastssl.observe.table import Table
 from fastssl.schedule import learning_rate
-from fastssl.train.build import build_method, build_step, training_steps
+from fastssl.train.build import build_method, build_step, train_sampler
 from fastssl.validation import Checked, Count, Seconds, Threads
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.names import printable
@@ -91,7 +91,7 @@ class EndToEnd:
         dtype = self.numerics.dtype
         source = open_splits(config).train
         self.notes = [*source.notes]
-        self.steps = training_steps(config, source, self.notes.append)
+        self.steps = train_sampler(config, source, self.notes.append)
         self.executor = input_executor(config.data, source, device=self.device, dtype=dtype)
         self.train_step = build_step(config, build_method(config, self.device), device=self.device, dtype=dtype)
         batches = synthetic_batches(config, self.device)
@@ -113,18 +113,18 @@ class EndToEnd:
         """The batches of a run from its first step on, without end."""
         return self.executor.stream(self.steps, 0, sys.maxsize)
 
-    def train(self, batches: Iterator[Batch], window: Window) -> Iterator[None]:
+    def train(self, batches: Iterator[Batch], window: StepMeter) -> Iterator[None]:
         """A step a batch, as in a run."""
         optim, per_epoch = self.config.optim, self.steps.steps_per_epoch
         total = self.config.train.steps or self.config.train.epochs * per_epoch
         for batch in window.timed(batches):
             step = batch.step % total
             lr = learning_rate(optim, step, total_steps=total, steps_per_epoch=per_epoch)
-            window.add(batch, self.train_step(batch, Clock(step, total, per_epoch), lr))
+            window.add(batch, self.train_step(batch, TrainProgress(step, total, per_epoch), lr))
             yield
 
     def _train(self, batches: Iterator[Batch], name: str, seconds: float) -> None:
-        window = Window(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
+        window = StepMeter(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
         steps = self.train(batches, window)
         for _ in islice(steps, WARM_UPS):
             pass
@@ -255,7 +255,7 @@ def show(facts: dict[str, Any], results: dict[str, Result]) -> None:
 
 
 def _trace(both: EndToEnd, folder: Path) -> Path:
-    window = Window(both.train_step.stopwatch, scaled=both.train_step.scaler.is_enabled())
+    window = StepMeter(both.train_step.stopwatch, scaled=both.train_step.scaler.is_enabled())
     with closing(both.stream()) as stream:
         steps = both.train(stream, window)
         next(steps)

@@ -22,7 +22,7 @@ from fastssl.device import choose_device, choose_dtype
 from fastssl.environment import measured_on
 from fastssl.errors import ConfigError
 from fastssl.executor import worker_count
-from fastssl.observe.progress import PatientBar
+from fastssl.observe.progress import DelayedProgressBar
 from fastssl.observe.screen import open_screen
 from fastssl.observe.table import Table
 from fastssl.presets import load
@@ -83,7 +83,7 @@ def run(options: Options) -> int:
     dtype = choose_dtype(config.train, device)
     facts = measured_on(device)  # before this command makes the machine busy
     root = options.root or photographs(options.images)
-    with PatientBar() as progress:
+    with DelayedProgressBar() as progress:
         source = _readable(open_source(split_roots(root)[0], progress=progress))
     if options.batch_size > len(source):
         raise ConfigError(

@@ -12,10 +12,10 @@ from typing import Annotated
 from fastssl.arguments import Positional, parse
 from fastssl.data import split_roots
 from fastssl.errors import ConfigError, unknown_name
-from fastssl.observe.progress import PatientBar
+from fastssl.observe.progress import DelayedProgressBar
 from fastssl.validation import Checked, Threads
 from fastssl_pipelines.names import printable
-from fastssl_pipelines.sources.inspection import Finding, Kind, inspect_all
+from fastssl_pipelines.sources.inspection import DefectKind, Finding, inspect_all
 from fastssl_pipelines.sources.lists import write_names
 from fastssl_pipelines.sources.open import list_images
 
@@ -58,7 +58,7 @@ def run(options: Options) -> int:
     listings = [list_images(root) for root in roots]
     total = sum(map(len, listings))
     started = time.perf_counter()
-    with PatientBar() as progress:
+    with DelayedProgressBar() as progress:
         findings = inspect_all(listings, workers=options.workers, progress=progress)
     rate = total / (time.perf_counter() - started)
     prefixes = [f"{root.name}: " if len(roots) > 1 else "" for root in roots]
@@ -81,10 +81,10 @@ def run(options: Options) -> int:
 
 def _summary(findings: list[Finding], prefixes: list[str]) -> Iterator[str]:
     """A line for every kind that was found, and the first names under it."""
-    width = max(len(kind.title) for kind in Kind)
+    width = max(len(kind.title) for kind in DefectKind)
     if findings:
         yield f"{'found':<{width}}  images  in training"
-    for kind in Kind:
+    for kind in DefectKind:
         images = [finding for finding in findings if finding.defect.kind is kind]
         if not images:
             continue

@@ -21,13 +21,13 @@ from fastssl.data import open_splits
 from fastssl.device import choose_device
 from fastssl.errors import ConfigError
 from fastssl.executor import input_executor
-from fastssl.train.build import training_steps
+from fastssl.train.build import train_sampler
 from fastssl.validation import Checked, Images, Range
 from fastssl_pipelines.errors import UnreadableImages
 from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.names import printable
 from fastssl_pipelines.plan import BatchPlan, ViewPlan
-from fastssl_pipelines.sampler import TrainingSteps
+from fastssl_pipelines.sampler import TrainSampler
 from fastssl_pipelines.sources.base import Source
 
 _SIDE_AT_LEAST = 160  # pixels of a view in the picture, so that its caption fits under it
@@ -83,7 +83,7 @@ def run(config: Config, options: Options) -> int:
     """Write the picture: a row an image, first the source with the boxes of all views, then the views."""
     source = open_splits(config).train
     notes = list(source.notes)
-    steps = training_steps(config, source, notes.append)
+    steps = train_sampler(config, source, notes.append)
     for note in notes:
         print(printable(f"warning: {note}"), file=sys.stderr)
     total = config.train.steps or config.train.epochs * steps.steps_per_epoch
@@ -105,7 +105,7 @@ def run(config: Config, options: Options) -> int:
 
 
 def _step(
-    executor: Executor, steps: TrainingSteps, step: int, images: int
+    executor: Executor, steps: TrainSampler, step: int, images: int
 ) -> tuple[BatchPlan, tuple[torch.Tensor, ...]]:
     """The plan of the first images of a step, with others in place of unreadable ones as in training, and the views."""
     unreadable = np.zeros(len(executor.source), np.bool_)

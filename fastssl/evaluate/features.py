@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastssl.distributed import gather_uneven_rows, rank, world_size
 from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.plan import SamplePlan
-from fastssl_pipelines.sampler import EvaluationSteps
+from fastssl_pipelines.sampler import EvaluationSampler
 from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.views import ViewSpec
 
@@ -52,7 +52,7 @@ def extract_features(encoder: nn.Module, executor: Executor, view: ViewSpec, *, 
     Each rank computes a part, and all get all, in the order of the images. Only a `view` with a centre gives the same
     features every time, whatever the seed of a run.
     """
-    steps = EvaluationSteps(evaluation_plan(executor.source, view), batch_size=BATCH_SIZE)
+    steps = EvaluationSampler(evaluation_plan(executor.source, view), batch_size=BATCH_SIZE)
     if not len(steps):
         raise ValueError(f"{executor.source.name} has no labelled image; features are taken from those alone")
     was_training = encoder.training

@@ -14,7 +14,7 @@ from fastssl.errors import TrainingError
 from fastssl.evaluate.features import encode, evaluation_plan
 from fastssl.evaluate.linear import MOMENTUM, Recipe
 from fastssl_pipelines.executors.base import Executor
-from fastssl_pipelines.sampler import TrainingSteps
+from fastssl_pipelines.sampler import TrainSampler
 from fastssl_pipelines.views import ViewSpec
 
 
@@ -38,7 +38,7 @@ def train_on_crops(
     The encoder stays as it is, in eval mode; its features are not scaled. TrainingError for a loss that is not finite.
     """
     plan = evaluation_plan(train.source, crop_view(size), seed=recipe.seed, shuffle=True)
-    steps = TrainingSteps(plan, batch_size=recipe.batch_size)
+    steps = TrainSampler(plan, batch_size=recipe.batch_size)
     encoder.eval()
     classifier = _linear_layer(encoder, train, size, classes=int(plan.labels.max()) + 1, seed=recipe.seed, dtype=dtype)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=MOMENTUM)

@@ -1,6 +1,6 @@
 """The methods, by name. A new one is a file and a line here."""
 
-from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput
+from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress
 from fastssl.methods.co2 import CO2
 from fastssl.methods.mixco import MixCo
 from fastssl.methods.moco import MoCoV1, MoCoV2
@@ -15,4 +15,4 @@ METHODS: dict[str, type[Method]] = {
     cls.Config.name: cls for cls in (MoCoV1, MoCoV2, UniMoCo, SupCon, MixCo, UnMix, CO2, ReSSL, MSVQ, SMoG)
 }
 
-__all__ = ["METHODS", "Clock", "Method", "MethodConfig", "MethodOutput"]
+__all__ = ["METHODS", "Method", "MethodConfig", "MethodOutput", "TrainProgress"]

@@ -63,7 +63,7 @@ class MethodConfig(Checked, prefix="--method."):
             )
 
 
-class Clock(NamedTuple):
+class TrainProgress(NamedTuple):
     """Where a run is: `step` counts from 0, what follows from it needs no state of its own.
 
     In a CUDA graph `step` is an int64 tensor [] on the device, which the host must not read.
@@ -129,7 +129,7 @@ class Method(nn.Module):
         """Loss and metrics of a batch: tensor code with static shapes and no side effect but batch norm's own."""
         raise NotImplementedError
 
-    def after_step(self, output: MethodOutput, clock: Clock) -> None:
+    def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
         """Momentum update and queue after the optimiser's step, without waiting for the device."""
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from fastssl.distributed import gather_rows
-from fastssl.methods.base import Clock, MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, TrainProgress
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod, momentum_rows
 from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
@@ -73,10 +73,10 @@ class MSVQ(MomentumMethod):
         return MethodOutput((2 * first + second) / 3, {}, (batch.labels, z2, z4))
 
     @torch.no_grad()
-    def after_step(self, output: MethodOutput, clock: Clock) -> None:
+    def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
         labels, z2, z4 = output.kept
         everyone = gather_rows(labels)
         ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
         ema_update_(self.second_key_encoder, self.query_encoder, self.config.second_momentum)
-        self.queue.enqueue(self.gather_keys(z2), everyone, clock.step)
-        self.second_queue.enqueue(self.gather_keys(z4), everyone, clock.step)
+        self.queue.enqueue(self.gather_keys(z2), everyone, progress.step)
+        self.second_queue.enqueue(self.gather_keys(z4), everyone, progress.step)

@@ -14,7 +14,7 @@ import fastssl_kernels
 from fastssl.distributed import gather_rows, local_rows, world_size
 from fastssl.errors import ConfigError
 from fastssl.methods import sharded
-from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput
+from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress
 from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
 from fastssl.models.heads import build_head
@@ -118,11 +118,11 @@ class MomentumMethod(Method):
         return momentum_rows(self.key_encoder, images, shuffle=self.config.shuffle)
 
     @torch.no_grad()
-    def after_step(self, output: MethodOutput, clock: Clock) -> None:
+    def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
         ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
         labels, *keys = output.kept
         everyone = torch.cat([self.gather_keys(rows) for rows in keys])
-        self.queue.enqueue(everyone, gather_rows(labels).repeat(len(keys)), clock.step)
+        self.queue.enqueue(everyone, gather_rows(labels).repeat(len(keys)), progress.step)
 
     def encoder(self) -> nn.Module:
         return self.query_encoder[0]

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from fastssl.distributed import gather_rows, gather_rows_with_gradient
 from fastssl.errors import ConfigError
-from fastssl.methods.base import Clock, Method, MethodConfig, MethodOutput
+from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress
 from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
 from fastssl.models.heads import MLPBatchNormHead, ProjectionHead
@@ -143,16 +143,16 @@ class SMoG(Method):
         return MethodOutput(torch.stack(losses).mean(), {}, (torch.stack(moved), *(row.detach() for row in rows)))
 
     @torch.no_grad()
-    def after_step(self, output: MethodOutput, clock: Clock) -> None:
+    def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
         moved, *rows = output.kept
         self.groups.copy_(moved)
-        self._enqueue(rows, clock.step)
+        self._enqueue(rows, progress.step)
         ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
-        if clock.ends_epoch and (clock.step + 1) // clock.steps_per_epoch % self.config.reset_epochs == 0:
-            self._reset_groups(clock.steps_per_epoch * len(gather_rows(rows[0])))
+        if progress.ends_epoch and (progress.step + 1) // progress.steps_per_epoch % self.config.reset_epochs == 0:
+            self._reset_groups(progress.steps_per_epoch * len(gather_rows(rows[0])))
             ema_update_(self.key_encoder, self.query_encoder, 0.0)
-        progress = (clock.step + 1) / clock.total_steps
-        self.group_momentum.fill_(1 - (1 - self.config.group_momentum) * progress)
+        done = (progress.step + 1) / progress.total_steps
+        self.group_momentum.fill_(1 - (1 - self.config.group_momentum) * done)
 
     def encoder(self) -> nn.Module:
         return self.query_encoder[0]

@@ -21,7 +21,7 @@ from fastssl_pipelines.batch import Batch
 _NONE_IN_FP16 = "gradient_norm"  # there an overflow is no fault: the scaler lowers its scale
 
 
-class Broken(NamedTuple):
+class NonFiniteStep(NamedTuple):
     """A step whose loss or gradient is not finite."""
 
     step: int
@@ -29,7 +29,7 @@ class Broken(NamedTuple):
     gradient_norm: float
 
 
-class Window:
+class StepMeter:
     """Values stay on the device and are read once a log line: adding a step never waits for the device."""
 
     def __init__(self, stopwatch: Stopwatch, *, scaled: bool) -> None:
@@ -65,7 +65,7 @@ class Window:
         self._steps.append(batch.step)
         self._images += len(batch.ids) * world_size()
 
-    def broken(self) -> Broken | None:
+    def broken(self) -> NonFiniteStep | None:
         """The first step that has a value which is not finite, if any; means over ranks, so all see it."""
         if not self._rows:
             return None
@@ -74,7 +74,7 @@ class Window:
             values = dict(zip(self._names, row, strict=True))
             checked = [value for name, value in values.items() if not (self._scaled and name == _NONE_IN_FP16)]
             if not all(map(math.isfinite, checked)):
-                return Broken(step, values["loss"], values["gradient_norm"])
+                return NonFiniteStep(step, values["loss"], values["gradient_norm"])
         return None
 
     def read(self) -> dict[str, float]:

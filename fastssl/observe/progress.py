@@ -10,7 +10,7 @@ from fastssl_pipelines.names import printable
 PATIENCE = 1.0  # seconds
 
 
-class PatientBar:
+class DelayedProgressBar:
     """Called with what is done, how many are done and of how many; a terminal shows it on stderr after a second.
 
     A context manager, at whose end the bar goes.
@@ -22,7 +22,7 @@ class PatientBar:
         self._visible = screen.is_terminal
         self._start = time.monotonic()
 
-    def __enter__(self) -> PatientBar:
+    def __enter__(self) -> DelayedProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:

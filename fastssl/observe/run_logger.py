@@ -11,7 +11,7 @@ from typing import Any
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.observe.console import Console
-from fastssl.observe.meter import Broken
+from fastssl.observe.meter import NonFiniteStep
 from fastssl.observe.metrics_log import MetricsLog
 from fastssl.observe.report import write_report
 from fastssl.observe.tensorboard import TensorBoardMirror
@@ -74,7 +74,7 @@ class Reporter:
             self._write("note", step=step, text=text)
 
     def train(self, step: int, values: dict[str, float], *, lr: float, unreadable: int) -> None:
-        """The means of a window (see `Window.read`), of which the console shows the most important."""
+        """The means of a window (see `StepMeter.read`), of which the console shows the most important."""
         self._write("train", step=step, lr=lr, **values, unreadable=unreadable)
         if self.quiet:
             return
@@ -98,7 +98,7 @@ class Reporter:
         self._write("eval", step=step, knn_top1=knn_top1, seconds=seconds)
         self.say(f"step {step}: kNN top-1 {knn_top1:.2f} %")
 
-    def non_finite(self, broken: Broken, *, back_to: int, action: str, ids: list[int], names: list[str]) -> None:
+    def non_finite(self, broken: NonFiniteStep, *, back_to: int, action: str, ids: list[int], names: list[str]) -> None:
         """A step whose loss or gradient is not finite, with the images of its batch."""
         numbers = {name: str(value) for name, value in broken._asdict().items() if name != "step"}
         self._write(

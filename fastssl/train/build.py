@@ -18,7 +18,7 @@ from fastssl.models.norm import convert_to_sync, norm_layer
 from fastssl.train.optim import build_optimizer
 from fastssl.train.step import TrainStep
 from fastssl_pipelines.plan import SamplePlan
-from fastssl_pipelines.sampler import TrainingSteps
+from fastssl_pipelines.sampler import TrainSampler
 from fastssl_pipelines.sources.base import Source
 
 
@@ -66,7 +66,7 @@ def compiles(config: Config, device: torch.device) -> bool:
     return config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
 
 
-def training_steps(config: Config, source: Source, warn: Callable[[str], object] = warnings.warn) -> TrainingSteps:
+def train_sampler(config: Config, source: Source, warn: Callable[[str], object] = warnings.warn) -> TrainSampler:
     """This rank's part of the sample plan; the method sees the labels of `known_labels`, which explains `warn`."""
     _check_parts(config)
     plan = SamplePlan(
@@ -78,7 +78,7 @@ def training_steps(config: Config, source: Source, warn: Callable[[str], object]
         seed=config.seed,
     )
     ranks = world_size()
-    return TrainingSteps(plan, batch_size=config.train.batch_size // ranks, rank=rank(), world_size=ranks)
+    return TrainSampler(plan, batch_size=config.train.batch_size // ranks, rank=rank(), world_size=ranks)
 
 
 def _check_parts(config: Config) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.distributed import world_size
-from fastssl.methods import Clock, Method, MethodOutput
+from fastssl.methods import Method, MethodOutput, TrainProgress
 from fastssl.observe.stopwatch import Stopwatch
 from fastssl.train.cuda_graph import Graphed
 from fastssl_kernels import watch_losses
@@ -66,20 +66,20 @@ class TrainStep:
         # What a graph reads of the host's numbers
         self._step, self._rate = (torch.zeros((), dtype=kind, device=device) for kind in (torch.int64, torch.float32))
 
-    def __call__(self, batch: Batch, clock: Clock, lr: float) -> MethodOutput:
-        seed_step(self.seed, int(clock.step))
+    def __call__(self, batch: Batch, progress: TrainProgress, lr: float) -> MethodOutput:
+        seed_step(self.seed, int(progress.step))
         self._set_rate(lr)
         if self._graphed:
-            return self._replayed(self._graphed, batch, clock, lr)
+            return self._replayed(self._graphed, batch, progress, lr)
         self.stopwatch.start()
         output = self._forward_and_backward(batch)
         self._update(output)
-        self.method.after_step(output, clock)
+        self.method.after_step(output, progress)
         self.stopwatch.mark("optimizer")
         return output
 
-    def _replayed(self, graphed: Graphed, batch: Batch, clock: Clock, lr: float) -> MethodOutput:
-        self._step.fill_(clock.step)
+    def _replayed(self, graphed: Graphed, batch: Batch, progress: TrainProgress, lr: float) -> MethodOutput:
+        self._step.fill_(progress.step)
         self._rate.fill_(lr)
         if not graphed.captured:
             scale = self.scaler.state_dict()
@@ -90,7 +90,7 @@ class TrainStep:
         output = graphed(batch)
         self.stopwatch.mark("graph")
         if not self.method.capturable:
-            self.method.after_step(output, clock)
+            self.method.after_step(output, progress)
             self.stopwatch.mark("optimizer")
         return output
 
@@ -101,7 +101,7 @@ class TrainStep:
         output = self._forward_and_backward(batch)
         self._update(output)
         if self.method.capturable:
-            self.method.after_step(output, Clock(self._step, 0, 0))
+            self.method.after_step(output, TrainProgress(self._step, 0, 0))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         return output

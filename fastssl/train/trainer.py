@@ -18,14 +18,14 @@ from fastssl.distributed import first_on_each_machine, from_first_rank, rank, wo
 from fastssl.errors import TrainingError
 from fastssl.evaluate.online import OnlineKNN
 from fastssl.executor import input_executor
-from fastssl.methods import METHODS, Clock
+from fastssl.methods import METHODS, TrainProgress
 from fastssl.models.norm import averaged_statistics
 from fastssl.models.queue import gather_state, queue_hash
-from fastssl.observe.meter import Broken, Window
+from fastssl.observe.meter import NonFiniteStep, StepMeter
 from fastssl.observe.run_logger import Reporter
 from fastssl.run_folder import Claim
 from fastssl.schedule import learning_rate
-from fastssl.train.build import build_method, build_step, compiles, training_steps
+from fastssl.train.build import build_method, build_step, compiles, train_sampler
 from fastssl.train.checkpoint import Checkpoints, path_of
 from fastssl.train.identity import (
     MEASURED,
@@ -49,10 +49,10 @@ RAW_PIXELS_AT_MOST = 100_000  # images; beyond that the baseline costs more than
 SKIPPED_AT_MOST = 10  # steps that are left out; a run that breaks more often is not about to recover
 
 
-class NonFinite(Exception):
+class NonFiniteError(Exception):
     """A step broke; carries the first one that did."""
 
-    def __init__(self, broken: Broken):
+    def __init__(self, broken: NonFiniteStep):
         super().__init__(broken)
         self.broken = broken
 
@@ -73,7 +73,7 @@ class Trainer:
         with first_on_each_machine():  # which makes the index, for the others to find it
             splits = open_splits(config)
         self.notes = [*splits.train.notes, *splits.test.notes]
-        self.steps = training_steps(config, splits.train, self.notes.append)
+        self.steps = train_sampler(config, splits.train, self.notes.append)
         self.total_steps = config.train.steps or config.train.epochs * self.steps.steps_per_epoch
         queue_dtype = config.method.bank_dtype(self.device, self.numerics.dtype)
         self.facts = options | {
@@ -117,29 +117,29 @@ class Trainer:
             while True:
                 try:
                     return self._train_from(first, stop)
-                except NonFinite as error:
-                    first = self._leave_out(error.broken)
+                except NonFiniteError as error:
+                    first = self._skip_step(error.broken)
 
     def _train_from(self, first: int, stop: StopRequest) -> int:
         config, total = self.config.train, self.total_steps
         eval_every = self.config.eval.every_epochs * self.steps.steps_per_epoch
-        window = Window(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
+        window = StepMeter(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
         if self.window_state:
             window.load_state(self.window_state)
         threads = ThreadChoice(self.reporter.say, fixed=config.deterministic or self.device.type != "cpu")
         with closing(self.executor.stream(self.steps, first, total)) as stream:
             for batch in window.timed(stream):
                 if batch.step not in self.skipped:
-                    clock = Clock(batch.step, total, self.steps.steps_per_epoch)
+                    progress = TrainProgress(batch.step, total, self.steps.steps_per_epoch)
                     with threads.timed():
-                        output = self.train_step(batch, clock, self._learning_rate(batch.step))
+                        output = self.train_step(batch, progress, self._learning_rate(batch.step))
                     window.add(batch, output)
                 done = batch.step + 1
                 last, stopping = done == total, stop.agreed()
                 saving = last or stopping or done % config.checkpoint_every == 0
                 logging = last or done % config.log_every == 0
                 if (saving or logging) and (broken := window.broken()):
-                    raise NonFinite(broken)
+                    raise NonFiniteError(broken)
                 if logging:
                     self._report(done, window)
                 with window.paused():
@@ -181,7 +181,7 @@ class Trainer:
         }
         self.reporter.start(step=first, **self.start_record)
         self.reporter.notes(first, changes)
-        self._tell_what_was_noticed(first)
+        self._flush_notes(first)
         if first == 0:
             self._evaluate(0)
             seed_step(self.config.seed, -1)
@@ -198,15 +198,15 @@ class Trainer:
         if isinstance(then, dict):
             yield from harmless_changes(then, self.facts)
 
-    def _tell_what_was_noticed(self, done: int) -> None:
+    def _flush_notes(self, done: int) -> None:
         for teller in (self.executor, self.test_executor, self.checkpoints):
             notes, teller.notes = teller.notes, []
             self.reporter.notes(done, notes)
         if problem := self.checkpoints.problem():
             self.reporter.notes(done, [problem])
 
-    def _report(self, done: int, window: Window) -> None:
-        self._tell_what_was_noticed(done)
+    def _report(self, done: int, window: StepMeter) -> None:
+        self._flush_notes(done)
         values = window.read()
         unreadable = self._compare_ranks(done)
         if "loss" in values:  # not all steps of the window were left out
@@ -235,7 +235,7 @@ class Trainer:
         with averaged_statistics(self.method):
             top1 = self.knn.top1(self.method.encoder())
         self.reporter.evaluation(done, knn_top1=top1, seconds=time.perf_counter() - started)
-        self._tell_what_was_noticed(done)
+        self._flush_notes(done)
 
     def _save(self, done: int, window: dict[str, Any], *, wait: bool) -> None:
         if self.claim:
@@ -283,7 +283,7 @@ class Trainer:
             whole=self.method.follows_length,
         )
 
-    def _leave_out(self, broken: Broken) -> int:
+    def _skip_step(self, broken: NonFiniteStep) -> int:
         """Go back to the last checkpoint and have `broken` skipped from there; TrainingError where that is not wanted.
 
         Returns the number of steps that are done there.
@@ -295,7 +295,7 @@ class Trainer:
             first = self._restore()
             self.skipped.append(broken.step)
             self.reporter.start(step=first, **self.start_record)
-            self._tell_what_was_noticed(first)
+            self._flush_notes(first)
         where = f"loss {broken.loss}, gradient norm {broken.gradient_norm} at step {broken.step + 1}"
         ids = self.steps.ids_of_all_ranks(broken.step).tolist()
         source, named = self.executor.source, self.config.data.root is not None

@@ -51,7 +51,7 @@ def requested() -> str:
     return _chosen or _known(os.environ.get("FASTSSL_BACKEND", "auto"), "FASTSSL_BACKEND")
 
 
-def or_reference(
+def dispatches_to_reference(
     reference: Callable[_Arguments, _Result],
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Decorate a public function: where the backend is "reference", `reference` runs in its place."""

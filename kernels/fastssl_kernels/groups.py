@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, ops, reference
-from .backend import or_reference, requested
+from .backend import dispatches_to_reference, requested
 from .numerics import accumulation_dtype
 from .rows import float_rows, reduce_rows, stack_targets
 
 _MASK_ELEMENTS = 2**20  # of a block of the membership matrix
 
 
-@or_reference(reference.group_cross_entropy)
+@dispatches_to_reference(reference.group_cross_entropy)
 def group_cross_entropy(
     prediction: Tensor, groups: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
 ) -> Tensor:
@@ -34,7 +34,7 @@ def group_cross_entropy(
     return reduce_rows(loss, reduction)
 
 
-@or_reference(reference.assign_groups)
+@dispatches_to_reference(reference.assign_groups)
 def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
     """The group nearest to each row: int64 [N], the number of the largest product; of equal ones the first.
 
@@ -46,7 +46,7 @@ def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
     return ops.nearest(features.detach(), groups.detach(), 1, requested())[:, 0]
 
 
-@or_reference(reference.update_groups)
+@dispatches_to_reference(reference.update_groups)
 def update_groups(
     features: Tensor, groups: Tensor, *, momentum: float | Tensor, assignment: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

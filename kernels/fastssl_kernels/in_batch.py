@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, reference
-from .backend import or_reference, requested
+from .backend import dispatches_to_reference, requested
 from .rows import reduce_rows
 
 
-@or_reference(reference.nt_xent)
+@dispatches_to_reference(reference.nt_xent)
 def nt_xent(
     first: Tensor, second: Tensor, *, temperature: float, labels: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import checks, ops, reference
-from .backend import or_reference, requested
+from .backend import dispatches_to_reference, requested
 from .rows import reduce_rows, row_weights, stack_teachers
 
 
-@or_reference(reference.info_nce)
+@dispatches_to_reference(reference.info_nce)
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -46,7 +46,7 @@ def info_nce(
     return reduce_rows(loss, reduction, accuracy if return_accuracy else None)
 
 
-@or_reference(reference.unicon)
+@dispatches_to_reference(reference.unicon)
 def unicon(
     query: Tensor,
     key: Tensor,
@@ -78,7 +78,7 @@ def unicon(
     return reduce_rows(loss, reduction, accuracy if return_accuracy else None)
 
 
-@or_reference(reference.sup_con)
+@dispatches_to_reference(reference.sup_con)
 def sup_con(
     query: Tensor,
     key: Tensor,
@@ -106,7 +106,7 @@ def sup_con(
     return reduce_rows(loss, reduction, accuracy if return_accuracy else None)
 
 
-@or_reference(reference.soft_cross_entropy)
+@dispatches_to_reference(reference.soft_cross_entropy)
 def soft_cross_entropy(
     query: Tensor,
     teacher: Tensor,
@@ -131,7 +131,7 @@ def soft_cross_entropy(
     return reduce_rows(loss, reduction)
 
 
-@or_reference(reference.consistency)
+@dispatches_to_reference(reference.consistency)
 def consistency(
     query: Tensor,
     key: Tensor,
@@ -154,7 +154,7 @@ def consistency(
     return reduce_rows(loss, reduction)
 
 
-@or_reference(reference.mixco)
+@dispatches_to_reference(reference.mixco)
 def mixco(
     query: Tensor,
     keys: Tensor,
@@ -185,7 +185,7 @@ def mixco(
     return reduce_rows(loss, reduction)
 
 
-@or_reference(reference.unmix)
+@dispatches_to_reference(reference.unmix)
 def unmix(
     query: Tensor,
     first_key: Tensor,
@@ -210,7 +210,7 @@ def unmix(
     return reduce_rows(loss, reduction)
 
 
-@or_reference(reference.mean_shift)
+@dispatches_to_reference(reference.mean_shift)
 def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: str = "mean") -> Tensor:
     """Mean squared distance of a query to the k queue entries nearest to its key (MSF, arXiv 2105.07269).
 

@@ -14,7 +14,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fits_unshifted(temperature: float, entries: int) -> bool:
+def exp_is_safe(temperature: float, entries: int) -> bool:
     """Whether a sum of `entries` terms exp(logit) of unit rows can neither overflow nor vanish in float32.
 
     Logits lie within 1 / temperature of 0. The margin, 0.7 in the exponent, covers rows whose norm

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import checks, ops, reference
-from .backend import or_reference, requested
+from .backend import dispatches_to_reference, requested
 from .rows import QueueRead
 
 
-@or_reference(reference.queue_read)
+@dispatches_to_reference(reference.queue_read)
 def queue_read(query: Tensor, bank: Tensor, *, temperature: float) -> QueueRead:
     """Logsumexp of q.m / t over a bank, and the bank's mean weighted by the softmax of q.m / t.
 

@@ -9,7 +9,7 @@ from fastssl_pipelines.plan import (
     ViewPlan,
     partial_labels,
 )
-from fastssl_pipelines.sampler import EvaluationSteps, TrainingSteps
+from fastssl_pipelines.sampler import EvaluationSampler, TrainSampler
 from fastssl_pipelines.sources.base import ArraySource, Source
 from fastssl_pipelines.sources.folder import ImageFolder, ListedImages
 from fastssl_pipelines.sources.open import list_images, open_source
@@ -21,14 +21,14 @@ __all__ = [
     "Batch",
     "BatchPlan",
     "DataError",
-    "EvaluationSteps",
+    "EvaluationSampler",
     "Executor",
     "ImageFolder",
     "ListedImages",
     "SamplePlan",
     "Source",
     "TarShards",
-    "TrainingSteps",
+    "TrainSampler",
     "UnreadableImages",
     "ViewPlan",
     "ViewSpec",

@@ -86,7 +86,7 @@ class SamplePlan:
     """Gives the samples of any stretch of any epoch, and all their random numbers, with no state.
 
     `widths`, `heights`: int [n], source pixels. `labels`: int [n], -1 = unknown, what the method may see.
-    `odd_views`: what TrainingSteps takes for odd steps in place of `views`, if anything.
+    `odd_views`: what TrainSampler takes for odd steps in place of `views`, if anything.
     Equal arguments give equal plans on every machine and on any number of ranks.
     """
 

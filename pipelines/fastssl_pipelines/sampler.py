@@ -12,13 +12,13 @@ from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.plan import BatchPlan, SamplePlan
 
 
-class Steps(Protocol):
-    """`steps.at(step, unreadable)` is the BatchPlan of a step: TrainingSteps or EvaluationSteps."""
+class Sampler(Protocol):
+    """`steps.at(step, unreadable)` is the BatchPlan of a step: TrainSampler or EvaluationSampler."""
 
     def at(self, step: int, unreadable: NDArray[np.bool_] | None = None) -> BatchPlan: ...
 
 
-class TrainingSteps:
+class TrainSampler:
     """`steps[step]` is this rank's BatchPlan of any training step; the incomplete last batch is dropped.
 
     The ranks of a step take consecutive stretches of the global batch, so the samples of a step do not depend
@@ -64,7 +64,7 @@ class TrainingSteps:
         return epoch, step_in_epoch * self.global_batch_size
 
 
-class EvaluationSteps:
+class EvaluationSampler:
     """`steps[step]` walks the plan once, in order; the last batch holds what is left.
 
     An unreadable image counts for nothing: the label of its row is -1.

@@ -10,7 +10,7 @@ import torch
 
 from bench import step
 from bench.__main__ import main
-from bench.sides import SETTINGS, SIDES, Setting
+from bench.sides import IMPLEMENTATIONS, SETTINGS, Setting
 from bench.step import Options, Row
 from fastssl.benchmark.step_variants import as_training, synthetic_batches
 
@@ -22,7 +22,7 @@ FP32, BF16 = SETTINGS
 def losses(side: str, setting: Setting = FP32, steps: int = 6) -> list[float]:
     config = step.configuration(TINY)
     batches = [as_training(batch, setting.dtype, setting.layout) for batch in synthetic_batches(config, CPU)]
-    run = SIDES[side](config, CPU, setting)
+    run = IMPLEMENTATIONS[side](config, CPU, setting)
     return [run(batches[number % len(batches)]).item() for number in range(steps)]
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from fastssl.distributed import local_rows, mean_over_ranks, world_size
-from fastssl.methods import Clock
+from fastssl.methods import TrainProgress
 from fastssl.models.norm import averaged_statistics, convert_to_sync
 from fastssl.models.queue import gather_state
 from fastssl_pipelines.batch import Batch
@@ -52,7 +52,7 @@ def a_run(method, steps):
                     parameter -= LR * parameter.grad
         gradients.append(method.encoder().conv1.weight.grad)
         method.zero_grad()
-        method.after_step(output, Clock(number, 50, 2))
+        method.after_step(output, TrainProgress(number, 50, 2))
     with averaged_statistics(method):
         state = {entry: value.clone() for entry, value in gather_state(method).items()}
     return losses, metrics, gradients, state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.methods import METHODS, Clock
+from fastssl.methods import METHODS, TrainProgress
 from fastssl.models.encoders import Encoder
 from fastssl.models.norm import NormLayer, norm_layer
 from fastssl_pipelines.batch import Batch
@@ -87,7 +87,7 @@ def a_step(method, optimizer, batch):
     gradient = method.encoder().conv1.weight.grad.clone()
     optimizer.step()
     optimizer.zero_grad()
-    method.after_step(output, Clock(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH))
+    method.after_step(output, TrainProgress(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH))
     return output, gradient
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from fastssl.cli import main
 from fastssl.config import from_json
-from fastssl.methods import METHODS, Clock, smog
+from fastssl.methods import METHODS, TrainProgress, smog
 from fastssl.methods.queue_method import SHARDABLE
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.models.queue import KeyQueue, queue_hash
@@ -91,7 +91,7 @@ def test_what_follows_a_step_is_the_same_with_a_step_on_the_device(name):
     for step in (7, torch.tensor(7).as_subclass(Unreadable)):
         method = build(name, bank_dtype=torch.bfloat16)
         torch.manual_seed(0)
-        method.after_step(method(a_batch(name)), Clock(step, 50, 5))
+        method.after_step(method(a_batch(name)), TrainProgress(step, 50, 5))
         states.append(method.state_dict())
     assert all(torch.equal(value, states[1][entry]) for entry, value in states[0].items())
 

@@ -23,7 +23,7 @@ from fastssl.commands import bench_input
 from fastssl.data import split_roots
 from fastssl.device import choose_dtype
 from fastssl.presets import load
-from fastssl.train.build import training_steps
+from fastssl.train.build import train_sampler
 from fastssl_pipelines.executors.base import available_executors, build_executor
 from fastssl_pipelines.sources.open import open_source
 from fastssl_pipelines.views import ViewSpec
@@ -161,7 +161,7 @@ def test_the_pillow_recipe_has_the_steps_of_the_view():
 def test_decoding_alone_keeps_the_region_that_the_views_need(root):
     config = config_of()
     source = open_source(split_roots(root)[0])
-    plan = training_steps(config, source)[0]
+    plan = train_sampler(config, source)[0]
     alone = rates._decoding_alone(plan)
 
     def ends(of):

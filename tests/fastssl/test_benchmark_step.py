@@ -82,7 +82,7 @@ def test_the_chosen_step_is_that_of_a_run(uncompiled):
     train_step = build_step(config, build_method(config, CPU), device=CPU, dtype=dtype)
     for number in range(2):
         batch = training.as_training(batches[number], dtype, torch.channels_last)
-        output = train_step(batch, training.Clock(number, training.NO_END, training.NO_END), config.optim.lr)
+        output = train_step(batch, training.TrainProgress(number, training.NO_END, training.NO_END), config.optim.lr)
     assert chosen.result.losses == [output.loss.item()]
 
 
@@ -186,7 +186,7 @@ def test_the_supervised_step_trains_the_encoder_of_the_method():
     train_step = build_step(config, method, device=CPU, dtype=torch.float32)
     before = {name: value.clone() for name, value in method.state_dict().items()}
     batch = training.synthetic_batches(config, CPU)[0]
-    losses = [train_step(batch, training.Clock(number, 10, 10), 0.05).loss.item() for number in range(4)]
+    losses = [train_step(batch, training.TrainProgress(number, 10, 10), 0.05).loss.item() for number in range(4)]
     assert losses[-1] < losses[0]
     convolutions = [name for name, module in method.named_modules() if isinstance(module, nn.Conv2d)]
     assert all(

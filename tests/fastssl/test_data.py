@@ -243,7 +243,7 @@ def test_a_bar_shows_any_name(monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress.PatientBar() as bar:
+    with progress.DelayedProgressBar() as bar:
         now[0] = 1.5
         bar("reading caf\udce9\n[bold]\x1b[31m.jpg", 3, 10)
     assert r"caf\xe9\n[bold]\x1b[31m.jpg" in capsys.readouterr().err
@@ -254,7 +254,7 @@ def test_a_bar_is_for_those_who_wait(monkeypatch, capsys, waited, shown):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress.PatientBar() as bar:
+    with progress.DelayedProgressBar() as bar:
         now[0] = waited
         bar("reading image headers", 3, 10)
     printed = capsys.readouterr()

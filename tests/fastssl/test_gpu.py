@@ -9,8 +9,8 @@ import torch
 
 from fastssl.config import OptimConfig, TrainConfig
 from fastssl.device import set_numerics
-from fastssl.methods import Clock
-from fastssl.observe.meter import Window
+from fastssl.methods import TrainProgress
+from fastssl.observe.meter import StepMeter
 from fastssl.train.optim import build_optimizer
 from fastssl.train.step import TrainStep
 from fastssl_pipelines.batch import Batch
@@ -52,7 +52,7 @@ def a_step(method, dtype=torch.bfloat16, optim=OPTIMIZERS[0], **options):
 
 def train(step, batches, window=None):
     for batch in batches:
-        output = step(batch, Clock(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH), 0.01)
+        output = step(batch, TrainProgress(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH), 0.01)
         if window:
             window.add(batch, output)
     return output
@@ -64,7 +64,7 @@ def test_a_step_does_not_wait_for_the_device(variant, dtype):
     """Also not the last step of an epoch, in which SMoG makes new groups."""
     name, options = VARIANTS[variant]
     step = a_step(build(name, **options).cuda(), dtype, clip_norm=1.0)
-    window = Window(step.stopwatch, scaled=False)
+    window = StepMeter(step.stopwatch, scaled=False)
     batches = [on_gpu(a_batch(name, number)) for number in range(2 * STEPS_PER_EPOCH)]
     train(step, batches[:STEPS_PER_EPOCH])
     torch.cuda.synchronize()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastssl.config import OptimConfig
-from fastssl.methods import METHODS, Clock
+from fastssl.methods import METHODS, TrainProgress
 from fastssl.train.cuda_graph import Graphed
 from fastssl.train.optim import build_optimizer
 from fastssl.train.step import TrainStep
@@ -73,7 +73,7 @@ def trained(variant, optimizer, cuda_graph, *, restart):
         if restart and number == 3:  # as after a step that broke
             for part in (method, built):
                 part.load_state_dict(copy.deepcopy(part.state_dict()))
-        output = step(a_batch(name, number), Clock(number, TOTAL_STEPS, STEPS_PER_EPOCH), 2.0 ** -(5 + number))
+        output = step(a_batch(name, number), TrainProgress(number, TOTAL_STEPS, STEPS_PER_EPOCH), 2.0 ** -(5 + number))
         outputs.append([output.loss.item(), *(value.item() for value in output.metrics.values())])
     return outputs, method.state_dict(), step
 
@@ -104,7 +104,7 @@ def test_an_overflow_in_a_captured_step_halves_the_scale_once():
             method, optimizer, seed=0, device=CPU, dtype=torch.float16, compile=False, cuda_graph=cuda_graph
         )
         step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-        step(a_batch("mocov2", 0), Clock(0, TOTAL_STEPS, STEPS_PER_EPOCH), 0.05)
+        step(a_batch("mocov2", 0), TrainProgress(0, TOTAL_STEPS, STEPS_PER_EPOCH), 0.05)
         results.append((step.scaler.get_scale(), method.state_dict()))
     assert results[0][0] == results[1][0] == 2.0**39
     for key, value in results[0][1].items():

@@ -14,7 +14,7 @@ from fastssl.commands.pretrain import parse
 from fastssl.config import from_json, to_json
 from fastssl.data import open_splits
 from fastssl.errors import ConfigError
-from fastssl.train.build import training_steps
+from fastssl.train.build import train_sampler
 
 SIZE = {"labelled": (12, 12), "more": (10, 15)}
 
@@ -48,7 +48,7 @@ def seen(data, *more):
     """Label by file name, as one epoch of training steps gives them to the method."""
     config = parse(["unimoco-cifar10", *arguments(data, "--train.batch-size 1 --model.norm group", *more)])
     source = open_splits(config).train
-    steps = training_steps(config, source)
+    steps = train_sampler(config, source)
     batches = [steps[step] for step in range(steps.steps_per_epoch)]
     labels = {source.describe(int(batch.ids[0])): int(batch.labels[0]) for batch in batches}
     assert len(labels) == len(source)
@@ -123,7 +123,7 @@ def test_known_labels_of_one_class_are_told_to_methods_that_use_them(data, metho
     (data / "list.txt").write_text("\n".join(f"dog_{number}.png" for number in range(10)))
     config = parse([f"{method}-cifar10", *arguments(data, "--data.label-list {data}/list.txt")])
     told = []
-    training_steps(config, open_splits(config).train, told.append)
+    train_sampler(config, open_splits(config).train, told.append)
     assert len(told) == (method != "mocov2")
     assert all(note.startswith("all known labels are one class, dog, so its images have no negatives") for note in told)
 
@@ -176,7 +176,7 @@ def test_a_run_with_a_list_and_unlabelled_images_from_another_folder(data, monke
     assert "warning" in capsys.readouterr().out
     assert "1 of its names belong to no labelled training image, as cat_10.png" in (folder / "console.log").read_text()
     # two steps of 8 fill the queue of 16
-    steps = training_steps(config, open_splits(config).train, print)
+    steps = train_sampler(config, open_splits(config).train, print)
     assert queue == [*steps[0].labels, *steps[1].labels]
     assert set(queue) == {-1, 0}
 

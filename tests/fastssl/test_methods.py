@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from fastssl.errors import ConfigError
-from fastssl.methods import METHODS, Clock
+from fastssl.methods import METHODS, TrainProgress
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 from tests.fastssl.small_methods import (
@@ -124,7 +124,7 @@ def test_forward_compiles_without_a_graph_break(variant):
     expected.loss.backward()
     gradient, wanted = twin.encoder().conv1.weight.grad, method.encoder().conv1.weight.grad
     assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
-    twin.after_step(got, Clock(3, TOTAL_STEPS, STEPS_PER_EPOCH))
+    twin.after_step(got, TrainProgress(3, TOTAL_STEPS, STEPS_PER_EPOCH))
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled(a_batch(name, 4))
 

@@ -13,7 +13,7 @@ from fastssl.commands import preview
 from fastssl.commands.preview import Options, caption
 from fastssl.data import open_splits
 from fastssl.presets import load
-from fastssl.train.build import training_steps
+from fastssl.train.build import train_sampler
 from fastssl_pipelines.plan import ViewPlan
 from fastssl_pipelines.views import ViewSpec
 
@@ -46,7 +46,7 @@ def test_views_have_their_pixels_back_from_the_normalisation(tmp_path):
     config = plain_config(pictures=300)
     page = drawn(config, tmp_path, images=1, step=1)
     source = open_splits(config).train
-    expected = same_picture(source.pixels(int(training_steps(config, source)[1].ids[0])))
+    expected = same_picture(source.pixels(int(train_sampler(config, source)[1].ids[0])))
     for left in LEFTS[1:]:
         assert np.array_equal(tile(page, left), expected)
     inner = slice(2, -2)  # within the lines of the boxes
@@ -58,7 +58,7 @@ def test_the_boxes_are_drawn_where_the_plan_has_them(tmp_path):
     config = replace(config, seed=3, data=replace(config.data, pictures=300))
     page = tile(drawn(config, tmp_path, images=1), LEFTS[0])
     source = open_splits(config).train
-    first, second = (view.boxes[0] * ENLARGED for view in training_steps(config, source)[0].views)
+    first, second = (view.boxes[0] * ENLARGED for view in train_sampler(config, source)[0].views)
     colours = [ImageColor.getrgb(colour) for colour in preview._COLOURS[:2]]
     rows, columns = (np.flatnonzero((page == colours[1]).all(2).any(axis)) for axis in (1, 0))
     top, left, height, width = second.tolist()
@@ -95,7 +95,7 @@ def test_an_unreadable_image_is_replaced_as_in_training(tmp_path, pipeline):
     for number in range(256):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number:03d}.png")
     config = plain_config(root=tmp_path / "data", pipeline=pipeline, workers=0)
-    first, second = training_steps(config, open_splits(config).train)[0].ids[:2].tolist()
+    first, second = train_sampler(config, open_splits(config).train)[0].ids[:2].tolist()
     page = drawn(config, tmp_path, images=1)
     assert (tile(page, LEFTS[1]) == (first, 0, 0)).all()
     broken = folder / f"{first:03d}.png"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastssl.config import OptimConfig
 from fastssl.errors import ConfigError
-from fastssl.methods import METHODS, Clock
+from fastssl.methods import METHODS, TrainProgress
 from fastssl.presets import load
 from fastssl.train.build import build_step
 from fastssl.train.optim import build_optimizer
@@ -37,7 +37,7 @@ def train_step(method, optimizer=None, *, dtype=torch.float32, **options):
 
 
 def steps(step, name, count=3, lr=LR):
-    return [step(a_batch(name, number), Clock(number, 50, 5), lr) for number in range(count)]
+    return [step(a_batch(name, number), TrainProgress(number, 50, 5), lr) for number in range(count)]
 
 
 def assert_close(state, expected, tolerance=1e-5):
@@ -175,7 +175,7 @@ def test_nothing_is_compiled_after_the_first_step(name):
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     for number in range(1, 6):
-        step(a_batch(name, number), Clock(number, 50, 5), LR / number)
+        step(a_batch(name, number), TrainProgress(number, 50, 5), LR / number)
     assert counters["stats"]["unique_graphs"] == 1
 
 

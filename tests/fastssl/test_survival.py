@@ -17,7 +17,7 @@ from fastssl.data import open_splits
 from fastssl.observe.metrics_log import MetricsLog
 from fastssl.run_folder import claimed
 from fastssl.train import checkpoint
-from fastssl.train.build import training_steps
+from fastssl.train.build import train_sampler
 from fastssl.train.step import TrainStep
 from tests.fastssl.test_runs import TINY, assert_same, final_state, records
 
@@ -61,7 +61,7 @@ def test_a_step_that_breaks_is_left_out(tmp_path, breaking):
         (14, 10, "skipped"),
     ]
     config = from_json((tmp_path / "a" / "config.json").read_text())
-    steps = training_steps(config, open_splits(config).train)
+    steps = train_sampler(config, open_splits(config).train)
     assert events[0]["ids"] == steps[7].ids.tolist()
     trained = [record["step"] for record in records(tmp_path / "a") if record["event"] == "train"]
     assert trained == [3, 6, 9, 12, 15, 18, 20]

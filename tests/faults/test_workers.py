@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastssl_pipelines import ArraySource, TrainingSteps, available_executors, build_executor
+from fastssl_pipelines import ArraySource, TrainSampler, available_executors, build_executor
 from fastssl_pipelines.errors import InputError, MachineError
 from tests.pipelines.photos import NORMALISATION, photo, plan_of
 
@@ -69,7 +69,7 @@ def build(name, fault, workers=0, timeout_s=60.0):
 
 
 def stream(executor):
-    steps = TrainingSteps(plan_of(executor.source), batch_size=8)
+    steps = TrainSampler(plan_of(executor.source), batch_size=8)
     return list(executor.stream(steps, 0, 5))
 
 
@@ -183,7 +183,7 @@ from tests.faults.test_workers import *
 
 if __name__ == "__main__":
     executor = build({name!r}, lambda: None, workers=2)
-    steps = TrainingSteps(plan_of(executor.source), batch_size=32)
+    steps = TrainSampler(plan_of(executor.source), batch_size=32)
     batches = list(executor.stream(steps, 0, 120))
     print(len(batches), *executor.notes, sep="|")
 """

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.methods import METHODS, Clock, sharded, smog
+from fastssl.methods import METHODS, TrainProgress, sharded, smog
 from fastssl.methods.queue_method import SHARDABLE, MomentumMethod
 from fastssl.models.encoders import Encoder
 from fastssl.models.kmeans import spherical_kmeans
@@ -105,7 +105,7 @@ def launches(preset: str, precision: str, **options: Any) -> list[Configuration]
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 output = method(batch)
             output.loss.backward()
-            method.after_step(output, Clock(9, 20, 10))
+            method.after_step(output, TrainProgress(9, 20, 10))
     finally:
         torch.set_float32_matmul_precision(before)
     return list({each.key: each for each in found}.values())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl_pipelines import DataError, ImageFolder, TrainingSteps, ViewSpec, build_executor
+from fastssl_pipelines import DataError, ImageFolder, TrainSampler, ViewSpec, build_executor
 from tests.pipelines import fake_cuda
 from tests.pipelines.photos import ENLARGED, NORMALISATION, REDUCED, photo, plan_of, save_photos
 
@@ -75,7 +75,7 @@ def test_a_file_that_only_pillow_reads_is_used(tmp_path):
     content = (tmp_path / "005.png").read_bytes()
     (tmp_path / "005.png").write_bytes(content[:-6])  # its end mark is cut
     source = ImageFolder(tmp_path)
-    steps = TrainingSteps(plan_of(source), batch_size=20)
+    steps = TrainSampler(plan_of(source), batch_size=20)
     executor = build_executor("dali", source, workers=2, **NORMALISATION)
     for _ in executor.stream(steps, 0, 4):
         pass
@@ -120,7 +120,7 @@ def assert_the_crops_of_torchvision(executor):
 
 
 def test_two_streams_at_once_do_not_mix(folder):
-    steps = TrainingSteps(plan_of(folder), batch_size=8)
+    steps = TrainSampler(plan_of(folder), batch_size=8)
     executor = build_executor("dali", folder, workers=1, **NORMALISATION)
     expected = {step: executor.batch(steps[step], step) for step in range(6)}
     for one, other in zip(executor.stream(steps, 0, 3), executor.stream(steps, 3, 6), strict=True):
@@ -161,7 +161,7 @@ def test_files_that_make_dali_crash_do_not_reach_it(tmp_path):
     for number, rest in zip((100, 200, 300), (b"", b"hello" * 50, content[:4] + b"hello" * 500), strict=True):
         paths[number].write_bytes(rest)
     executor = build_executor("dali", source, workers=2, **NORMALISATION)
-    steps = TrainingSteps(plan_of(source), batch_size=100)
+    steps = TrainSampler(plan_of(source), batch_size=100)
     for _ in executor.stream(steps, 0, 8):
         pass
     assert set(executor.unreadable) == {100, 200, 300}
@@ -199,7 +199,7 @@ def slow(monkeypatch, folder):
 
 def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder):
     executor, decoder = slow
-    steps = TrainingSteps(plan_of(folder), batch_size=8)
+    steps = TrainSampler(plan_of(folder), batch_size=8)
     with ThreadPoolExecutor(2) as consumers:  # as an evaluation beside the training
         batches = consumers.map(lambda first: len(list(executor.stream(steps, first, first + 4))), (0, 4))
         assert list(batches) == [4, 4]
@@ -220,7 +220,7 @@ def test_auto_measures_before_other_batches_are_read(slow, folder, monkeypatch):
         return read(ids)
 
     monkeypatch.setattr(executor, "_encoded", watched)
-    assert len(list(executor.stream(TrainingSteps(plan_of(folder), batch_size=8), 0, 6))) == 6
+    assert len(list(executor.stream(TrainSampler(plan_of(folder), batch_size=8), 0, 6))) == 6
     assert decode_then.count("auto") == 1
     assert len(decode_then) == 7  # the first batch is decoded twice
 

@@ -16,11 +16,11 @@ from PIL import Image
 from fastssl_pipelines import (
     ArraySource,
     DataError,
-    EvaluationSteps,
+    EvaluationSampler,
     Executor,
     ImageFolder,
     Source,
-    TrainingSteps,
+    TrainSampler,
     ViewSpec,
     available_executors,
     build_executor,
@@ -121,7 +121,7 @@ def test_the_batched_resize_of_a_gpu_is_torchvisions_within_one_level(monkeypatc
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_the_plan_applied(name, folder):
-    steps = TrainingSteps(plan_of(folder), batch_size=8)
+    steps = TrainSampler(plan_of(folder), batch_size=8)
     plan = steps[4]
     batch = build(name, folder, dtype=torch.bfloat16).batch(plan, 4)
     assert batch.step == 4
@@ -156,7 +156,7 @@ def test_flip_and_normalisation_are_applied(name, small):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stream_from_the_middle_equals_the_whole_across_epochs(name, small):
-    steps = TrainingSteps(plan_of(small), batch_size=16)
+    steps = TrainSampler(plan_of(small), batch_size=16)
     assert steps.steps_per_epoch == 2
     whole = list(build(name, small).stream(steps, 0, 5))
     resumed = list(build(name, small).stream(steps, 3, 5))
@@ -172,8 +172,8 @@ def test_a_stream_from_the_middle_equals_the_whole_across_epochs(name, small):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_give_the_batch_of_one(name, small):
     executor = build(name, small)
-    one = executor.batch(TrainingSteps(plan_of(small), batch_size=32)[1], 1)
-    ranks = [TrainingSteps(plan_of(small), batch_size=16, rank=rank, world_size=2)[1] for rank in (0, 1)]
+    one = executor.batch(TrainSampler(plan_of(small), batch_size=32)[1], 1)
+    ranks = [TrainSampler(plan_of(small), batch_size=16, rank=rank, world_size=2)[1] for rank in (0, 1)]
     two = [executor.batch(plan, 1) for plan in ranks]
     assert torch.equal(one.ids, torch.cat([batch.ids for batch in two]))
     for number in range(2):
@@ -182,19 +182,19 @@ def test_two_ranks_give_the_batch_of_one(name, small):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_ends_with_a_smaller_batch(name, folder):
-    steps = EvaluationSteps(plan_of(folder, ViewSpec(size=32, centre=0.875), shuffle=False), batch_size=10)
+    steps = EvaluationSampler(plan_of(folder, ViewSpec(size=32, centre=0.875), shuffle=False), batch_size=10)
     executor = build(name, folder)
     batches = list(executor.stream(steps, 0, len(steps)))
     assert [len(batch.labels) for batch in batches] == [10, 10, 4]
     assert torch.cat([batch.ids for batch in batches]).tolist() == list(range(24))
-    larger = EvaluationSteps(steps.plan, batch_size=24)
+    larger = EvaluationSampler(steps.plan, batch_size=24)
     (whole,) = executor.stream(larger, 0, 1)
     torch.testing.assert_close(whole.views[0], torch.cat([batch.views[0] for batch in batches]))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_crops_stay_intact_while_later_ones_are_made(name, small):
-    steps = TrainingSteps(plan_of(small), batch_size=16)
+    steps = TrainSampler(plan_of(small), batch_size=16)
     executor = build(name, small)
     kept = executor.crops(steps[0])
     copies = [crops.clone() for crops in kept]
@@ -216,7 +216,7 @@ def broken(tmp_path) -> ImageFolder:
 @pytest.mark.parametrize("name", ["torchvision", "dali"])
 def test_a_truncated_file_is_named_and_earlier_batches_still_come(name, broken):
     executor = build(name, broken)
-    steps = EvaluationSteps(plan_of(broken, shuffle=False), batch_size=4)
+    steps = EvaluationSampler(plan_of(broken, shuffle=False), batch_size=4)
     stream = executor.stream(steps, 0, len(steps))
     assert [next(stream).step, next(stream).step] == [0, 1]
     with pytest.raises(DataError, match=r"11\.jpg cannot be read .*--data\.root"):
@@ -232,7 +232,7 @@ def test_a_truncated_file_is_named_when_the_resident_executor_starts(broken):
 @pytest.mark.parametrize("name", ["torchvision", "resident"])
 def test_worker_processes_give_the_same_batches(monkeypatch, name, small):
     monkeypatch.setattr("fastssl_pipelines.executors.resident._WORTH_PROCESSES", 3)
-    steps = TrainingSteps(plan_of(small), batch_size=16)
+    steps = TrainSampler(plan_of(small), batch_size=16)
     in_process = list(build(name, small).stream(steps, 1, 15))
     # all are kept, so that memory that is used again would show
     for one, other in zip(in_process, list(build(name, small, workers=2).stream(steps, 1, 15)), strict=True):
@@ -241,7 +241,7 @@ def test_worker_processes_give_the_same_batches(monkeypatch, name, small):
 
 
 def test_a_worker_process_gives_the_same_error(broken):
-    steps = EvaluationSteps(plan_of(broken, shuffle=False), batch_size=4)
+    steps = EvaluationSampler(plan_of(broken, shuffle=False), batch_size=4)
     with pytest.raises(DataError, match=r"11\.jpg cannot be read") as raised:
         list(build("torchvision", broken, workers=1).stream(steps, 0, len(steps)))
     assert "\n" not in str(raised.value)
@@ -250,7 +250,7 @@ def test_a_worker_process_gives_the_same_error(broken):
 @pytest.mark.parametrize(("name", "workers"), [("resident", 0), ("torchvision", 0), ("torchvision", 1), ("dali", 1)])
 def test_a_stream_stops_with_its_consumer(name, workers, small):
     executor = build(name, small, workers=workers)
-    stream = executor.stream(TrainingSteps(plan_of(small), batch_size=4), 0, 10**9)
+    stream = executor.stream(TrainSampler(plan_of(small), batch_size=4), 0, 10**9)
     assert next(stream).step == 0
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastssl-input")]
@@ -259,7 +259,7 @@ def test_a_stream_stops_with_its_consumer(name, workers, small):
 def test_a_stream_prepares_no_more_than_it_was_told(small):
     asked = []
 
-    class Watched(TrainingSteps):
+    class Watched(TrainSampler):
         def at(self, step, unreadable=None):
             asked.append(step)
             return super().at(step, unreadable)
@@ -274,7 +274,7 @@ def test_a_stream_prepares_no_more_than_it_was_told(small):
 EXIT_WITH_OPEN_STREAM = """
 import sys
 import numpy as np
-from fastssl_pipelines import ArraySource, SamplePlan, TrainingSteps, ViewSpec, build_executor
+from fastssl_pipelines import ArraySource, SamplePlan, TrainSampler, ViewSpec, build_executor
 
 if __name__ == "__main__":
     assert not {"torchvision", "nvidia.dali", "fastssl"} & set(sys.modules), "imported without need"
@@ -282,7 +282,7 @@ if __name__ == "__main__":
     plan = SamplePlan(widths=source.widths, heights=source.heights, labels=source.labels,
                       views=[ViewSpec(size=8)], seed=0)
     executor = build_executor("torchvision", source, mean=(0, 0, 0), std=(1, 1, 1), workers=1)
-    stream = executor.stream(TrainingSteps(plan, batch_size=2), 0, 10**9)
+    stream = executor.stream(TrainSampler(plan, batch_size=2), 0, 10**9)
     print(next(stream).step)
 """
 

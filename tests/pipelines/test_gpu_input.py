@@ -9,11 +9,11 @@ import torch
 from fastssl_pipelines import (
     ArraySource,
     Batch,
-    EvaluationSteps,
+    EvaluationSampler,
     Executor,
     ImageFolder,
     Source,
-    TrainingSteps,
+    TrainSampler,
     ViewSpec,
     available_executors,
     build_executor,
@@ -44,8 +44,8 @@ def build(name: str, source: Source, device: str, workers: int, **options) -> Ex
     return build_executor(name, source, device=device, workers=workers, **NORMALISATION, **options)
 
 
-def steps_of(source: Source, batch_size: int = 32) -> TrainingSteps:
-    return TrainingSteps(plan_of(source, *VIEWS), batch_size=batch_size)
+def steps_of(source: Source, batch_size: int = 32) -> TrainSampler:
+    return TrainSampler(plan_of(source, *VIEWS), batch_size=batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_images_in_host_memory_give_the_same_batches(monkeypatch, images, expect
 
 
 def test_the_last_batch_of_an_evaluation_is_whole(images):
-    steps = EvaluationSteps(plan_of(images, *VIEWS, shuffle=False), batch_size=36)
+    steps = EvaluationSampler(plan_of(images, *VIEWS, shuffle=False), batch_size=36)
     wanted = list(build("torchvision", images, "cpu", 0).stream(steps, 0, len(steps)))
     for name, workers in PIPELINES:
         if available_executors()[name] is None:
@@ -204,7 +204,7 @@ def test_arrays_come_over_as_they_are_also_when_they_are_changed_at_once():
 def test_small_images_that_are_resident_are_those_of_a_cpu_over_many_batches():
     images = np.stack([photo(32, 32, seed) for seed in range(512)])
     source = ArraySource("small", images, np.arange(512) % 4, ("a", "b", "c", "d"))
-    steps = TrainingSteps(plan_of(source, ViewSpec(size=32), ViewSpec(size=32)), batch_size=128)
+    steps = TrainSampler(plan_of(source, ViewSpec(size=32), ViewSpec(size=32)), batch_size=128)
     wanted = build("resident", source, "cpu", 0).stream(steps, 0, 200)
     for batch, other in zip(build("resident", source, "cuda", 2).stream(steps, 0, 200), wanted, strict=True):
         assert_the_same(on_host(batch), other)

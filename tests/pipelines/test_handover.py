@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl_kernels import use_backend
-from fastssl_pipelines import ArraySource, Batch, Executor, TrainingSteps, ViewSpec, available_executors, build_executor
+from fastssl_pipelines import ArraySource, Batch, Executor, TrainSampler, ViewSpec, available_executors, build_executor
 from fastssl_pipelines.executors import augmentation, resident
 from fastssl_pipelines.executors.handover import HOST_AHEAD, TURN_S
 from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
@@ -38,9 +38,9 @@ def source() -> ArraySource:
     return ArraySource("small", images, np.arange(40) % 4, ("a", "b", "c", "d"))
 
 
-def steps_of(source) -> TrainingSteps:
+def steps_of(source) -> TrainSampler:
     views = (ViewSpec(size=16, blur=0.5), ViewSpec(size=24))
-    return TrainingSteps(plan_of(source, *views), batch_size=8)
+    return TrainSampler(plan_of(source, *views), batch_size=8)
 
 
 def executor_on(device: torch.device | str, name: str, source, monkeypatch, **options) -> Executor:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl_pipelines.sources.inspection import Kind, inspect, inspect_all
+from fastssl_pipelines.sources.inspection import DefectKind, inspect, inspect_all
 from fastssl_pipelines.sources.open import list_images
 from fastssl_pipelines.synthetic.photos import photograph
 
@@ -33,7 +33,7 @@ GREY16 = encode("PNG", Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).
 FRAMES = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
 
 
-def kinds(encoded: bytes, name: str) -> list[Kind]:
+def kinds(encoded: bytes, name: str) -> list[DefectKind]:
     return [defect.kind for defect in inspect(encoded, name)]
 
 
@@ -74,7 +74,7 @@ def test_a_good_file_has_no_defect(encoded, name):
 
 
 def test_an_empty_file_is_of_zero_size():
-    assert kinds(b"", "b.jpg") == [Kind.ZERO_SIZE]
+    assert kinds(b"", "b.jpg") == [DefectKind.ZERO_SIZE]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.99])
@@ -83,23 +83,23 @@ def test_an_empty_file_is_of_zero_size():
 def test_a_file_that_ends_early_is_truncated(encoded, padding, share):
     length = int(share * len(encoded))
     filled = padding[: len(encoded) - length]
-    assert kinds(encoded[:length] + filled, "b.png" if encoded is PNG else "b.jpg") == [Kind.TRUNCATED]
+    assert kinds(encoded[:length] + filled, "b.png" if encoded is PNG else "b.jpg") == [DefectKind.TRUNCATED]
 
 
 def test_a_whole_file_that_cannot_be_decoded_is_corrupt():
     damaged = bytearray(PNG)
     damaged[len(PNG) // 2] ^= 1
-    assert kinds(bytes(damaged), "b.png") == [Kind.CORRUPT]
+    assert kinds(bytes(damaged), "b.png") == [DefectKind.CORRUPT]
     start_of_scan = JPEG.index(b"\xff\xda")
     (defect,) = inspect(JPEG[:start_of_scan] + JPEG[-40:], "b.jpg")
-    assert defect.kind is Kind.CORRUPT
+    assert defect.kind is DefectKind.CORRUPT
     assert defect.detail
 
 
 def test_too_many_pixels_are_too_large(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     (defect,) = inspect(PNG, "b.png")
-    assert defect.kind is Kind.TOO_LARGE
+    assert defect.kind is DefectKind.TOO_LARGE
     assert not defect.kind.harmless
     assert "768 pixels" in defect.detail
     assert "limit of 200 pixels" in defect.detail
@@ -108,13 +108,13 @@ def test_too_many_pixels_are_too_large(monkeypatch):
 @pytest.mark.parametrize("format", ["ICO", "PCX", "JPEG2000", "TGA"])
 def test_another_format_is_named(format):
     (defect,) = inspect(encode(format), "b.jpg")
-    assert (defect.kind, defect.detail) == (Kind.OTHER_FORMAT, format)
+    assert (defect.kind, defect.detail) == (DefectKind.OTHER_FORMAT, format)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_numbers_without_a_range_are_told(mode):
     (defect,) = inspect(encode("TIFF", Image.new(mode, (8, 8))), "b.tif")
-    assert defect.kind is Kind.OTHER_FORMAT
+    assert defect.kind is DefectKind.OTHER_FORMAT
     assert "8 or 16 bits a channel" in defect.detail
 
 
@@ -123,39 +123,43 @@ def test_a_tiff_that_ends_early_is_unusable(compression):
     content = encode("TIFF", compression=compression)
     assert kinds(content, "b.tif") == []
     (kind,) = kinds(content[: len(content) // 2], "b.tif")
-    assert kind in (Kind.TRUNCATED, Kind.CORRUPT)
+    assert kind in (DefectKind.TRUNCATED, DefectKind.CORRUPT)
 
 
 @pytest.mark.parametrize("format", ["WEBP", "GIF", "BMP", "PPM"])
 def test_other_files_that_end_early_are_unusable(format):
     content = encode(format)
     (kind,) = kinds(content[: len(content) // 2], "b." + format.lower())
-    assert kind in (Kind.TRUNCATED, Kind.CORRUPT)
+    assert kind in (DefectKind.TRUNCATED, DefectKind.CORRUPT)
 
 
 def test_what_is_no_picture_is_told():
     (defect,) = inspect(b"<html>404 Not Found</html>", "b.jpg")
-    assert (defect.kind, defect.detail) == (Kind.OTHER_FORMAT, "no picture that Pillow knows")
+    assert (defect.kind, defect.detail) == (DefectKind.OTHER_FORMAT, "no picture that Pillow knows")
 
 
 @pytest.mark.parametrize(
     ("encoded", "name", "expected"),
     [
-        (PNG, "b.jpg", Kind.WRONG_SUFFIX),
-        (JPEG, "b.png", Kind.WRONG_SUFFIX),
-        (encode("JPEG", Image.fromarray(PIXELS).convert("CMYK")), "b.jpg", Kind.CMYK),
-        (GREY16, "b.png", Kind.SIXTEEN_BIT),
-        (rgb16(), "b.png", Kind.SIXTEEN_BIT),
-        (encode("PNG", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.png", Kind.ANIMATED),
-        (encode("MPO", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.jpg", Kind.ANIMATED),
-        (encode("TIFF", Image.fromarray(np.zeros((4, 4), np.uint16))), "b.tif", Kind.SIXTEEN_BIT),
-        (b"P5 2 2 65535\n" + bytes(8), "b.pgm", Kind.SIXTEEN_BIT),
-        (encode("GIF", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.gif", Kind.ANIMATED),
-        (encode("TIFF", FRAMES[0].copy(), save_all=True, append_images=[FRAMES[1].copy()]), "b.tif", Kind.ANIMATED),
-        (encode("WEBP"), "b.jpg", Kind.WRONG_SUFFIX),
-        (turned("JPEG", 6), "b.jpg", Kind.TURNED),
-        (turned("PNG", 3), "b.png", Kind.TURNED),
-        (turned("WEBP", 8), "b.webp", Kind.TURNED),
+        (PNG, "b.jpg", DefectKind.WRONG_SUFFIX),
+        (JPEG, "b.png", DefectKind.WRONG_SUFFIX),
+        (encode("JPEG", Image.fromarray(PIXELS).convert("CMYK")), "b.jpg", DefectKind.CMYK),
+        (GREY16, "b.png", DefectKind.SIXTEEN_BIT),
+        (rgb16(), "b.png", DefectKind.SIXTEEN_BIT),
+        (encode("PNG", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.png", DefectKind.ANIMATED),
+        (encode("MPO", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.jpg", DefectKind.ANIMATED),
+        (encode("TIFF", Image.fromarray(np.zeros((4, 4), np.uint16))), "b.tif", DefectKind.SIXTEEN_BIT),
+        (b"P5 2 2 65535\n" + bytes(8), "b.pgm", DefectKind.SIXTEEN_BIT),
+        (encode("GIF", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.gif", DefectKind.ANIMATED),
+        (
+            encode("TIFF", FRAMES[0].copy(), save_all=True, append_images=[FRAMES[1].copy()]),
+            "b.tif",
+            DefectKind.ANIMATED,
+        ),
+        (encode("WEBP"), "b.jpg", DefectKind.WRONG_SUFFIX),
+        (turned("JPEG", 6), "b.jpg", DefectKind.TURNED),
+        (turned("PNG", 3), "b.png", DefectKind.TURNED),
+        (turned("WEBP", 8), "b.webp", DefectKind.TURNED),
     ],
     ids=[
         "PNG as jpg",
@@ -182,7 +186,7 @@ def test_what_training_can_use_is_harmless(encoded, name, expected):
 
 def test_a_file_can_have_several_harmless_defects():
     cmyk = encode("JPEG", Image.fromarray(PIXELS).convert("CMYK"))
-    assert kinds(cmyk, "b.png") == [Kind.WRONG_SUFFIX, Kind.CMYK]
+    assert kinds(cmyk, "b.png") == [DefectKind.WRONG_SUFFIX, DefectKind.CMYK]
 
 
 def write(root, files):
@@ -206,49 +210,51 @@ def test_one_file_in_two_classes_is_mislabelled_with_all_its_copies(tmp_path):
     files = {"a/1.jpg": jpeg(1), "a/2.jpg": jpeg(1), "a/3.jpg": jpeg(2), "b/1.jpg": jpeg(1), "b/2.jpg": jpeg(3)}
     findings = inspect_all([write(tmp_path, files)], workers=1)
     assert [finding.name for finding in findings] == ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
-    assert {(finding.defect.kind, finding.defect.detail) for finding in findings} == {(Kind.MISLABELLED, "a and b")}
+    assert {(finding.defect.kind, finding.defect.detail) for finding in findings} == {
+        (DefectKind.MISLABELLED, "a and b")
+    }
 
 
 def test_copies_within_a_class_and_without_classes_are_no_defect(tmp_path):
     assert found(write(tmp_path / "one", {"a/1.jpg": JPEG, "a/2.jpg": JPEG, "b/1.jpg": PNG})) == [
-        (0, "b/1.jpg", Kind.WRONG_SUFFIX)
+        (0, "b/1.jpg", DefectKind.WRONG_SUFFIX)
     ]
     assert found(write(tmp_path / "flat", {"1.jpg": JPEG, "2.jpg": JPEG})) == []
 
 
 def test_files_that_are_unusable_for_one_reason_are_not_mislabelled_too(tmp_path):
     assert found(write(tmp_path, {"a/1.jpg": b"", "b/1.jpg": b""})) == [
-        (0, "a/1.jpg", Kind.ZERO_SIZE),
-        (0, "b/1.jpg", Kind.ZERO_SIZE),
+        (0, "a/1.jpg", DefectKind.ZERO_SIZE),
+        (0, "b/1.jpg", DefectKind.ZERO_SIZE),
     ]
 
 
 def test_classes_are_compared_by_name_across_listings(tmp_path):
     train = write(tmp_path / "train", {"a/1.jpg": jpeg(1), "b/1.jpg": jpeg(2)})
     test = write(tmp_path / "test", {"a/2.jpg": jpeg(2), "b/3.jpg": jpeg(3)})
-    assert found(train, test) == [(0, "b/1.jpg", Kind.MISLABELLED), (1, "a/2.jpg", Kind.MISLABELLED)]
+    assert found(train, test) == [(0, "b/1.jpg", DefectKind.MISLABELLED), (1, "a/2.jpg", DefectKind.MISLABELLED)]
     same = write(tmp_path / "same", {"a/1.jpg": jpeg(1)})
-    assert found(train, same) == [(0, "a/1.jpg", Kind.LEAKED), (1, "a/1.jpg", Kind.LEAKED)]
-    assert Kind.LEAKED.harmless
+    assert found(train, same) == [(0, "a/1.jpg", DefectKind.LEAKED), (1, "a/1.jpg", DefectKind.LEAKED)]
+    assert DefectKind.LEAKED.harmless
 
 
 @pytest.mark.parametrize("prefix", [b"P0CMYK 2 2 255 ", b"PyP 2 2 255 ", b"P1\n2 2\n", b"P2\n2 2 255\n"])
 def test_what_pillow_takes_for_a_ppm_file_is_one_here(prefix):
     values = b"1 0 1 0" if prefix[1:2] in b"12" else bytes(16)
-    assert kinds(prefix + values, "b.ppm") == ([Kind.CMYK] if b"CMYK" in prefix else [])
+    assert kinds(prefix + values, "b.ppm") == ([DefectKind.CMYK] if b"CMYK" in prefix else [])
 
 
 def test_pictures_behind_the_first_may_be_broken():
     content = encode("GIF", FRAMES[0], save_all=True, append_images=FRAMES[1:])
     second = content.rindex(b"!\xf9")
-    assert kinds(content[:second] + b"\0" + content[second:], "b.gif") in ([], [Kind.ANIMATED])
+    assert kinds(content[:second] + b"\0" + content[second:], "b.gif") in ([], [DefectKind.ANIMATED])
 
 
 def test_a_file_that_is_gone_is_unreadable(tmp_path):
     listing = write(tmp_path, {"a/1.jpg": JPEG, "a/2.jpg": jpeg(2)})
     (tmp_path / "a/1.jpg").unlink()
     (finding,) = inspect_all([listing], workers=1)
-    assert (finding.name, finding.defect.kind) == ("a/1.jpg", Kind.UNREADABLE)
+    assert (finding.name, finding.defect.kind) == ("a/1.jpg", DefectKind.UNREADABLE)
     assert "No such file" in finding.defect.detail
 
 
@@ -259,7 +265,7 @@ def test_images_in_tar_shards_are_inspected(tmp_path):
             member.size = len(content)
             shard.addfile(member, io.BytesIO(content))
     findings = found(list_images(tmp_path))
-    assert [kind for _, _, kind in findings] == [Kind.MISLABELLED, Kind.TRUNCATED, Kind.MISLABELLED]
+    assert [kind for _, _, kind in findings] == [DefectKind.MISLABELLED, DefectKind.TRUNCATED, DefectKind.MISLABELLED]
     assert [name.rsplit("/", 2)[-2:] for _, name, _ in findings] == [["a", "1.jpg"], ["a", "2.jpg"], ["b", "1.jpg"]]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from fastssl_pipelines import (
     ArraySource,
     DataError,
-    EvaluationSteps,
+    EvaluationSampler,
     ImageFolder,
     SamplePlan,
     ViewSpec,
@@ -80,7 +80,7 @@ def test_every_executor_takes_a_joint_source(joint, pipeline):
         shuffle=False,
     )
     executor = build_executor(pipeline, source, mean=(0, 0, 0), std=(1, 1, 1), workers=0)
-    (batch,) = executor.stream(EvaluationSteps(plan, batch_size=7), 0, 1)
+    (batch,) = executor.stream(EvaluationSampler(plan, batch_size=7), 0, 1)
     assert batch.labels.tolist() == [0, 0, 1, 1, -1, -1, -1]
     (boxes,) = (view.boxes for view in plan.batch(0, 0, 7).views)
     for row, (top, left, height, width) in enumerate(boxes.tolist()):

@@ -18,7 +18,7 @@ from fastssl_pipelines import (
     ListedImages,
     SamplePlan,
     TarShards,
-    TrainingSteps,
+    TrainSampler,
     ViewSpec,
     build_executor,
     list_images,
@@ -183,7 +183,7 @@ def crops_by_id(source, world_size, first_step=0):
                 views=[ViewSpec(size=8), ViewSpec(size=6)],
                 seed=3,
             )
-            part = TrainingSteps(plan, batch_size=4 // world_size, rank=rank, world_size=world_size)[step]
+            part = TrainSampler(plan, batch_size=4 // world_size, rank=rank, world_size=world_size)[step]
             ids += part.ids.tolist()
             crops.append(executor.crops(part))
         result.append((ids, [torch.cat(views) for views in zip(*crops, strict=True)]))
@@ -219,7 +219,7 @@ def test_worker_processes_read_shards(tmp_path):
     plan = SamplePlan(
         widths=source.widths, heights=source.heights, labels=source.labels, views=[ViewSpec(size=8)], seed=0
     )
-    steps = TrainingSteps(plan, batch_size=4)
+    steps = TrainSampler(plan, batch_size=4)
     streams = [
         build_executor("torchvision", source, mean=(0, 0, 0), std=(1, 1, 1), workers=workers).stream(steps, 0, 3)
         for workers in (0, 1)

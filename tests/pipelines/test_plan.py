@@ -16,9 +16,9 @@ from torchvision.transforms import RandomResizedCrop
 from fastssl_pipelines import (
     BatchPlan,
     DataError,
-    EvaluationSteps,
+    EvaluationSampler,
     SamplePlan,
-    TrainingSteps,
+    TrainSampler,
     ViewPlan,
     ViewSpec,
     partial_labels,
@@ -111,7 +111,7 @@ def test_odd_steps_take_the_odd_views():
         odd_views=(flat, WEAK),
         seed=0,
     )
-    usual, ours = TrainingSteps(plan, batch_size=30), TrainingSteps(swapping, batch_size=30)
+    usual, ours = TrainSampler(plan, batch_size=30), TrainSampler(swapping, batch_size=30)
     for step in range(6):
         assert (ours[step].views[0].blur_sigma > 0).any() == (step % 2 == 0)
         np.testing.assert_array_equal(ours[step].views[0].boxes, usual[step].views[0].boxes)
@@ -127,8 +127,8 @@ def test_changing_one_augmentation_leaves_the_other_numbers_alone():
 
 
 def test_two_ranks_of_16_have_the_samples_of_one_rank_of_32():
-    one = TrainingSteps(make_plan(), batch_size=32)
-    two = [TrainingSteps(make_plan(), batch_size=16, rank=rank, world_size=2) for rank in (0, 1)]
+    one = TrainSampler(make_plan(), batch_size=32)
+    two = [TrainSampler(make_plan(), batch_size=16, rank=rank, world_size=2) for rank in (0, 1)]
     assert one.steps_per_epoch == two[0].steps_per_epoch == 3
     for step in (0, 2, 3, 7):
         assert_equal(two[0][step], one[step].rows(0, 16))
@@ -136,19 +136,19 @@ def test_two_ranks_of_16_have_the_samples_of_one_rank_of_32():
 
 
 def test_starting_at_a_step_equals_running_to_it():
-    walked = TrainingSteps(make_plan(), batch_size=32)
+    walked = TrainSampler(make_plan(), batch_size=32)
     for step in range(6):
         batch = walked[step]
-    assert_equal(TrainingSteps(make_plan(), batch_size=32)[5], batch)
+    assert_equal(TrainSampler(make_plan(), batch_size=32)[5], batch)
 
 
 def test_a_batch_larger_than_the_data_set_names_the_option():
     with pytest.raises(DataError, match=r"--train\.batch-size .* 128 images and the data set has 100"):
-        TrainingSteps(make_plan(), batch_size=64, world_size=2)
+        TrainSampler(make_plan(), batch_size=64, world_size=2)
 
 
 def test_evaluation_is_in_order_and_ends_with_what_is_left():
-    steps = EvaluationSteps(make_plan(n=10, shuffle=False), batch_size=4)
+    steps = EvaluationSampler(make_plan(n=10, shuffle=False), batch_size=4)
     assert [len(steps[step].ids) for step in range(len(steps))] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate([batch.ids for batch in steps]), np.arange(10))
     with pytest.raises(IndexError):

@@ -8,10 +8,10 @@ import torch
 
 from fastssl_pipelines import (
     DataError,
-    EvaluationSteps,
+    EvaluationSampler,
     Executor,
     ImageFolder,
-    TrainingSteps,
+    TrainSampler,
     UnreadableImages,
     available_executors,
     build_executor,
@@ -73,12 +73,12 @@ def test_boxes_are_those_of_the_image_that_stands_in(tmp_path):
 
 
 def test_ranks_and_restarts_agree_on_the_image_that_stands_in(folder):
-    steps, mask = TrainingSteps(plan_of(folder), batch_size=40), masked(CUT, GONE)
+    steps, mask = TrainSampler(plan_of(folder), batch_size=40), masked(CUT, GONE)
     for step in range(12):
         one = steps.at(step, mask)
         for world_size in (2, 4):
             ranks = [
-                TrainingSteps(plan_of(folder), batch_size=40 // world_size, rank=rank, world_size=world_size)
+                TrainSampler(plan_of(folder), batch_size=40 // world_size, rank=rank, world_size=world_size)
                 for rank in range(world_size)
             ]
             assert np.concatenate([rank.at(step, mask).ids for rank in ranks]).tolist() == one.ids.tolist()
@@ -88,7 +88,7 @@ def test_ranks_and_restarts_agree_on_the_image_that_stands_in(folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_training_goes_on_and_says_what_was_replaced(name, workers, folder):
     executor = build(name, folder, workers=workers)
-    steps = TrainingSteps(plan_of(folder), batch_size=40)
+    steps = TrainSampler(plan_of(folder), batch_size=40)
     batches = list(executor.stream(steps, 0, 12))
     assert [batch.step for batch in batches] == list(range(12))
     assert set(executor.unreadable) == {CUT, GONE}
@@ -102,7 +102,7 @@ def test_training_goes_on_and_says_what_was_replaced(name, workers, folder):
 
 @pytest.mark.parametrize("name", ["resident", "dali"])
 def test_all_executors_put_the_same_pixels_there(name, folder):
-    steps = TrainingSteps(plan_of(folder), batch_size=40)
+    steps = TrainSampler(plan_of(folder), batch_size=40)
     found = zip(build(name, folder).stream(steps, 0, 6), build("torchvision", folder).stream(steps, 0, 6), strict=True)
     for batch, expected in found:
         assert torch.equal(batch.ids, expected.ids)
@@ -111,7 +111,7 @@ def test_all_executors_put_the_same_pixels_there(name, folder):
 
 
 def test_a_run_that_starts_later_has_the_same_batches(folder):
-    steps = TrainingSteps(plan_of(folder), batch_size=40)
+    steps = TrainSampler(plan_of(folder), batch_size=40)
     whole = list(build("torchvision", folder).stream(steps, 0, 12))
     for one, other in zip(whole[7:], build("torchvision", folder).stream(steps, 7, 12), strict=True):
         assert torch.equal(one.ids, other.ids)
@@ -122,7 +122,7 @@ def test_a_run_that_starts_later_has_the_same_batches(folder):
 def test_an_evaluation_leaves_it_out(name, folder):
     plan = plan_of(folder, shuffle=False)
     plan.labels = np.arange(COUNT) % 5
-    steps = EvaluationSteps(plan, batch_size=64)
+    steps = EvaluationSampler(plan, batch_size=64)
     labels = torch.cat([batch.labels for batch in build(name, folder).stream(steps, 0, len(steps))])
     expected = np.where(masked(CUT, GONE), -1, plan.labels)
     assert labels.tolist() == expected.tolist()
@@ -134,7 +134,7 @@ def test_more_than_one_in_a_hundred_stops_the_run(name, folder, tmp_path):
         (tmp_path / f"{number:03}.jpg").write_bytes(b"")
     message = r"3 of the 240 images of .* more than 1%: .*jpg cannot be read.*--data\.quarantine|4 of the 240"
     with pytest.raises(DataError, match=message) as raised:
-        list(build(name, folder).stream(TrainingSteps(plan_of(folder), batch_size=40), 0, 6))
+        list(build(name, folder).stream(TrainSampler(plan_of(folder), batch_size=40), 0, 6))
     assert "\n" not in str(raised.value)
 
 
@@ -153,7 +153,7 @@ def test_what_the_index_could_not_read_is_known_from_the_start(tmp_path):
     assert list(source.defects) == [7]
     executor = build("torchvision", source)
     assert list(executor.unreadable) == [7]
-    steps = TrainingSteps(plan_of(source), batch_size=50)
+    steps = TrainSampler(plan_of(source), batch_size=50)
     ids = torch.cat([batch.ids for batch in executor.stream(steps, 0, 3)])
     assert 7 not in ids
     assert len(set(ids.tolist())) == 149
@@ -165,7 +165,7 @@ def test_an_image_that_changed_its_size_is_not_used(name, folder, tmp_path):
     save_photos(tmp_path, 1, height=30, width=20)[0].rename(tmp_path / "100.jpg")
     save_photos(tmp_path, 1)
     executor = build(name, folder)
-    for _ in executor.stream(TrainingSteps(plan_of(folder), batch_size=40), 0, 6):
+    for _ in executor.stream(TrainSampler(plan_of(folder), batch_size=40), 0, 6):
         pass
     assert set(executor.unreadable) == {CUT, GONE}
     assert "it has (20, 30) pixels and had (50, 40)" in executor.unreadable[CUT]

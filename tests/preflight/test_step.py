@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl.methods import METHODS, Clock
+from fastssl.methods import METHODS, TrainProgress
 from fastssl.train import cuda_graph as graph
 from fastssl.train.build import build_method, build_step
 from tests.fastssl.small_methods import VARIANTS, a_batch, build
@@ -39,9 +39,9 @@ def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pyte
         with Ops() as ops:
             monkeypatch.setattr(Tensor, "backward", lambda loss: (backward.backward(loss), ops.counts.clear()))
             step = build_step(config, method, device=DEVICE, dtype=DTYPES[precision])
-            step(batch_on_gpu(config, END - 1), Clock(END - 1, 2 * END, END + 1), 0.1)
+            step(batch_on_gpu(config, END - 1), TrainProgress(END - 1, 2 * END, END + 1), 0.1)
             late = sum(ops.counts.values())
-            output = step(batch_on_gpu(config, END), Clock(END, 2 * END, END + 1), 0.1)
+            output = step(batch_on_gpu(config, END), TrainProgress(END, 2 * END, END + 1), 0.1)
     scalars = {"loss": output.loss, **output.metrics}
     assert described(scalars) == {key: (torch.Size([]), torch.float32, DEVICE) for key in scalars}
     assert {rows.device for rows in output.kept} == {DEVICE}
@@ -69,10 +69,10 @@ def test_a_step_in_a_graph_stays_on_the_device(name: str, precision: str, monkey
             step = build_step(config, method, device=DEVICE, dtype=DTYPES[precision])
             with monkeypatch.context() as capture:
                 capture.setattr(Event, "synchronize", lambda _: None)  # the stopwatch's, for what was before
-                step(batch_on_gpu(config, 0), Clock(0, 2 * END, END), 0.1)
+                step(batch_on_gpu(config, 0), TrainProgress(0, 2 * END, END), 0.1)
             captured = Counter(ops.counts)
             ops.counts.clear()
-            step(batch_on_gpu(config, 1), Clock(1, 2 * END, END), 0.1)
+            step(batch_on_gpu(config, 1), TrainProgress(1, 2 * END, END), 0.1)
     assert captured["_fused_sgd_"] == 2  # one when it was built
     assert captured["_foreach_lerp_"] == (2 if name == "msvq" else 1)
     handed_over = len(config.views) + 2 + 2

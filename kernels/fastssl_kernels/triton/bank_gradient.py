@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..numerics import LOG2_E
 from .configuration import Configuration, configure, every_input
-from .launch import Plan, Tiles, launch, make_plan, processors, whole_columns
+from .launch import Plan, Tiles, launch, make_plan, pad_columns, processors
 from .reads import with_unit_stride
 from .tiles import dot, load_tile, round_to, rounded_weights
 
@@ -82,7 +82,7 @@ def bank_gradient_kernel(
     tl.store(gradient + at, total * inverse_temperature, mask=(entry < entries)[:, None] & (column < features))
 
 
-@whole_columns
+@pad_columns
 def bank_gradient(
     rows: Tensor,
     bank: Tensor,

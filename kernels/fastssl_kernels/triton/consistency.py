@@ -15,7 +15,7 @@ from ..numerics import LOG2_E
 from ..rows import Rows
 from .combine_consistency import combine_gradients_kernel, combine_moments_kernel
 from .configuration import Configuration, configure, every_input
-from .launch import Plan, Tiles, launch, make_plan, pad_features, processors, splits_at_once, whole_columns
+from .launch import Plan, Tiles, launch, make_plan, pad_columns, pad_features, processors, splits_at_once
 from .moment_read import moment_gradient_kernel, moment_read_kernel
 from .reads import with_unit_stride
 
@@ -86,7 +86,7 @@ class _Reader(NamedTuple):
         return (len(self.query), *self.bank.shape, self.bank.stride(0))
 
 
-@whole_columns
+@pad_columns
 def consistency_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: float, include_positive: bool) -> Rows:
     """CO2's consistency loss; arguments as in `fastssl_kernels.consistency`."""
     query, key = query.contiguous(), key.contiguous()
@@ -117,7 +117,7 @@ def consistency_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: flo
     return Rows(loss, gradient, reader.empty(0))
 
 
-@whole_columns
+@pad_columns
 def queue_read_gradient(
     query: Tensor, bank: Tensor, lse_upstream: Tensor, mean_upstream: Tensor, temperature: float
 ) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..numerics import fits_unshifted
+from ..numerics import exp_is_safe
 from ..rows import Rows
 
 _MIN_TILES = 4  # per split: below, partial results cost more than the parallelism gains
@@ -116,7 +116,7 @@ def make_plan(
         "FEATURES": padded,
         "FULL": entries % tiles.entries == 0 and features == padded,
         # float16 weights need the maximum at any temperature: they hold nothing above 65504 or below 6e-8.
-        "ONLINE": dtype == torch.float16 or not fits_unshifted(temperature, entries),
+        "ONLINE": dtype == torch.float16 or not exp_is_safe(temperature, entries),
         "ROUNDED": dtype.itemsize == 2,
         "PRECISION": precision(padded),
     }
@@ -139,7 +139,7 @@ def wave_efficiency(row_blocks: int, tiles: int, splits: int, processors: int) -
     return row_blocks * tiles / (triton.cdiv(programs, processors) * processors * share)
 
 
-def whole_columns(function: Callable[..., Any]) -> Callable[..., Any]:
+def pad_columns(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run a function of rows [..., C] on rows whose C is a multiple of 16, with zeros that change no product.
 
     Loads of 16 bytes need it; without, they are scalar and some tiles spill.

@@ -16,7 +16,7 @@ from .combine_pairs import combine_pairs_kernel
 from .combine_target import combine_target_kernel
 from .configuration import Configuration, configure
 from .consistency import consistency_rows, queue_read_gradient
-from .launch import launch, pad_features, splits_at_once, whole_columns
+from .launch import launch, pad_columns, pad_features, splits_at_once
 from .nearest import nearest
 from .reads import Partials, read_banks, read_labelled
 
@@ -38,14 +38,14 @@ __all__ = [
 ]
 
 
-@whole_columns
+@pad_columns
 def info_nce_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: float, return_accuracy: bool) -> Rows:
     """InfoNCE; arguments as in `fastssl_kernels.info_nce`."""
     negatives = read_banks(query, queue, temperature=temperature, accuracy=return_accuracy)
     return _combine_pairs(query, key, negatives, temperature, accuracy=return_accuracy)
 
 
-@whole_columns
+@pad_columns
 def unicon_rows(
     query: Tensor,
     key: Tensor,
@@ -62,7 +62,7 @@ def unicon_rows(
     return _combine_pairs(query, key, negatives, temperature, positives=positives, accuracy=return_accuracy)
 
 
-@whole_columns
+@pad_columns
 def unmix_rows(
     query: Tensor, first_key: Tensor, second_key: Tensor, queue: Tensor, weight: Tensor, temperature: float
 ) -> Rows:
@@ -71,7 +71,7 @@ def unmix_rows(
     return _combine_pairs(query, first_key, negatives, temperature, mixed=(second_key, weight))
 
 
-@whole_columns
+@pad_columns
 def sup_con_rows(
     query: Tensor,
     key: Tensor,
@@ -91,7 +91,7 @@ def sup_con_rows(
     return Rows(loss, gradient, accuracy)
 
 
-@whole_columns
+@pad_columns
 def soft_cross_entropy_rows(
     query: Tensor, teacher: Tensor, queue: Tensor, temperature: float, teacher_temperature: float
 ) -> Rows:
@@ -107,7 +107,7 @@ def soft_cross_entropy_rows(
     return Rows(loss, gradient, accuracy)
 
 
-@whole_columns
+@pad_columns
 def mixco_rows(
     query: Tensor,
     keys: Tensor,
@@ -126,7 +126,7 @@ def mixco_rows(
     return Rows(loss, gradient, accuracy)
 
 
-@whole_columns
+@pad_columns
 def group_cross_entropy_rows(
     prediction: Tensor, groups: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +139,7 @@ def group_cross_entropy_rows(
     return loss, gradient, lse
 
 
-@whole_columns
+@pad_columns
 def nt_xent_rows(rows: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, each row's own part of the gradient, LSE, 1 / positives; `labels` has no -1."""
     entries, positives = read_labelled(rows, rows, labels, labels, temperature, pairs=False, skip_own=True)
@@ -156,7 +156,7 @@ def mean_shift_rows(query: Tensor, key: Tensor, queue: Tensor, k: int) -> Rows:
     return Rows(2 - 2 * (query * mean).sum(1), -2 * mean, query.new_empty(0))
 
 
-@whole_columns
+@pad_columns
 def queue_read(query: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """LSE and mean; arguments as in `fastssl_kernels.queue_read`."""
     entries = read_banks(query, bank, temperature=temperature)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configuration import Configuration, configure, every_input
-from .launch import Tiles, launch, make_plan, processors, whole_columns
+from .launch import Tiles, launch, make_plan, pad_columns, processors
 from .reads import with_unit_stride
 from .tiles import dot, load_tile, round_to
 
@@ -108,7 +108,7 @@ def nearest_kernel(
     tl.store(kept + place, best, mask=(row < rows)[:, None])
 
 
-@whole_columns
+@pad_columns
 def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
     """The `count` entries of the bank with the largest dot product with each row, the largest first.
 

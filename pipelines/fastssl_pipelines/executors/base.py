@@ -27,7 +27,7 @@ from fastssl_pipelines.executors.transfer import to_device
 from fastssl_pipelines.executors.turns import Turns
 from fastssl_pipelines.executors.workers import Crops, context, views_of
 from fastssl_pipelines.plan import BatchPlan
-from fastssl_pipelines.sampler import Steps
+from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.sources.listing import being_read
 
@@ -101,7 +101,7 @@ class Executor(ABC):
         """The finished batch of one plan; UnreadableImages for broken files."""
         return self._finished(plan, self.crops(plan), step)
 
-    def stream(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+    def stream(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
         """The batches of steps first, ..., last - 1, prepared ahead by one background thread.
 
         An image that cannot be read is excluded: the next one in plan order takes its place, with a sentence in
@@ -115,7 +115,7 @@ class Executor(ABC):
         with closing(self._prepared(steps, first, last)) as batches:
             yield from handed_over(batches)
 
-    def _prepared(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+    def _prepared(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
         """The batches of `stream` as they are when its thread has made them."""
         batches = self._batches(steps, first, last)
         thread = DaemonThreads(1, f"{THREADS_NAME}input", self._enter_thread)
@@ -158,14 +158,14 @@ class Executor(ABC):
             )
         return future.result()
 
-    def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+    def _batches(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
         for step in range(first, last):
             yield self._readable_batch(steps, step)
 
-    def _readable_batch(self, steps: Steps, step: int) -> Batch:
+    def _readable_batch(self, steps: Sampler, step: int) -> Batch:
         return self._finished(*self._readable_crops(steps, step), step)
 
-    def _readable_crops(self, steps: Steps, step: int) -> tuple[BatchPlan, tuple[Tensor, ...]]:
+    def _readable_crops(self, steps: Sampler, step: int) -> tuple[BatchPlan, tuple[Tensor, ...]]:
         while True:
             plan = self._plan(steps, step)
             try:
@@ -173,7 +173,7 @@ class Executor(ABC):
             except UnreadableImages as error:
                 self._exclude(error.reasons)
 
-    def _plan(self, steps: Steps, step: int) -> BatchPlan:
+    def _plan(self, steps: Sampler, step: int) -> BatchPlan:
         return steps.at(step, self._is_unreadable if self.unreadable else None)
 
     def _exclude(self, reasons: Mapping[int, str]) -> None:
@@ -195,7 +195,7 @@ class Executor(ABC):
         torch.set_num_threads(1)
         self._input_stream.enter()
 
-    def _batches_of_processes(self, crops: Crops, steps: Steps, first: int, last: int) -> Generator[Batch]:
+    def _batches_of_processes(self, crops: Crops, steps: Sampler, first: int, last: int) -> Generator[Batch]:
         """The batches of what `crops` gives in worker processes, which for a CPU augment as well."""
         on_cpu = self.device.type == "cpu"
         if on_cpu and self.workers and not self._turns:

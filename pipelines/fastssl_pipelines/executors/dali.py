@@ -22,7 +22,7 @@ from fastssl_pipelines.executors.dali_graph import Boxes, Decoder, region_of, wi
 from fastssl_pipelines.executors.resize import resized_boxes
 from fastssl_pipelines.executors.threads import DaemonThreads
 from fastssl_pipelines.plan import BatchPlan
-from fastssl_pipelines.sampler import Steps
+from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.sources.headers import well_formed
 
@@ -67,7 +67,7 @@ class DaliExecutor(Executor):
             self._idle.append(decoder)
         return crops
 
-    def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+    def _batches(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
         # on a CPU: while a batch is augmented the next is decoded; on a GPU: while DALI's kernels run
         ahead = 2 if self._on_gpu else 1
         pending: deque[Future[tuple[BatchPlan, tuple[Tensor, ...]]]] = deque()

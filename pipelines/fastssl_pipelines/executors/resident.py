@@ -19,7 +19,7 @@ from fastssl_pipelines.executors.threads import DaemonThreads
 from fastssl_pipelines.executors.transfer import to_device
 from fastssl_pipelines.executors.workers import Crops, lack_of_shared_memory
 from fastssl_pipelines.plan import BatchPlan
-from fastssl_pipelines.sampler import Steps
+from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 
 _DECODE_CHUNK = 64  # a future for every small image would cost more than decoding it
@@ -51,7 +51,7 @@ class ResidentExecutor(Executor):
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         return self._crops(plan)
 
-    def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+    def _batches(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
         worth_it = self.device.type == "cpu" and self.workers > 1 and last - first >= _WORTH_PROCESSES
         if worth_it:
             lack = "" if self._images.is_shared() else lack_of_shared_memory(self._images.numel())

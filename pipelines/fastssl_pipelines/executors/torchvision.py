@@ -14,7 +14,7 @@ from fastssl_pipelines.errors import DataError, UnreadableImages
 from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.executors.transfer import to_device
 from fastssl_pipelines.plan import BatchPlan
-from fastssl_pipelines.sampler import Steps
+from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 
 
@@ -29,7 +29,7 @@ class TorchvisionExecutor(Executor):
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         return tuple(to_device(_crops(self.source, plan), self.device))
 
-    def _batches(self, steps: Steps, first: int, last: int) -> Generator[Batch]:
+    def _batches(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
         return self._batches_of_processes(partial(_crops, self.source), steps, first, last)
 
 

@@ -44,7 +44,7 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _TIFF_BIT_DEPTHS = 258  # its tag
 
 
-class Kind(Enum):
+class DefectKind(Enum):
     """A kind of defect: what to call it, what training does with such an image, and whether it is harmless."""
 
     ZERO_SIZE = "zero size", _ANOTHER, False
@@ -69,7 +69,7 @@ class Kind(Enum):
 class Defect:
     """A kind of defect, with what was found in this file where the kind alone does not say it."""
 
-    kind: Kind
+    kind: DefectKind
     detail: str = ""
 
 
@@ -89,30 +89,32 @@ def inspect(encoded: bytes, name: str) -> tuple[Defect, ...]:
     gives a picture with wrong pixels in it.
     """
     if not encoded:
-        return (Defect(Kind.ZERO_SIZE),)
+        return (Defect(DefectKind.ZERO_SIZE),)
     format = next((format for format, start in _STARTS.items() if re.match(start, encoded, re.DOTALL)), None)
     if format is None:
-        return (Defect(Kind.OTHER_FORMAT, _other_format(encoded)),)
+        return (Defect(DefectKind.OTHER_FORMAT, _other_format(encoded)),)
     try:
         with open_image(encoded) as image:
             found = {
-                Kind.TURNED: orientation_of(image) != 1,
-                Kind.WRONG_SUFFIX: not name.lower().endswith(SUFFIXES_OF[format]),
-                Kind.CMYK: image.mode == "CMYK",
-                Kind.SIXTEEN_BIT: _has_16_bits(image, encoded),
+                DefectKind.TURNED: orientation_of(image) != 1,
+                DefectKind.WRONG_SUFFIX: not name.lower().endswith(SUFFIXES_OF[format]),
+                DefectKind.CMYK: image.mode == "CMYK",
+                DefectKind.SIXTEEN_BIT: _has_16_bits(image, encoded),
             }
             # an eighth of the size: the whole file is still read, and its pixels are not needed
             image.draft(None, (1, 1))
             image.load()
-            found[Kind.ANIMATED] = _has_more_pictures(image)
+            found[DefectKind.ANIMATED] = _has_more_pictures(image)
     except UnsupportedPixels as error:
-        return (Defect(Kind.OTHER_FORMAT, str(error)),)
+        return (Defect(DefectKind.OTHER_FORMAT, str(error)),)
     except Image.DecompressionBombError as error:
-        return (Defect(Kind.TOO_LARGE, str(error).split(",")[0]),)
+        return (Defect(DefectKind.TOO_LARGE, str(error).split(",")[0]),)
     except BROKEN_IMAGE as error:
         reason = "its header is broken" if isinstance(error, UnidentifiedImageError) else str(error)
-        return (Defect(Kind.TRUNCATED if _ends_early(encoded, format, reason) else Kind.CORRUPT, reason),)
-    return tuple(Defect(kind, format if kind is Kind.WRONG_SUFFIX else "") for kind, is_so in found.items() if is_so)
+        return (Defect(DefectKind.TRUNCATED if _ends_early(encoded, format, reason) else DefectKind.CORRUPT, reason),)
+    return tuple(
+        Defect(kind, format if kind is DefectKind.WRONG_SUFFIX else "") for kind, is_so in found.items() if is_so
+    )
 
 
 def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress | None = None) -> list[Finding]:
@@ -138,9 +140,9 @@ def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress
     for group in copies.values():
         classes = sorted({name for name in map(images.class_of, group) if name is not None})
         if len(classes) > 1:
-            found += [(image, Defect(Kind.MISLABELLED, " and ".join(classes))) for image in group]
+            found += [(image, Defect(DefectKind.MISLABELLED, " and ".join(classes))) for image in group]
         elif len({images.name_of(image)[0] for image in group}) > 1:
-            found += [(image, Defect(Kind.LEAKED)) for image in group]
+            found += [(image, Defect(DefectKind.LEAKED)) for image in group]
     found.sort(key=lambda pair: pair[0])
     return [Finding(*images.name_of(image), defect) for image, defect in found]
 
@@ -177,7 +179,7 @@ def _inspect_image(listing: Listing, row: int) -> tuple[bytes | None, tuple[Defe
     try:
         encoded = listing.encoded(row)
     except DataError as error:
-        return None, (Defect(Kind.UNREADABLE, str(error)),)
+        return None, (Defect(DefectKind.UNREADABLE, str(error)),)
     defects = inspect(encoded, listing.names[row])
     if all(defect.kind.harmless for defect in defects):
         return hashlib.sha256(encoded).digest()[:_DIGEST_BYTES], defects
