@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from fastssl import cli
+from fastssl.commands import bench_input
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl_pipelines.errors import DataError
 
@@ -18,7 +18,7 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "step": step.main,
     "load": load.main,
     "gpu": gpu.main,
-    "input": lambda arguments: cli.main(["bench", "input", *arguments]),
+    "input": bench_input.main,
 }
 USAGE = """\
 usage: python -m bench COMMAND [...]

@@ -16,6 +16,7 @@ import pytest
 from fastssl_kernels import aot, sass, triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 slow = pytest.mark.slow
 
@@ -36,11 +37,17 @@ import json, sys
 from fastssl_kernels import aot
 
 if __name__ == "__main__":
-    names = [configuration.kernel.__name__ for configuration in aot.configurations()]
+    configurations = list(aot.configurations())
+    names = [configuration.kernel.__name__ for configuration in configurations]
     places = {name: names.index(name) for name in names}
     products = ("read_kernel", "moment_gradient_kernel", "nearest_kernel")
     tasks = [(place, "sm_90") for place in places.values()]
     tasks += [(places[name], target) for name in products for target in TARGETS if target != "sm_90"]
+    free = next(
+        place for place, each in enumerate(configurations)
+        if names[place] == "read_kernel" and not each.constants["ONLINE"] and not each.constants["ACCURACY"]
+    )
+    tasks += [(free, target) for target in TARGETS]
     print(json.dumps([usage._asdict() for usage in aot.compile_all(tasks)], default=str), file=sys.stderr)
 """
 
@@ -63,6 +70,10 @@ def test_every_kernel_is_compiled(usages: list[dict[str, Any]]) -> None:
     assert {usage["kernel"] for usage in usages if usage["target"] == "sm_90"} == kernels
 
 
+def test_the_limits_of_shared_memory_are_those_of_the_gpus() -> None:
+    assert {target: 1024 * size for target, size in SHARED_KIB.items()} == aot.SHARED_BYTES
+
+
 @slow
 def test_no_limit_is_broken(usages: list[dict[str, Any]]) -> None:
     assert [fault for usage in usages for fault in aot.Usage(**usage).faults()] == []
@@ -71,9 +82,19 @@ def test_no_limit_is_broken(usages: list[dict[str, Any]]) -> None:
 @slow
 def test_wide_products_have_instructions_of_their_own_on_newer_gpus(usages: list[dict[str, Any]]) -> None:
     expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
-    reads = [usage for usage in usages if usage["kernel"] == "read_kernel"]
-    assert {usage["config"] for usage in reads} == {"bf16 C=128 full accuracy"}
+    reads = [use for use in usages if use["kernel"] == "read_kernel" and use["config"].startswith("bf16 C=128 full")]
     assert {(usage["target"], *usage["tensor_cores"]) for usage in reads} == set(expected.items())
+
+
+@slow
+def test_unshifted_reads_take_no_maximum(usages: list[dict[str, Any]]) -> None:
+    free = [
+        usage
+        for usage in usages
+        if usage["kernel"] == "read_kernel" and not usage["constants"]["ONLINE"] and not usage["constants"]["ACCURACY"]
+    ]
+    assert {usage["target"] for usage in free} == set(TARGETS)
+    assert [usage["config"] for usage in free if usage["maxima"]] == []
 
 
 @slow
