@@ -25,14 +25,14 @@ from fastssl.presets import load
 
 from . import report
 
-LABELLED = ("supcon", "unimoco")
-METHODS = ("mocov1", "mocov2", "mocov2-symmetric", "mixco", "unmix", "co2", "ressl", "msvq", "smog", *LABELLED)
+LABELED = ("supcon", "unimoco")
+METHODS = ("mocov1", "mocov2", "mocov2-symmetric", "mixco", "unmix", "co2", "ressl", "msvq", "smog", *LABELED)
 BUDGET = ("epochs", "batch_size", "width", "queue_size", "momentum", "lr", "warmup_epochs", "seed")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train each method's CIFAR-10 preset with the same small encoder, batch, length, optimiser and seed; evaluate it.
+    """Train each method's CIFAR-10 preset with the same small encoder, batch, length, optimizer and seed; evaluate it.
 
     Finished runs in --runs are taken as they are, so that a long list can be cut into several calls.
     """
@@ -93,8 +93,8 @@ def variants(options: Options) -> Iterator[tuple[str, Config]]:
     for name in options.methods:
         if name not in METHODS:
             raise unknown_name("method", name, METHODS)
-        for fraction in options.fractions if name in LABELLED else (1.0,):
-            folder = options.runs / (f"{name}-{fraction:g}" if name in LABELLED else name)
+        for fraction in options.fractions if name in LABELED else (1.0,):
+            folder = options.runs / (f"{name}-{fraction:g}" if name in LABELED else name)
             yield name, _cut(_preset(name), options, folder, fraction)
 
 
@@ -130,7 +130,7 @@ def _row(name: str, config: Config) -> Row:
     per_epoch = end["step"] // config.train.epochs
     return Row(
         method=name,
-        label_fraction=config.data.label_fraction if name in LABELLED else None,
+        label_fraction=config.data.label_fraction if name in LABELED else None,
         untrained_top1=end["untrained_top1"],
         knn_top1=end["knn_top1"],
         linear_top1=_linear_top1(config),

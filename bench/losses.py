@@ -173,7 +173,7 @@ def _errors(
 ) -> tuple[float, float]:
     loss, gradient = (x.double() for x in result)
     expected = truth[1]
-    if column.normalises:
+    if column.normalizes:
         query = case.inputs.query.double()
         expected = expected - (expected * query).sum(1, keepdim=True) * query
     return (

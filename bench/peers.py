@@ -51,8 +51,8 @@ class Column:
     build: Callable[[Case], Step]
     note: str
     losses: tuple[str, ...] = ("info_nce",)
-    normalises: bool = False
-    """Whether it normalises the query itself: its gradient then lacks the part along the query."""
+    normalizes: bool = False
+    """Whether it normalizes the query itself: its gradient then lacks the part along the query."""
     capturable: bool = True
     """Whether a CUDA graph can hold it."""
 
@@ -246,8 +246,8 @@ def _matmuls(case: Case) -> Step:
 
 _BOTH = ("info_nce", "unicon")
 _READ = "read in the queue's dtype, closed form in float32"
-_LIGHTLY = "as shipped: normalises again, clones its bank, enqueues; gradient compared without the part along the query"
-_METRIC = "as shipped in CrossBatchMemory: another quantity, the batch's other keys are negatives too; normalises again"
+_LIGHTLY = "as shipped: normalizes again, clones its bank, enqueues; gradient compared without the part along the query"
+_METRIC = "as shipped in CrossBatchMemory: another quantity, the batch's other keys are negatives too; normalizes again"
 
 COLUMNS: dict[str, Column] = {
     "fastssl": Column(_fastssl, "", _BOTH),
@@ -260,8 +260,8 @@ COLUMNS: dict[str, Column] = {
     "sdpa-flash": Column(partial(_attention, attend=_flash), _READ),
     "sdpa-cudnn": Column(partial(_attention, attend=_cudnn), _READ),
     "flex": Column(partial(_attention, attend=_flex), _READ),
-    "lightly": Column(_lightly, _LIGHTLY, normalises=True, capturable=False),
-    "lightly-autocast": Column(partial(_lightly, autocast=True), _LIGHTLY, normalises=True, capturable=False),
-    "pml-ntxent": Column(partial(_metric_learning, loss="NTXentLoss"), _METRIC, normalises=True, capturable=False),
-    "pml-supcon": Column(partial(_metric_learning, loss="SupConLoss"), _METRIC, normalises=True, capturable=False),
+    "lightly": Column(_lightly, _LIGHTLY, normalizes=True, capturable=False),
+    "lightly-autocast": Column(partial(_lightly, autocast=True), _LIGHTLY, normalizes=True, capturable=False),
+    "pml-ntxent": Column(partial(_metric_learning, loss="NTXentLoss"), _METRIC, normalizes=True, capturable=False),
+    "pml-supcon": Column(partial(_metric_learning, loss="SupConLoss"), _METRIC, normalizes=True, capturable=False),
 }

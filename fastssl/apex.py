@@ -1,4 +1,4 @@
-"""NVIDIA apex, which is never required: its fused optimisers and its group norm for channels_last tensors.
+"""NVIDIA apex, which is never required: its fused optimizers and its group norm for channels_last tensors.
 
 The package `apex` on PyPI is another one; NVIDIA's is built from github.com/NVIDIA/apex.
 """

@@ -39,7 +39,7 @@ usage: fastssl COMMAND [...]
   pretrain [PRESET] [--section.field VALUE ...]   train an encoder; alone: on embedded pictures, in minutes
   pretrain --config FILE [...]                    the same from the config.json of an earlier run
   resume RUN                                      go on with a stopped run
-  eval knn|linear RUN [...]                       accuracy of the frozen encoder, by neighbours or a linear classifier
+  eval knn|linear RUN [...]                       accuracy of the frozen encoder, by neighbors or a linear classifier
   plot RUN [RUN ...] [--out DIR]                  loss, accuracies, images/s and shares of time as PNG files
   report RUN                                      the same and the configuration as one HTML file, RUN/report.html
   data check DIR [--quarantine LIST]              find files that training cannot use before a long run does

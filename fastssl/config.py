@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from fastssl.arguments import Suppress
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.methods import METHODS, MethodConfig
+from fastssl.renamed import current_names
 from fastssl.validation import (
     Checked,
     Count,
@@ -30,6 +31,8 @@ from fastssl.validation import (
 )
 from fastssl_pipelines.views import ViewSpec
 
+FORMAT = 2
+"""Of config.json; format 1 had no number and earlier names of some options."""
 _Deviation = Annotated[float, Range(least=0.001, most=1)]
 
 
@@ -58,7 +61,7 @@ class DataConfig(Checked, prefix="--data."):
     """Share of each class whose labels the method may see, 0 to 1."""
     label_list: Path | None = None
     """Text file of base names (or class/name), one a line: the method may see the labels of these images alone."""
-    unlabelled: Path | None = None
+    unlabeled: Path | None = None
     """Images to train on without labels beside those of root: a folder (any depth), .tar shards or a list of paths."""
     quarantine: Path | None = None
     """Text file of image names (class/name or base name), one a line: these images are left out of everything."""
@@ -72,9 +75,9 @@ class DataConfig(Checked, prefix="--data."):
     resident_gib: Annotated[float, Range(least=0, most=10**6)] = 2.0
     """Size up to which the auto pipeline keeps a data set decoded in memory."""
     mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
-    """Channel means for normalisation, in units of the [0, 1] range."""
+    """Channel means for normalization, in units of the [0, 1] range."""
     std: tuple[_Deviation, _Deviation, _Deviation] = (0.229, 0.224, 0.225)
-    """Channel standard deviations for normalisation."""
+    """Channel standard deviations for normalization."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,10 +86,10 @@ class DataConfig(Checked, prefix="--data."):
                 f"--data.label-list {self.label_list} was given with a label fraction of {self.label_fraction}; the "
                 "list alone says which labels are known: add --data.label-fraction 1 or drop the list"
             )
-        for name in ("label_list", "unlabelled", "quarantine"):
+        for name in ("label_list", "unlabeled", "quarantine"):
             path, option = getattr(self, name), name.replace("_", "-")
             if path is not None and self.root is None:
-                raise ConfigError(f"--data.{option} {path} was given without labelled images; add --data.root DIR")
+                raise ConfigError(f"--data.{option} {path} was given without labeled images; add --data.root DIR")
         if self.dataset is not None and self.root is None:
             raise ConfigError(
                 f"--data.dataset {self.dataset} was given without a folder; name the one that torchvision keeps it in "
@@ -97,7 +100,7 @@ class DataConfig(Checked, prefix="--data."):
 
     def absolute(self) -> DataConfig:
         """The same with absolute paths, for a run that is resumed from another folder."""
-        given = {name: getattr(self, name) for name in ("root", "label_list", "unlabelled", "quarantine")}
+        given = {name: getattr(self, name) for name in ("root", "label_list", "unlabeled", "quarantine")}
         paths: dict[str, Any] = {name: path.absolute() for name, path in given.items() if path is not None}
         return dataclasses.replace(self, **paths)
 
@@ -123,7 +126,7 @@ class OptimConfig(Checked, prefix="--optim."):
     """SGD with momentum; LARS, the same with a rate for each parameter tensor, for large batches; AdamW; LAMB and
     NovoGrad, which only apex has."""
     impl: Literal["torch", "apex"] = "torch"
-    """Whose optimiser: torch's fused ones (LARS: ours), or those of NVIDIA apex, where it is installed."""
+    """Whose optimizer: torch's fused ones (LARS: ours), or those of NVIDIA apex, where it is installed."""
     lr: Rate = 0.03
     """Learning rate after the warm-up, for the batch size as given (it is not rescaled)."""
     momentum: Decay = 0.9
@@ -215,7 +218,7 @@ class EvalConfig(Checked, prefix="--eval."):
     """Epochs between two kNN evaluations, each of which costs about a quarter of an epoch; there is one before and one
     after training as well."""
     k: Count = 200
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     temperature: Temperature = 0.1
     """Temperature of the votes."""
 
@@ -274,13 +277,13 @@ def to_json(config: Config) -> str:
     """The resolved configuration as JSON text, read back by `from_json`."""
     values = dataclasses.asdict(config)
     values["method"] = {"name": config.method.name, **values["method"]}
-    return json.dumps(values, indent=2, default=str)
+    return json.dumps({"format": FORMAT, **values}, indent=2, default=str)
 
 
 def from_json(text: str) -> Config:
     """The configuration that `to_json` wrote; raises ConfigError for text that is not one."""
     try:
-        values = _parsed(text)
+        values = _in_this_format(_parsed(text))
         values.pop("identity", None)  # what the run found out about itself
         if "method" in values:
             values["method"] = _method(values["method"])
@@ -292,14 +295,23 @@ def from_json(text: str) -> Config:
 def _method(values: Any) -> MethodConfig:
     if not isinstance(values, dict):
         raise refused("method", values, "an object with the name and the options of a method")
-    # runs from before there was the option had this
-    options = {"queue_dtype": "fp32"} | {key: value for key, value in values.items() if key != "name"}
+    options = {key: value for key, value in values.items() if key != "name"}
     name = values.get("name")
     if not isinstance(name, str):
         raise refused("method.name", name, "the name of a method")
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
     return build(METHODS[name].Config, options, "method")
+
+
+def _in_this_format(values: dict[str, Any]) -> dict[str, Any]:
+    written = values.pop("format", 1)
+    if type(written) is not int or not 1 <= written <= FORMAT:
+        raise refused("format", written, f"1 to {FORMAT}, unless a newer fastssl reads the file")
+    values = current_names(values) if written == 1 else values
+    if written == 1 and isinstance(values.get("method"), dict):
+        values["method"].setdefault("queue_dtype", "fp32")  # what runs did before there was the option
+    return values
 
 
 def _parsed(text: str) -> dict[str, Any]:

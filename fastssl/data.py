@@ -33,7 +33,7 @@ _TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 class Splits(NamedTuple):
-    """Images to train on, the unlabelled ones last, and images to test on, with the same classes."""
+    """Images to train on, the unlabeled ones last, and images to test on, with the same classes."""
 
     train: Source
     test: Source
@@ -42,13 +42,13 @@ class Splits(NamedTuple):
 def open_splits(config: Config) -> Splits:
     """The images of --data.root or --data.dataset, or the embedded pictures where no root is given.
 
-    Those of --data.unlabelled stand behind the training images; those of --data.quarantine are left out. A bar shows
+    Those of --data.unlabeled stand behind the training images; those of --data.quarantine are left out. A bar shows
     how the index is made, where that takes long. Sentences for the user are in the `notes` of the sources.
     """
     with DelayedProgressBar() as progress:
-        splits = _labelled_splits(config, progress)
-        if config.data.unlabelled is not None:
-            splits = splits._replace(train=JointSource(splits.train, _unlabelled(config, progress)))
+        splits = _labeled_splits(config, progress)
+        if config.data.unlabeled is not None:
+            splits = splits._replace(train=JointSource(splits.train, _unlabeled(config, progress)))
     if config.data.quarantine is not None:
         splits = _without_quarantined(splits, config.data.quarantine)
     return splits
@@ -85,7 +85,7 @@ def known_labels(config: Config, source: Source, warn: Callable[[str], object]) 
     else:
         labels, unmatched = listed_labels(source, path)
         if unmatched:
-            warn(f"{path}: {len(unmatched)} of its names belong to no labelled training image, as {unmatched[0]}")
+            warn(f"{path}: {len(unmatched)} of its names belong to no labeled training image, as {unmatched[0]}")
     known = np.unique(labels[labels >= 0])
     if len(known) == 1 and METHODS[config.method.name].uses_labels:
         warn(
@@ -95,7 +95,7 @@ def known_labels(config: Config, source: Source, warn: Callable[[str], object]) 
     return labels
 
 
-def _labelled_splits(config: Config, progress: Progress) -> Splits:
+def _labeled_splits(config: Config, progress: Progress) -> Splits:
     data = config.data
     if data.root is None:
         if not data.pictures:
@@ -159,8 +159,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _unlabelled(config: Config, progress: Progress) -> Source:
-    root, more = config.data.root, config.data.unlabelled
+def _unlabeled(config: Config, progress: Progress) -> Source:
+    root, more = config.data.root, config.data.unlabeled
     assert root is not None
     assert more is not None
     # what a list names lies anywhere
@@ -169,10 +169,10 @@ def _unlabelled(config: Config, progress: Progress) -> Source:
         for path in split_roots(root):
             if _overlap(path, more):
                 raise ConfigError(
-                    f"--data.unlabelled {more} and {path}, which --data.root names, lie in one another, so images "
+                    f"--data.unlabeled {more} and {path}, which --data.root names, lie in one another, so images "
                     "would count twice; give a folder apart from it"
                 )
-    return open_source(more, labelled=False, progress=progress)
+    return open_source(more, labeled=False, progress=progress)
 
 
 def _without_quarantined(splits: Splits, path: Path) -> Splits:

@@ -64,7 +64,7 @@ def _by_torchvision(images: Tensor, numbers: ViewPlan, row: int, dtype: torch.dt
         adjust, name, neutral = JITTER[int(operation)]
         if (number := float(getattr(numbers, name)[row])) != neutral:
             images = adjust(images, number)
-    if numbers.grey[row]:
+    if numbers.grayscale[row]:
         images = tv.rgb_to_grayscale(images, num_output_channels=3)
     if numbers.blur_sigma[row] > 0:
         images = tv.gaussian_blur(images, [13, 13], [float(numbers.blur_sigma[row])])

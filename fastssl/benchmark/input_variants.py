@@ -117,7 +117,7 @@ def candidates(
     workers = worker_count(config.data, device)
     yield PeerPipeline("Pillow DataLoader", lambda: pil_batches(config, source, device), workers)
     if "dali" in pipelines and (files := _files(source, split_roots(root)[0])):
-        note = "its colours are not torchvision's: fixed order, contrast about 128, hue in YIQ, no solarisation"
+        note = "its colors are not torchvision's: fixed order, contrast about 128, hue in YIQ, no solarization"
         yield PeerPipeline("DALI, own random ops", lambda: dali_batches(config, files, device), workers, note)
     for name in pipelines:
         for decode in _decodes(name, device):

@@ -54,8 +54,8 @@ def pil_transform(
     chosen: list[Any] = [transforms.RandomResizedCrop(view.size, view.scale, view.ratio)]
     if view.jitter_probability:
         chosen.append(transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_probability))
-    if view.grey:
-        chosen.append(transforms.RandomGrayscale(view.grey))
+    if view.grayscale:
+        chosen.append(transforms.RandomGrayscale(view.grayscale))
     if view.blur:
         chosen.append(transforms.RandomApply([_GaussianBlur(view.blur_sigma)], view.blur))
     if view.solarize:
@@ -88,8 +88,8 @@ class _Augmented(Dataset):
 def dali_batches(config: Config, files: Sequence[Path], device: torch.device) -> Generator[Views]:
     """Views [B, 3, size, size] on `device`, without end, by DALI; float16 for a GPU and float32 for a CPU.
 
-    `--data.workers` threads; each image is decoded once, on the GPU if there is one. The colours are not
-    torchvision's: the steps have a fixed order, contrast turns about 128 and hue in YIQ; solarisation is left out.
+    `--data.workers` threads; each image is decoded once, on the GPU if there is one. The colors are not
+    torchvision's: the steps have a fixed order, contrast turns about 128 and hue in YIQ; solarization is left out.
     """
     from nvidia.dali import Pipeline, fn
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -116,25 +116,25 @@ def _dali_view(images: Any, view: ViewSpec, config: Config, on_gpu: bool) -> Any
     crops = fn.random_resized_crop(
         images, size=[view.size, view.size], random_area=view.scale, random_aspect_ratio=view.ratio
     )
-    jittered, grey = _coin(view.jitter_probability), _coin(view.grey)
+    jittered, gray = _coin(view.jitter_probability), _coin(view.grayscale)
 
     def factor(strength: float) -> Any:
         return 1.0 + jittered * fn.random.uniform(range=[-strength, strength])
 
     brightness, contrast, saturation, hue = view.jitter
-    colours = fn.color_twist(
+    colors = fn.color_twist(
         crops,
         brightness=factor(brightness),
         contrast=factor(contrast),
-        saturation=factor(saturation) * (1 - grey),
+        saturation=factor(saturation) * (1 - gray),
         hue=jittered * fn.random.uniform(range=[-360 * hue, 360 * hue]),
     )
     if view.blur:
         sigma = fn.random.uniform(range=list(view.blur_sigma))
         # a window of one pixel changes nothing, and 0 is one as wide as sigma needs
-        colours = fn.gaussian_blur(colours, sigma=sigma, window_size=1 - _coin(view.blur))
+        colors = fn.gaussian_blur(colors, sigma=sigma, window_size=1 - _coin(view.blur))
     return fn.crop_mirror_normalize(
-        colours,
+        colors,
         mirror=_coin(view.flip),
         mean=[255 * value for value in config.data.mean],
         std=[255 * value for value in config.data.std],

@@ -45,7 +45,7 @@ class Options(Checked):
     """Measures images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators."""
 
     preset: Annotated[str, Positional] = "mocov2-imagenet"
-    """whose views and normalisation are taken"""
+    """whose views and normalization are taken"""
     root: Path | None = None
     """images, as --data.root of a run; without it, generated photographs of ImageNet's sizes"""
     images: Images = 512

@@ -55,7 +55,7 @@ class KNNOptions(Options):
     """Weighted vote of the nearest training images; every training label is used."""
 
     k: Count | None = None
-    """neighbours that vote; None: the run's --eval.k"""
+    """neighbors that vote; None: the run's --eval.k"""
     temperature: Temperature | None = None
     """of the votes; None: the run's --eval.temperature"""
 
@@ -124,7 +124,7 @@ def eval_linear(options: LinearOptions) -> int:
     run, cached = open_run(options), options.protocol == "cached"
     schedule: Schedule = options.schedule or ("cosine" if cached else "step")
     # of fewer images than that, one batch is all of them
-    batch_size = min(options.batch_size, _labelled(run.train))
+    batch_size = min(options.batch_size, _labeled(run.train))
     recipe = Recipe(epochs=options.epochs, batch_size=batch_size, schedule=schedule, seed=run.config.seed)
     accuracy, chosen = (_cached if cached else _full)(run, options, recipe)
     result = _summary(run, accuracy, started) | {"protocol": options.protocol} | asdict(recipe) | chosen
@@ -198,7 +198,7 @@ def _configuration(options: Options) -> Config:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda was given and torch finds no GPU here; `fastssl doctor` tells more")
     # images without labels would be decoded for nothing
-    data = replace(config.data, root=root, unlabelled=None)
+    data = replace(config.data, root=root, unlabeled=None)
     return replace(config, data=data, train=replace(config.train, device=options.device))
 
 
@@ -218,13 +218,13 @@ def _summary(run: FrozenRun, accuracy: Accuracy, started: float) -> dict[str, An
     return {
         **accuracy._asdict(),
         "step": run.step,
-        "train_images": _labelled(run.train),
-        "test_images": _labelled(run.test),
+        "train_images": _labeled(run.train),
+        "test_images": _labeled(run.test),
         "seconds": time.perf_counter() - started,
     }
 
 
-def _labelled(executor: Executor) -> int:
+def _labeled(executor: Executor) -> int:
     return int((executor.source.labels >= 0).sum())
 
 

@@ -117,7 +117,7 @@ def _time_picture(histories: list[History]) -> Figure | None:
         columns = [[100 * share for share in series.values()] for series in shares.values()]
         if len(steps) == 1:  # a point has no area
             steps, columns = [steps[0] - 0.5, steps[0] + 0.5], [column * 2 for column in columns]
-        areas = axes.stackplot(steps, columns, colors=[part.colour for part in shares])
+        areas = axes.stackplot(steps, columns, colors=[part.color for part in shares])
         parts |= dict(zip(shares, areas, strict=True))
         axes.set(title=name, ylabel="share of the time (%)", xlim=(steps[0], steps[-1]), ylim=(0, 100))
         axes.xaxis.set_major_formatter(_thousands)

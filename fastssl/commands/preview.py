@@ -33,7 +33,7 @@ from fastssl_pipelines.sources.base import Source
 _SIDE_AT_LEAST = 160  # pixels of a view in the picture, so that its caption fits under it
 _GAP, _LINE, _FONT_SIZE = 10, 15, 12
 _INK, _PAPER = "#202020", "#ffffff"
-_COLOURS = (
+_COLORS = (
     "#e6194b",
     "#0082c8",
     "#3cb44b",
@@ -142,7 +142,7 @@ def _row(source: Source, data: DataConfig, plan: BatchPlan, views: tuple[torch.T
 def caption(view: ViewPlan, row: int) -> list[str]:
     """The numbers of one view of one image, in the order in which they are applied; what changes nothing is left out.
 
-    The flip comes last there, as `augment` applies it to the finished colours.
+    The flip comes last there, as `augment` applies it to the finished colors.
     """
     top, left, height, width = view.boxes[row].tolist()
     lines = [f"top {top}, left {left}", f"height {height}, width {width}"]
@@ -151,9 +151,9 @@ def caption(view: ViewPlan, row: int) -> list[str]:
         value = float(getattr(view, name)[row])
         if value != (0 if name == "hue" else 1):
             lines.append(f"{name} {value:+.3f}" if name == "hue" else f"{name} {value:.3f}")
-    lines += ["grey"] if view.grey[row] else []
+    lines += ["gray"] if view.grayscale[row] else []
     lines += [f"blur sigma {view.blur_sigma[row]:.2f}"] if view.blur_sigma[row] else []
-    lines += ["solarise"] if view.solarize[row] else []
+    lines += ["solarize"] if view.solarize[row] else []
     return lines + (["flip"] if view.flip[row] else [])
 
 
@@ -162,7 +162,7 @@ def _enlargement(side: int) -> int:
 
 
 def _as_picture(view: torch.Tensor, data: DataConfig) -> Image.Image:
-    """A normalised view [3, H, W] with the normalisation undone, small ones enlarged."""
+    """A normalized view [3, H, W] with the normalization undone, small ones enlarged."""
     levels = (view.permute(1, 2, 0).float().cpu().numpy() * data.std + data.mean) * 255
     picture = Image.fromarray(np.rint(levels).clip(0, 255).astype(np.uint8))
     factor = _enlargement(picture.width)
@@ -170,7 +170,7 @@ def _as_picture(view: torch.Tensor, data: DataConfig) -> Image.Image:
 
 
 def _with_boxes(pixels: NDArray[np.uint8], boxes: list[NDArray[np.int32]], height: int) -> Image.Image:
-    """The source image, at most `height` high and half as wide again, with the box of every view in its colour."""
+    """The source image, at most `height` high and half as wide again, with the box of every view in its color."""
     picture = Image.fromarray(pixels)
     scale = min(height / picture.height, 1.5 * height / picture.width)
     if scale >= 1:
@@ -181,7 +181,7 @@ def _with_boxes(pixels: NDArray[np.uint8], boxes: list[NDArray[np.int32]], heigh
     for number, box in enumerate(boxes):
         top, left, box_height, box_width = (scale * box).tolist()
         corners = (left, top, max(left, left + box_width - 1), max(top, top + box_height - 1))
-        draw.rectangle(corners, outline=_COLOURS[number % len(_COLOURS)], width=2)
+        draw.rectangle(corners, outline=_COLORS[number % len(_COLORS)], width=2)
     return picture
 
 
@@ -195,8 +195,8 @@ def _grid(heading: str, titles: list[str], rows: list[list[_Tile]]) -> Image.Ima
     draw = ImageDraw.Draw(page)
     draw.text((_GAP, _GAP), heading, _INK, font)
     for column, title in enumerate(titles):
-        colour = _COLOURS[(column - 1) % len(_COLOURS)] if column else _INK
-        draw.text((lefts[column], _GAP + _LINE), _fitting(title, font, widths[column]), colour, font)
+        color = _COLORS[(column - 1) % len(_COLORS)] if column else _INK
+        draw.text((lefts[column], _GAP + _LINE), _fitting(title, font, widths[column]), color, font)
     for row, height in zip(rows, heights, strict=True):
         for tile, left, width in zip(row, lefts, widths, strict=True):
             page.paste(tile.picture, (left, top))

@@ -123,7 +123,7 @@ def verify(loss: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
 
 
 def _verify_augment(_: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
-    """As `verify`; in grey levels, and without a gradient."""
+    """As `verify`; in gray levels, and without a gradient."""
     if dtype == torch.float64:  # the augmentation gives none
         return
     for name, why_not in available_backends(device).items():
@@ -218,7 +218,7 @@ dtype: of the queue; queries and keys are float32, or float64 with it; the rows 
 plain: plain torch, which is the definition in float32; in 16 bits with operands and results of its matrix products \
 rounded to dtype, as under autocast; in float64 it is what the errors are measured against
 layout: the worst of contiguous, {" and ".join(LAYOUTS)} arguments
-augment: largest error in grey levels of 255, of chains of all operations; dtype: of the result; plain: torchvision \
+augment: largest error in gray levels of 255, of chains of all operations; dtype: of the result; plain: torchvision \
 in float32
 {device}: {name}; torch {torch.__version__}, triton {triton}
 """

@@ -10,12 +10,12 @@ from torchvision.transforms.v2 import functional as tv
 
 from fastssl_kernels import AugmentParameters, augment, use_backend
 
-LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.7, torch.float16: 0.25}  # grey levels
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.7, torch.float16: 0.25}  # gray levels
 _BATCH, _SIDE = 16, 24
 
 
 def errors(dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]:
-    """The largest error in grey levels, of `augment` on a backend and of torchvision in float32."""
+    """The largest error in gray levels, of `augment` on a backend and of torchvision in float32."""
     images, parameters = _pictures(), _drawn()
     moved = {name: getattr(parameters, name).to(device) for name in _TENSORS}
     with use_backend(backend):
@@ -32,7 +32,7 @@ def errors(dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]
 
 
 def _defined(images: Tensor, parameters: AugmentParameters, dtype: torch.dtype) -> Tensor:
-    """[B, 3, H, W] in grey levels, float64: torchvision's operations, one image and one after the other."""
+    """[B, 3, H, W] in gray levels, float64: torchvision's operations, one image and one after the other."""
     unit = images.permute(0, 3, 1, 2).to(dtype) / 255
     return torch.stack([_one(image, parameters, i) for i, image in enumerate(unit)]).double() * 255
 
@@ -42,7 +42,7 @@ def _one(image: Tensor, parameters: AugmentParameters, i: int) -> Tensor:
     numbers = (parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue)
     for operation in parameters.order[i].tolist():
         image = jitter[operation](image, numbers[operation][i].item())
-    if parameters.grey[i]:
+    if parameters.grayscale[i]:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if parameters.blur_sigma is not None and parameters.blur_sigma[i] > 0:
         image = tv.gaussian_blur(image, [13, 13], [parameters.blur_sigma[i].item()])
@@ -62,7 +62,7 @@ def _pictures() -> Tensor:
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-_TENSORS = ("flip", "brightness", "contrast", "saturation", "hue", "order", "grey", "blur_sigma", "solarize")
+_TENSORS = ("flip", "brightness", "contrast", "saturation", "hue", "order", "grayscale", "blur_sigma", "solarize")
 
 
 def _drawn() -> AugmentParameters:
@@ -82,7 +82,7 @@ def _drawn() -> AugmentParameters:
         saturation=uniform(0.4, 1.6),
         hue=uniform(-0.5, 0.5),
         order=torch.rand(_BATCH, 4, generator=generator).argsort(1),
-        grey=coin(),
+        grayscale=coin(),
         blur_sigma=uniform(0.1, 2.0) * coin(),
         solarize=coin(),
         mean=(0.485, 0.456, 0.406),

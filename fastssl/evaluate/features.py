@@ -1,4 +1,4 @@
-"""Features of a frozen encoder on the labelled images of a split."""
+"""Features of a frozen encoder on the labeled images of a split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Features(NamedTuple):
 
 
 def evaluation_plan(source: Source, view: ViewSpec, *, seed: int = 0, shuffle: bool = False) -> SamplePlan:
-    """One view of the images of `source` with their true labels, without the unlabelled images that stand last."""
+    """One view of the images of `source` with their true labels, without the unlabeled images that stand last."""
     known = np.flatnonzero(source.labels >= 0)
     count = int(known[-1]) + 1 if len(known) else 0
     return SamplePlan(
@@ -47,14 +47,14 @@ def encode(encoder: nn.Module, images: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 
 def extract_features(encoder: nn.Module, executor: Executor, view: ViewSpec, *, dtype: torch.dtype) -> Features:
-    """The features of all labelled images of an executor, with batch norm in eval mode; ValueError if there are none.
+    """The features of all labeled images of an executor, with batch norm in eval mode; ValueError if there are none.
 
-    Each rank computes a part, and all get all, in the order of the images. Only a `view` with a centre gives the same
+    Each rank computes a part, and all get all, in the order of the images. Only a `view` with a center gives the same
     features every time, whatever the seed of a run.
     """
     steps = EvaluationSampler(evaluation_plan(executor.source, view), batch_size=BATCH_SIZE)
     if not len(steps):
-        raise ValueError(f"{executor.source.name} has no labelled image; features are taken from those alone")
+        raise ValueError(f"{executor.source.name} has no labeled image; features are taken from those alone")
     was_training = encoder.training
     encoder.eval()
     shared = len(steps) >= world_size()  # Else each rank computes the few there are

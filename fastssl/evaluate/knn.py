@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al., arXiv 1805.01978)."""
+"""Weighted k-nearest-neighbor classification of frozen features (Wu et al., arXiv 1805.01978)."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def knn_accuracy(
     The top five are the classes with most votes; a class without any is not among them, and of fewer than five
     classes all that have votes are.
     """
-    (bank, bank_labels), (queries, query_labels) = _labelled(bank, bank_labels), _labelled(queries, query_labels)
+    (bank, bank_labels), (queries, query_labels) = _labeled(bank, bank_labels), _labeled(queries, query_labels)
     if not len(bank) or not len(queries):
-        raise ValueError(f"kNN got {len(bank)} labelled bank rows and {len(queries)} labelled queries; both need some")
+        raise ValueError(f"kNN got {len(bank)} labeled bank rows and {len(queries)} labeled queries; both need some")
     classes = int(bank_labels.max()) + 1
     hits = torch.zeros(2, dtype=torch.int64, device=bank.device)
     chunk = min(_QUERIES, max(1, _SIMILARITIES // len(bank)))
@@ -63,7 +63,7 @@ def knn_accuracy(
     return percent(hits, len(queries))
 
 
-def _labelled(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _labeled(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Those with a label; without a copy where all have one."""
     known = labels >= 0
     return (rows, labels) if known.all() else (rows[known], labels[known])

@@ -116,7 +116,7 @@ def held_out(labels: Tensor) -> Tensor:
     """bool [n]: every tenth image in the order of classes, of fewer than ten the last; ConfigError for a single one."""
     if len(labels) < 2:
         raise ConfigError(
-            f"{len(labels)} labelled training images were given and a learning rate is chosen on a held-out part of "
+            f"{len(labels)} labeled training images were given and a learning rate is chosen on a held-out part of "
             "them; it takes at least 2: give one rate with --lr, or more images"
         )
     order = labels.argsort(stable=True)

@@ -20,7 +20,7 @@ from fastssl_pipelines.views import ViewSpec
 
 def crop_view(size: int) -> ViewSpec:
     """torchvision's RandomResizedCrop and a flip, nothing else."""
-    return ViewSpec(size=size, scale=(0.08, 1.0), jitter_probability=0.0, grey=0.0)
+    return ViewSpec(size=size, scale=(0.08, 1.0), jitter_probability=0.0, grayscale=0.0)
 
 
 def train_on_crops(
@@ -33,7 +33,7 @@ def train_on_crops(
     dtype: torch.dtype,
     say: Callable[[str], None],
 ) -> nn.Linear:
-    """A linear layer trained on crops of the labelled images; the incomplete last batch of an epoch is dropped.
+    """A linear layer trained on crops of the labeled images; the incomplete last batch of an epoch is dropped.
 
     The encoder stays as it is, in eval mode; its features are not scaled. TrainingError for a loss that is not finite.
     """

@@ -38,7 +38,7 @@ class OnlineKNN:
         return self._top1(encoder, self.config.eval_view, self.dtype)
 
     def raw_pixels_top1(self) -> float:
-        """Top-1 in percent of the normalised pixels themselves."""
+        """Top-1 in percent of the normalized pixels themselves."""
         side = min(RAW_PIXELS_SIDE, self.config.eval_view.size)
         return self._top1(nn.Flatten(), replace(self.config.eval_view, size=side), torch.float32)
 

@@ -81,7 +81,7 @@ class TrainProgress(NamedTuple):
 
 @dataclass(slots=True)
 class MethodOutput:
-    """`loss`: 0-dim, to be minimised. `metrics`: 0-dim tensors by name, left on the device.
+    """`loss`: 0-dim, to be minimized. `metrics`: 0-dim tensors by name, left on the device.
 
     `kept`: what the method's own `after_step` takes in, without gradient; keys and labels for a queue.
     """
@@ -130,7 +130,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
-        """Momentum update and queue after the optimiser's step, without waiting for the device."""
+        """Momentum update and queue after the optimizer's step, without waiting for the device."""
         raise NotImplementedError
 
     def gather_keys(self, keys: Tensor) -> Tensor:

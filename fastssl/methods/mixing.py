@@ -8,11 +8,11 @@ from torch import Tensor
 from fastssl.distributed import local_rows, world_size
 
 
-def swap_neighbours(rows: Tensor) -> Tensor:
+def swap_neighbors(rows: Tensor) -> Tensor:
     """Rows 1, 0, 3, 2, ...: the partner of each row.
 
-    Neighbours, where the official codes take the other half or the reversed batch: the order of a batch is random
-    anyway, and neighbours stay together on any number of ranks.
+    Neighbors, where the official codes take the other half or the reversed batch: the order of a batch is random
+    anyway, and neighbors stay together on any number of ranks.
     """
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 

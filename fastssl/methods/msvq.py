@@ -40,7 +40,7 @@ class MSVQ(MomentumMethod):
 
     View 0 is the student's strong one, views 1 and 2 the first teacher's and view 3 the second teacher's weak ones:
     (ce(z2, Q1) + ce(z3, Q1) + ce(z4, Q2)) / 3. Q1 takes z2, Q2 takes z4; z3 is never kept. The official queues hold
-    raw projections and normalise them when read; ours hold unit rows, which is the same.
+    raw projections and normalize them when read; ours hold unit rows, which is the same.
     """
 
     Config: ClassVar[type[MethodConfig]] = MSVQConfig

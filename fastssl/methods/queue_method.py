@@ -71,7 +71,7 @@ class MomentumMethod(Method):
     """A query encoder that learns, a momentum encoder that follows it, and a queue of the latter's keys.
 
     Order of one step, as in the official MoCo code: query and key forward, loss on the queue as it is, backward,
-    optimiser, momentum update, enqueue. The official momentum update stands between the two forwards of the next
+    optimizer, momentum update, enqueue. The official momentum update stands between the two forwards of the next
     step and sees the same weights there. `forward` keeps the labels and then one or more tensors of keys.
     """
 

@@ -23,7 +23,7 @@ class SupCon(MoCoV2):
     """MoCo v2 with the supervised contrastive loss: the mean over all positives of the queue, outside the logarithm.
 
     An interpretation: the paper's own recipe has no queue but for one ImageNet run, whose settings could not be read.
-    Positives are the own key and every queue entry with the query's label; an unlabelled row is exactly InfoNCE.
+    Positives are the own key and every queue entry with the query's label; an unlabeled row is exactly InfoNCE.
     """
 
     Config = SupConConfig

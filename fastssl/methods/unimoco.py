@@ -1,4 +1,4 @@
-"""UniMoCo (Dai et al., arXiv 2103.10773): one loss for unlabelled, partly labelled and labelled images."""
+"""UniMoCo (Dai et al., arXiv 2103.10773): one loss for unlabeled, partly labeled and labeled images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UniMoCo(MoCoV2):
     """MoCo v2 with the UniCon loss over a queue that remembers labels.
 
     Positives of a query are its own key and every queue entry with its label; label -1 means unknown and matches
-    nothing, so an unlabelled row is exactly InfoNCE. Entries with unknown label are negatives, as in the official code.
+    nothing, so an unlabeled row is exactly InfoNCE. Entries with unknown label are negatives, as in the official code.
     """
 
     Config = UniMoCoConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.methods.base import MethodConfig, MethodOutput
-from fastssl.methods.mixing import swap_neighbours
+from fastssl.methods.mixing import swap_neighbors
 from fastssl.methods.moco import MoCoConfig, MoCoV2
 from fastssl.validation import Share
 from fastssl_pipelines.batch import Batch
@@ -31,7 +31,7 @@ class UnMix(MoCoV2):
     """MoCo plus w InfoNCE(mixed, own key) + (1 - w) InfoNCE(mixed, partner's key), all on the same queue.
 
     View 0 is mixed, with one weight w for the batch, uniform as Beta(1, 1) is, and passes the encoder on its own. The
-    partner is the neighbour in the batch; the official code reverses the batch. Symmetric: both directions use the same
+    partner is the neighbor in the batch; the official code reverses the batch. Symmetric: both directions use the same
     mixtures of view 0, against the keys of either view, as in the official code, which computes them twice.
     """
 
@@ -41,14 +41,14 @@ class UnMix(MoCoV2):
     def forward(self, batch: Batch) -> MethodOutput:
         images = batch.views[0]
         share, weight = mixing_shares(images, self.config.global_probability)
-        mixed = self.queries(share * images + (1 - share) * swap_neighbours(images))
+        mixed = self.queries(share * images + (1 - share) * swap_neighbors(images))
         output = super().forward(batch)
         _, *keys = output.kept
         mix = torch.stack([self._mixed_loss(mixed, key, weight) for key in keys]).sum()
         return MethodOutput(output.loss + mix, {**output.metrics, "mix_loss": mix.detach()}, output.kept)
 
     def _mixed_loss(self, mixed: Tensor, key: Tensor, weight: Tensor) -> Tensor:
-        partner = swap_neighbours(key)
+        partner = swap_neighbors(key)
         return self.losses.unmix(
             mixed, key, partner, self.queue.keys, weight=weight, temperature=self.config.temperature
         )
@@ -58,17 +58,17 @@ def mixing_shares(images: Tensor, global_probability: float) -> tuple[Tensor, Te
     """Share of each pixel that stays, [H, W] in the images' dtype, and its mean over the image, [] float32.
 
     Global: one share w for all pixels. Region: 0 in a box of share 1 - w of the area, cut off at the border, around a
-    uniform centre, and 1 elsewhere (CutMix). Which of the two is drawn anew at each step, without a look at the device.
+    uniform center, and 1 elsewhere (CutMix). Which of the two is drawn anew at each step, without a look at the device.
     """
     height, width = images.shape[2:]
-    chance, weight, centre_y, centre_x = torch.rand(4, device=images.device).unbind()
+    chance, weight, center_y, center_x = torch.rand(4, device=images.device).unbind()
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-    inside = _span(y, height, centre_y, weight)[:, None] & _span(x, width, centre_x, weight)
+    inside = _span(y, height, center_y, weight)[:, None] & _span(x, width, center_x, weight)
     share = torch.where(chance < global_probability, weight, (~inside).float())
     return share.to(images.dtype), share.mean()
 
 
-def _span(position: Tensor, length: int, centre: Tensor, weight: Tensor) -> Tensor:
+def _span(position: Tensor, length: int, center: Tensor, weight: Tensor) -> Tensor:
     """Which of `length` positions lie in a side of the box; whole pixels, as in the official code."""
-    middle, side = (centre * length).floor(), ((1 - weight).sqrt() * length).floor()
+    middle, side = (center * length).floor(), ((1 - weight).sqrt() * length).floor()
     return (position >= middle - (side / 2).floor()) & (position < middle + (side / 2).floor())

@@ -48,7 +48,7 @@ def build_encoder(
     stem: str = "imagenet",
     norm_layer: NormLayer = nn.BatchNorm2d,
 ) -> Encoder:
-    """The encoder called `name`, freshly initialised.
+    """The encoder called `name`, freshly initialized.
 
     `width` multiplies the channels of every stage. `stem`: "imagenet" (7x7 convolution of stride 2,
     max-pool), "small" (3x3, stride 1, no max-pool; CIFAR) or "small-pool" (3x3, stride 1, max-pool).
@@ -73,7 +73,7 @@ def build_encoder(
 
 
 class ResNet(Encoder):
-    """torchvision's ResNet without fc: the same blocks, names and initialisation (residuals not at zero)."""
+    """torchvision's ResNet without fc: the same blocks, names and initialization (residuals not at zero)."""
 
     def __init__(self, architecture: _Architecture, width: float, stem: str, norm_layer: NormLayer) -> None:
         super().__init__()

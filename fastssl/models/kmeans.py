@@ -11,9 +11,9 @@ from fastssl_kernels import assign_groups, update_groups
 
 @torch.no_grad()
 def spherical_kmeans(rows: Tensor, clusters: int, *, rounds: int = 10) -> Tensor:
-    """Unit centres float32 [clusters, C] of unit rows [N, C], by cosine similarity, after a number of Lloyd rounds.
+    """Unit centers float32 [clusters, C] of unit rows [N, C], by cosine similarity, after a number of Lloyd rounds.
 
-    Rows are compared with the centres in the rows' dtype and summed in float32. Centres start at random rows, drawn
+    Rows are compared with the centers in the rows' dtype and summed in float32. Centers start at random rows, drawn
     from torch's generator; one without rows stays where it is. This is the clustering of SMoG's and SwAV's official
     codes. ConfigError for fewer rows than clusters.
     """
@@ -21,8 +21,8 @@ def spherical_kmeans(rows: Tensor, clusters: int, *, rounds: int = 10) -> Tensor
         raise ConfigError(
             f"{clusters} groups were asked for and there are {len(rows)} images to make them of; lower --method.groups"
         )
-    centres = rows[torch.randperm(len(rows), device=rows.device)[:clusters]].float()
+    centers = rows[torch.randperm(len(rows), device=rows.device)[:clusters]].float()
     for _ in range(rounds):
-        assignment = assign_groups(rows, centres.to(rows.dtype))
-        centres, _ = update_groups(rows, centres, momentum=0.0, assignment=assignment)
-    return centres
+        assignment = assign_groups(rows, centers.to(rows.dtype))
+        centers, _ = update_groups(rows, centers, momentum=0.0, assignment=assignment)
+    return centers

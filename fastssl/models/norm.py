@@ -1,6 +1,6 @@
-"""Batch normalisation for contrastive pretraining: local, synchronised or split, and the shuffle of a batch.
+"""Batch normalization for contrastive pretraining: local, synchronized or split, and the shuffle of a batch.
 
-A key encoder that shares its batch statistics with the query can recognise the positive by them alone.
+A key encoder that shares its batch statistics with the query can recognize the positive by them alone.
 Split statistics and a shuffled key batch are the two remedies of MoCo (He et al., 2020, section 3.3).
 On several ranks local and split statistics are those of a rank; `averaged_statistics` makes one of the running ones.
 """
@@ -157,17 +157,17 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         others = [dim for dim in range(rows.ndim) if dim != 1]
         channels = [1, -1] + [1] * (rows.ndim - 2)
         mean = _MeanOverRanks.apply(rows.mean(others))
-        centred = rows - mean.view(channels)
-        variance = _MeanOverRanks.apply(centred.square().mean(others))
-        normalised = centred * torch.rsqrt(variance + self.eps).view(channels)
+        centered = rows - mean.view(channels)
+        variance = _MeanOverRanks.apply(centered.square().mean(others))
+        normalized = centered * torch.rsqrt(variance + self.eps).view(channels)
         if self.affine:
-            normalised = normalised * self.weight.view(channels) + self.bias.view(channels)
+            normalized = normalized * self.weight.view(channels) + self.bias.view(channels)
         with torch.no_grad():
             count = rows.numel() // len(mean) * world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
-        return normalised.to(input.dtype)
+        return normalized.to(input.dtype)
 
 
 class _MeanOverRanks(torch.autograd.Function):

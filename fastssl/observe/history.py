@@ -33,11 +33,11 @@ METRICS = (LOSS, ACCURACY, KNN, SPEED)
 
 
 class Part(NamedTuple):
-    """A part of a training step: its name in the records, what to call it and its colour in every picture."""
+    """A part of a training step: its name in the records, what to call it and its color in every picture."""
 
     name: str
     title: str
-    colour: str
+    color: str
 
 
 REST = Part("rest", "everything else", "#9aa0a6")

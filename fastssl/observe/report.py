@@ -121,7 +121,7 @@ def _time(history: History) -> Iterator[str]:
     yield '<h2>What slowed the run</h2><div class="charts">'
     yield f'<div class="card"><h3>shares of the time</h3>{picture}</div><div class="card"><table>'
     for part, share in means.items():
-        swatch = f'<span class="swatch" style="background: {part.colour}"></span>'
+        swatch = f'<span class="swatch" style="background: {part.color}"></span>'
         yield f"<tr><td>{swatch}{escape(part.title)}</td><td>{share:.1%}</td></tr>"
     yield "</table>"
     for part in worth_a_look(means):

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG, without a plotting library; colours of text and lines come from the page's style."""
+"""Small charts as inline SVG, without a plotting library; colors of text and lines come from the page's style."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Frame(NamedTuple):
 
 
 def line_chart(series: Series, *, title: str, from_zero: bool = False) -> str:
-    """One line over the steps as an SVG element; of a long series, means of neighbours and a band that holds them all.
+    """One line over the steps as an SVG element; of a long series, means of neighbors and a band that holds them all.
 
     `series` holds at least one value, all finite.
     """
@@ -73,7 +73,7 @@ def line_chart(series: Series, *, title: str, from_zero: bool = False) -> str:
 
 
 def stacked_chart(shares: dict[Part, Series], *, title: str) -> str:
-    """Parts of a whole over the steps as an SVG element, the first at the bottom; of a long run, means of neighbours.
+    """Parts of a whole over the steps as an SVG element, the first at the bottom; of a long run, means of neighbors.
 
     All series have the same steps, at least one, and add up to 1 at each.
     """
@@ -87,7 +87,7 @@ def stacked_chart(shares: dict[Part, Series], *, title: str) -> str:
     for part, column in columns.items():
         above = [base + share for base, (_, share) in zip(below, column, strict=True)]
         name = f"<title>{escape(part.title)}</title>"
-        body.append(f'<polygon fill="{part.colour}" points="{frame.area(steps, below, above)}">{name}</polygon>')
+        body.append(f'<polygon fill="{part.color}" points="{frame.area(steps, below, above)}">{name}</polygon>')
         below = above
     return _svg(title, [*body, *_grid(frame, [0.0, 0.25, 0.5, 0.75, 1.0], percent=True)])
 
@@ -111,7 +111,7 @@ def _steps(series: Series) -> tuple[float, float]:
 
 
 def _buckets(series: Series) -> list[list[tuple[int, float]]]:
-    """Neighbours together, so that at most BUCKETS lists are left."""
+    """Neighbors together, so that at most BUCKETS lists are left."""
     points, size = list(series.items()), math.ceil(len(series) / BUCKETS)
     return [points[i : i + size] for i in range(0, len(points), size)]
 

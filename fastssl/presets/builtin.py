@@ -29,5 +29,5 @@ def quickstart() -> Config:
         train=TrainConfig(epochs=24, batch_size=128),
         eval=EvalConfig(every_epochs=6),
         views=(view, view),
-        eval_view=ViewSpec(size=32, centre=1.0),
+        eval_view=ViewSpec(size=32, center_crop=1.0),
     )

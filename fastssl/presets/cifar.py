@@ -19,7 +19,7 @@ from fastssl_pipelines.views import ViewSpec
 
 NOTEBOOK = "the CIFAR-10 notebook of facebookresearch/moco"
 OWN_FEATURES = "kNN reads the encoder's features, not the head's 128 numbers"
-UNMIX_CIFAR100 = replace(CIFAR100, data=CIFAR10.data)  # its script normalises with the numbers of CIFAR-10
+UNMIX_CIFAR100 = replace(CIFAR100, data=CIFAR10.data)  # its script normalizes with the numbers of CIFAR-10
 
 
 @preset(
@@ -84,7 +84,7 @@ def mixco_cifar10() -> Config:
     data="CIFAR-10",
     source="szq0214/Un-Mix, unmix_c10.py",
     published="kNN 92.25 at 1000 epochs, MoCo alone 90.49 (its README)",
-    differs=f"{OWN_FEATURES}; neighbours are mixed, not reversed batches",
+    differs=f"{OWN_FEATURES}; neighbors are mixed, not reversed batches",
 )
 def unmix_cifar10() -> Config:
     return notebook(CIFAR10, UnMixConfig, epochs=1000, symmetric=True)
@@ -95,7 +95,7 @@ def unmix_cifar10() -> Config:
     data="CIFAR-10",
     source="philippmwirth/co2, a third party's re-run with lightly",
     published="kNN 84.5 at 200 epochs, MoCo alone 84.2 (its README)",
-    differs="its contrastive loss is the mean of both directions and its batch norm, views and normalisation are "
+    differs="its contrastive loss is the mean of both directions and its batch norm, views and normalization are "
     "lightly's, all of mocov2-cifar10 here; temperature 1 is that of its table, its code leaves lightly's 0.05",
 )
 def co2_cifar10() -> Config:
@@ -134,7 +134,7 @@ def msvq_cifar10() -> Config:
 @preset(
     "smog-cifar10",
     data="CIFAR-10",
-    source="ours: optimiser of mocov2-cifar10, 300 groups that are reset after about 300 steps as in lightly",
+    source="ours: optimizer of mocov2-cifar10, 300 groups that are reset after about 300 steps as in lightly",
     published="none by the authors",
     differs="two large and two small crops of 32 and 16 pixels without blur; untuned",
 )
@@ -174,7 +174,7 @@ def mocov2_symmetric_cifar100() -> Config:
     data="CIFAR-100",
     source="szq0214/Un-Mix, unmix_c100.py",
     published="kNN 68.83 at 1000 epochs, MoCo alone 65.49 (its README)",
-    differs=f"{OWN_FEATURES}; neighbours are mixed, not reversed batches",
+    differs=f"{OWN_FEATURES}; neighbors are mixed, not reversed batches",
 )
 def unmix_cifar100() -> Config:
     return notebook(UNMIX_CIFAR100, UnMixConfig, epochs=1000, symmetric=True)

@@ -11,7 +11,7 @@ from fastssl_pipelines.views import ViewSpec
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set as recipes see it: the side of a view in pixels, normalisation, encoder and evaluation view."""
+    """A data set as recipes see it: the side of a view in pixels, normalization, encoder and evaluation view."""
 
     size: int
     data: DataConfig
@@ -23,49 +23,49 @@ class DataSet:
 _SMALL = ModelConfig(encoder="resnet18", stem="small")
 _SMALL_POOL = ModelConfig(encoder="resnet18", stem="small-pool")
 
-# Normalisation as in MSVQ's dataset/data.py; ImageNet's is the default of DataConfig. STL-10 is evaluated at its own
+# Normalization as in MSVQ's dataset/data.py; ImageNet's is the default of DataConfig. STL-10 is evaluated at its own
 # 96 pixels there, and so here.
 IMAGENET = DataSet(
     size=224,
     data=DataConfig(),
     encoder=ModelConfig(),
-    eval_view=ViewSpec(size=224, centre=0.875),
+    eval_view=ViewSpec(size=224, center_crop=0.875),
     checkpoint_every=1000,
 )
 CIFAR10 = DataSet(
     size=32,
     data=DataConfig(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
     encoder=_SMALL,
-    eval_view=ViewSpec(size=32, centre=1.0),
+    eval_view=ViewSpec(size=32, center_crop=1.0),
 )
 CIFAR100 = DataSet(
     size=32,
     data=DataConfig(mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
     encoder=_SMALL,
-    eval_view=ViewSpec(size=32, centre=1.0),
+    eval_view=ViewSpec(size=32, center_crop=1.0),
 )
 STL10 = DataSet(
     size=64,
     data=DataConfig(mean=(0.4408, 0.4279, 0.3867), std=(0.2682, 0.2610, 0.2686)),
     encoder=_SMALL_POOL,
-    eval_view=ViewSpec(size=96, centre=1.0),
+    eval_view=ViewSpec(size=96, center_crop=1.0),
 )
 TINY_IMAGENET = DataSet(
     size=64,
     data=DataConfig(mean=(0.4802, 0.4481, 0.3975), std=(0.2302, 0.2265, 0.2262)),
     encoder=_SMALL_POOL,
-    eval_view=ViewSpec(size=64, centre=1.0),
+    eval_view=ViewSpec(size=64, center_crop=1.0),
 )
 
 
 def strong_view(size: int) -> ViewSpec:
-    """The view of MoCo v2: crop, flip, jitter, grey and blur."""
+    """The view of MoCo v2: crop, flip, jitter, gray and blur."""
     return ViewSpec(size=size, scale=(0.2, 1.0), blur=0.5)
 
 
 def weak_view(size: int, *, flip: float) -> ViewSpec:
     """The view of ReSSL's teacher: crop and flip."""
-    return ViewSpec(size=size, scale=(0.2, 1.0), flip=flip, jitter_probability=0.0, grey=0.0)
+    return ViewSpec(size=size, scale=(0.2, 1.0), flip=flip, jitter_probability=0.0, grayscale=0.0)
 
 
 def configuration(

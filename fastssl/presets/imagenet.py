@@ -24,7 +24,7 @@ SMOG_BATCH = 512 / 4096  # what fits one device, as a share of the authors' batc
 
 
 def moco_v1(method: MethodConfig) -> Config:
-    """The official MoCo v1 command: jitter on every image, grey, no blur, steps at 120 and 160."""
+    """The official MoCo v1 command: jitter on every image, gray, no blur, steps at 120 and 160."""
     view = ViewSpec(size=224, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_probability=1.0)
     optim = OptimConfig(schedule="step", milestones=(120, 160))
     return configuration(IMAGENET, method, optim, view, view, epochs=200, batch_size=256)
@@ -49,7 +49,7 @@ def ressl_like(method: MethodConfig, *, teacher_views: int) -> Config:
     data="ImageNet",
     source="facebookresearch/moco",
     published="linear top-1 60.6 at 200 epochs (its README)",
-    differs=f"{ONE_DEVICE}; grey comes after jitter, not before",
+    differs=f"{ONE_DEVICE}; gray comes after jitter, not before",
 )
 def mocov1_imagenet() -> Config:
     return moco_v1(MoCoV1Config())
@@ -97,7 +97,7 @@ def supcon_imagenet() -> Config:
     data="ImageNet",
     source="Lee-Gihun/MixCo-Mixup-Contrast, exp_mix_res50_imagenet.sh",
     published="not read: the repository has no numbers",
-    differs=f"{ONE_DEVICE}; neighbours are mixed, not the halves of a device's batch, and all keys of the batch are in "
+    differs=f"{ONE_DEVICE}; neighbors are mixed, not the halves of a device's batch, and all keys of the batch are in "
     "the bank, not a device's 32",
 )
 def mixco_imagenet() -> Config:
@@ -109,7 +109,7 @@ def mixco_imagenet() -> Config:
     data="ImageNet",
     source="szq0214/Un-Mix, UnMix_MoCo/for_ImageNet/run.sh",
     published="linear top-1 68.6 at 200 epochs, 71.8 at 800 (its repository)",
-    differs=f"{ONE_DEVICE}; neighbours are mixed, not reversed batches; global mixtures in half of the steps as in "
+    differs=f"{ONE_DEVICE}; neighbors are mixed, not reversed batches; global mixtures in half of the steps as in "
     "run.sh, UNVERIFIED for the published number (the code's default is none)",
 )
 def unmix_imagenet() -> Config:
@@ -152,7 +152,7 @@ def ressl_imagenet() -> Config:
 @preset(
     "msvq-imagenet",
     data="ImageNet",
-    source="ours: optimiser and views of ressl-imagenet, queue and head of mocov2-imagenet",
+    source="ours: optimizer and views of ressl-imagenet, queue and head of mocov2-imagenet",
     published="none on ImageNet",
     differs="momenta 0.999 and 0.996 are a guess from the step count; untried",
 )

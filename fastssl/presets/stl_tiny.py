@@ -12,7 +12,7 @@ from fastssl.presets.data import IMAGENET, STL10, TINY_IMAGENET, configuration, 
 from fastssl.presets.registry import preset
 from fastssl.presets.small import BEST_EPOCH, MOCO_OF_MSVQ, RE_RUN, moco_of_msvq, msvq, ressl
 
-UNLABELLED = "the source trains on the 100,000 unlabelled images too: give them with --data.unlabelled"
+UNLABELED = "the source trains on the 100,000 unlabeled images too: give them with --data.unlabeled"
 
 
 @preset(
@@ -20,7 +20,7 @@ UNLABELLED = "the source trains on the 100,000 unlabelled images too: give them 
     data="STL-10",
     source="pc-cp/MSVQ, its baseline",
     published="linear 85.88 at 200 epochs (its README)",
-    differs=f"{UNLABELLED}; {MOCO_OF_MSVQ}",
+    differs=f"{UNLABELED}; {MOCO_OF_MSVQ}",
 )
 def mocov2_stl10() -> Config:
     return moco_of_msvq(STL10, MoCoV2Config)
@@ -31,7 +31,7 @@ def mocov2_stl10() -> Config:
     data="STL-10",
     source="ours: mocov2-stl10 with Un-Mix's loss",
     published="not read: the paper has STL-10",
-    differs=f"the authors' settings were not read; untuned; {UNLABELLED}",
+    differs=f"the authors' settings were not read; untuned; {UNLABELED}",
 )
 def unmix_stl10() -> Config:
     return moco_of_msvq(STL10, UnMixConfig)
@@ -42,7 +42,7 @@ def unmix_stl10() -> Config:
     data="STL-10",
     source="ours: ressl-tinyimagenet on STL-10",
     published="not read: the paper has STL-10",
-    differs=f"queue, momentum and teacher temperature are UNVERIFIED for STL-10; {UNLABELLED}",
+    differs=f"queue, momentum and teacher temperature are UNVERIFIED for STL-10; {UNLABELED}",
 )
 def ressl_stl10() -> Config:
     return ressl(STL10)
@@ -53,7 +53,7 @@ def ressl_stl10() -> Config:
     data="STL-10",
     source="pc-cp/MSVQ",
     published="linear 90.36 at 200 epochs (its README)",
-    differs=f"{UNLABELLED}; {BEST_EPOCH}; queue 16384 as in its README, not the 4096 of its script",
+    differs=f"{UNLABELED}; {BEST_EPOCH}; queue 16384 as in its README, not the 4096 of its script",
 )
 def msvq_stl10() -> Config:
     return msvq(STL10, second_momentum=0.99, teacher_temperature=0.04)
@@ -75,11 +75,11 @@ def mocov2_tinyimagenet() -> Config:
     data="Tiny ImageNet",
     source="Lee-Gihun/MixCo-Mixup-Contrast, exp_mix_res18_tinyimg.sh",
     published="not read: the repository has no numbers",
-    differs="one device with 2-way split batch norm and in-batch shuffle stands for 2 devices; neighbours are mixed, "
+    differs="one device with 2-way split batch norm and in-batch shuffle stands for 2 devices; neighbors are mixed, "
     "not the halves of a device's batch, and all keys of the batch are in the bank, not a device's 64",
 )
 def mixco_tinyimagenet() -> Config:
-    """Tiny ImageNet enlarged to 224 pixels for torchvision's ResNet-18, with ImageNet's normalisation."""
+    """Tiny ImageNet enlarged to 224 pixels for torchvision's ResNet-18, with ImageNet's normalization."""
     on = replace(IMAGENET, encoder=ModelConfig(encoder="resnet18", splits=2))
     view = strong_view(224)
     optim = OptimConfig(lr=0.015, schedule="cosine-epoch")

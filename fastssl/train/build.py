@@ -46,7 +46,7 @@ def build_step(config: Config, method: Method, *, device: torch.device, dtype: t
         raise ConfigError(f"--train.cuda-graph was given with {given}; it works with one process on a GPU: drop it")
     if train.cuda_graph and config.optim.impl == "apex":
         raise ConfigError(
-            "--train.cuda-graph was given with --optim.impl apex, whose optimisers cannot be part of a graph; drop one"
+            "--train.cuda-graph was given with --optim.impl apex, whose optimizers cannot be part of a graph; drop one"
         )
     return TrainStep(
         method,

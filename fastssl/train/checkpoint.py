@@ -14,10 +14,13 @@ from typing import Any, BinaryIO
 import torch
 
 from fastssl.errors import ConfigError, TrainingError
+from fastssl.renamed import current_facts
 from fastssl_pipelines.errors import MachineError
 from fastssl_pipelines.files import new_file, open_regular, raise_if_of_the_machine
 
-FORMAT = 3  # 1 had no checksum, 2 no identity of the run
+FORMAT = 4
+"""What is written. Format 1 had no checksum, 2 no identity of the run; 3 had earlier names of some options."""
+_READABLE = (3, FORMAT)
 
 _MARK = b"fastssl sha256 "  # the file ends in this, 64 hexadecimal digits of all bytes before, and a line feed
 _TRAILER_BYTES = len(_MARK) + 65
@@ -206,16 +209,18 @@ def load(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} may not be read ({error.strerror}); give this user the right to") from None
         raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
     written = state.get("format") if isinstance(state, dict) else None
-    if isinstance(written, int) and written != FORMAT:
+    if isinstance(written, int) and written not in _READABLE:
         raise ConfigError(
-            f"{path} is a checkpoint of format {written}, and this fastssl reads format {FORMAT}; go on with the "
-            "version that wrote it, or train anew in another --run.dir"
+            f"{path} is a checkpoint of format {written}, and this fastssl reads formats 3 and 4; go on with "
+            "the version that wrote it, or train anew in another --run.dir"
         )
-    if not right or written != FORMAT:
+    if not right or written not in _READABLE:
         raise DamagedCheckpoint(f"{path} is cut short or no checkpoint of fastssl")
     step = state.get("step")
     if type(step) is not int or step < 0 or (path in checkpoints(path.parent) and step != _step_of(path)):
         raise DamagedCheckpoint(f"{path} says that it was written after step {step}, which cannot be")
+    if written == 3 and isinstance(state.get("facts"), dict):
+        state["facts"] = current_facts(state["facts"])
     return state
 
 

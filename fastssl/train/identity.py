@@ -24,7 +24,7 @@ Facts = dict[str, Any]
 """Plain values by dotted name, such as {"optim.lr": 0.03, "images.count": 50000}."""
 
 # The images that these lead to are compared themselves, so they may lie elsewhere.
-_PATHS = ("data.root", "data.unlabelled", "data.label_list", "data.quarantine")
+_PATHS = ("data.root", "data.unlabeled", "data.label_list", "data.quarantine")
 # What a machine may have of its own: the same images come out, at another speed.
 _OF_A_MACHINE = (
     *_PATHS,
@@ -104,7 +104,9 @@ def facts_of_options(config: Config) -> Facts:
             else:
                 facts[prefix + name] = value if not isinstance(value, list | dict) else json.dumps(value)
 
-    add(json.loads(to_json(config)), "")
+    options = json.loads(to_json(config))
+    del options["format"]
+    add(options, "")
     return facts
 
 

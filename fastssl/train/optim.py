@@ -1,4 +1,4 @@
-"""Optimisers."""
+"""Optimizers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastssl.train.lars import LARS
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of every parameter that learns; weight decay spares 1-D ones where the options ask for it.
+    """The optimizer of every parameter that learns; weight decay spares 1-D ones where the options ask for it.
 
     It has its state from the start and keeps it in the same tensors, as a CUDA graph needs it; what is loaded is copied
-    into them. An optimiser of apex keeps its own ways. ConfigError where NVIDIA apex was asked for and is not here.
+    into them. An optimizer of apex keeps its own ways. ConfigError where NVIDIA apex was asked for and is not here.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]

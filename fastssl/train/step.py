@@ -1,4 +1,4 @@
-"""One training step: forward, backward, optimiser, momentum update and queue."""
+"""One training step: forward, backward, optimizer, momentum update and queue."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastssl_pipelines.batch import Batch
 
 def seed_step(seed: int, step: int) -> None:
     """Put torch's generators into the state that belongs to a step, the same on all ranks."""
-    # SplitMix64's odd constant spreads neighbouring (seed, step) pairs over all seeds
+    # SplitMix64's odd constant spreads neighboring (seed, step) pairs over all seeds
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
 
 
 class TrainStep:
-    """Callable that trains a method on one batch; weights, optimiser and queue change in place.
+    """Callable that trains a method on one batch; weights, optimizer and queue change in place.
 
     All torch randomness of a step follows from (seed, step), so a resumed run draws what the first one would have.
     With several ranks each has its part of the batch, and gradients are averaged over them. `accumulate` parts of the

@@ -23,6 +23,7 @@ from fastssl.models.norm import averaged_statistics
 from fastssl.models.queue import gather_state, queue_hash
 from fastssl.observe.meter import NonFiniteStep, StepMeter
 from fastssl.observe.run_logger import Reporter
+from fastssl.renamed import current_facts
 from fastssl.run_folder import Claim
 from fastssl.schedule import learning_rate
 from fastssl.train.build import build_method, build_step, compiles, train_sampler
@@ -196,7 +197,7 @@ class Trainer:
         starts = [record for record in self.reporter.log.read() if record["event"] == "start"]
         then = starts[-1].get("facts") if starts and self.first_step else None
         if isinstance(then, dict):
-            yield from harmless_changes(then, self.facts)
+            yield from harmless_changes(current_facts(then), self.facts)
 
     def _flush_notes(self, done: int) -> None:
         for teller in (self.executor, self.test_executor, self.checkpoints):

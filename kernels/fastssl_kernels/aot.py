@@ -29,7 +29,7 @@ from .triton.configuration import Configuration, aligned_arguments
 # Shared memory that one program can have.
 SHARED_BYTES = {f"sm_{number}": size * 1024 for number, size in ((80, 163), (90, 227), (100, 227), (120, 99))}
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100
-UNSHIFTED = ("read_kernel", "labelled_read_kernel")  # which take exponentials without a maximum where these fit
+UNSHIFTED = ("read_kernel", "labeled_read_kernel")  # which take exponentials without a maximum where these fit
 _COLUMNS = "{:24} {:64} {:7} {:>9} {:>6} {:>5} {:>7} {:12} {:>6} {:>6}"
 _HEADINGS = ("kernel", "config", "target", "registers", "spills", "stack", "shared", "tensor cores", "maxima", "/logit")
 

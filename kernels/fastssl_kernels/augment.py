@@ -1,4 +1,4 @@
-"""Step 3 of the walk of a batch: colour, blur, flip and normalisation of uint8 views."""
+"""Step 3 of the walk of a batch: color, blur, flip and normalization of uint8 views."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .backend import choose, requested
 
 __all__ = ["BLUR_RADIUS", "AugmentParameters", "augment"]
 
-_GREY = (0.2989, 0.587, 0.114)  # torchvision's weights; they sum to 0.9999
+_GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights; they sum to 0.9999
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3  # values in `AugmentParameters.order`; 0 is brightness
 _NEUTRAL = (1.0, 0.0, 0.0)  # the numbers of a blend that changes nothing
 _CHUNK_PIXELS = 2**16  # on a CPU: 768 KB of levels, about a core's L2 cache; half and a quarter of it were slower
@@ -23,13 +23,13 @@ _LOST = 2**-24  # a tap below it is lost in the rounding of the sum
 
 
 def augment(images: Tensor, parameters: AugmentParameters, *, out_dtype: torch.dtype) -> Tensor:
-    """Augment and normalise a batch of uint8 images, each with its own parameters.
+    """Augment and normalize a batch of uint8 images, each with its own parameters.
 
     `images`: uint8 [B, H, W, 3] of any strides. Returns [B, 3, H, W] in `out_dtype` (float32, bfloat16 or
     float16), channels_last, on the images' device.
 
-    In this order: brightness, contrast, saturation and hue as `order` says; greyscale; Gaussian blur of 13
-    taps (fewer where the short side is under 7 pixels); solarise at level 128; horizontal flip; normalise.
+    In this order: brightness, contrast, saturation and hue as `order` says; grayscale; Gaussian blur of 13
+    taps (fewer where the short side is under 7 pixels); solarize at level 128; horizontal flip; normalize.
     Each is the function of torchvision.transforms.v2.functional on float images, with no rounding in between.
     `use_backend` decides whether the Triton kernels run, or this file.
     Raises TypeError for a wrong dtype, ValueError for a wrong shape or device, and RuntimeError where the
@@ -46,7 +46,7 @@ def augment(images: Tensor, parameters: AugmentParameters, *, out_dtype: torch.d
     numbers = _Numbers(
         blends=_blends(parameters),
         turns=_per_image(parameters.hue),
-        grey=parameters.grey,
+        grayscale=parameters.grayscale,
         taps=_taps(parameters, min(BLUR_RADIUS, images.shape[1] - 1, images.shape[2] - 1)),
         solarize=parameters.solarize,
         flip=parameters.flip,
@@ -61,12 +61,12 @@ class _Numbers(NamedTuple):
     """What `_apply` does to each image; B is the first axis of every tensor.
 
     `blends`: [B, 6, 3, 1, 1], see `_blend`: three of them before hue and three after it. `turns`: [B, 1, 1],
-    of the hue. `taps`: [B, radius + 1], of the blur by distance. `grey`, `solarize`, `flip`: bool [B].
+    of the hue. `taps`: [B, radius + 1], of the blur by distance. `grayscale`, `solarize`, `flip`: bool [B].
     """
 
     blends: Tensor
     turns: Tensor
-    grey: Tensor
+    grayscale: Tensor
     taps: Tensor
     solarize: Tensor
     flip: Tensor
@@ -86,10 +86,10 @@ def _alike(numbers: _Numbers, count: int) -> tuple[Tensor, list[int]]:
     """An order of the images, int64 [B], and how to cut it, such that a chunk has jitter in the same slots.
 
     A chunk holds at most `count` images; if these are all, they stay together, because calls cost more than work.
-    Those that turn grey are neighbours, and so are those that flip.
+    Those that turn gray are neighbors, and so are those that flip.
     """
     slots = ((numbers.blends[:, :, 0].flatten(1) != 1) * 2 ** torch.arange(6)).sum(1)
-    order = (4 * slots + 2 * numbers.grey + numbers.flip).argsort()
+    order = (4 * slots + 2 * numbers.grayscale + numbers.flip).argsort()
     if len(order) <= count:
         return order, [len(order)]
     groups = slots[order].unique_consecutive(return_counts=True)[1].tolist()
@@ -98,7 +98,7 @@ def _alike(numbers: _Numbers, count: int) -> tuple[Tensor, list[int]]:
 
 def _apply(images: Tensor, numbers: _Numbers, parameters: AugmentParameters, out: Tensor) -> None:
     """Augment uint8 [B, H, W, 3] into `out`, of the same shape."""
-    # Planes of grey levels 0..255: contiguous channels vectorise, and whole levels are exact in float32.
+    # Planes of gray levels 0..255: contiguous channels vectorize, and whole levels are exact in float32.
     levels = images.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     needed, blends = _needed(numbers.blends), numbers.blends.unbind(1)
     for i in (0, 1, 2):
@@ -106,7 +106,7 @@ def _apply(images: Tensor, numbers: _Numbers, parameters: AugmentParameters, out
     levels = _where((numbers.turns != 0).flatten(), levels, _shift_hue, numbers.turns)
     for i in (3, 4, 5):
         levels = _blend(levels, blends[i], needed[i])
-    levels = _where(numbers.grey, levels, lambda chosen: _grey(chosen)[None])
+    levels = _where(numbers.grayscale, levels, lambda chosen: _gray(chosen)[None])
     if numbers.taps.shape[1] > 1:
         levels = _where(numbers.taps[:, 0] != 1, levels, _blur, numbers.taps)
     levels = _where(numbers.solarize, levels, lambda chosen: torch.where(chosen >= 128, 255 - chosen, chosen))
@@ -172,18 +172,18 @@ def _needed(blends: Tensor) -> list[list[bool]]:
 
 
 def _blend(levels: Tensor, numbers: Tensor, needed: list[bool]) -> Tensor:
-    """factor * image + about_mean * mean of its grey image + about_grey * its grey image, clipped, in place.
+    """factor * image + about_mean * mean of its gray image + about_gray * its gray image, clipped, in place.
 
     `numbers`: [B, 3, 1, 1], these three; the last two are 1 - factor or, where the operation is another one, 0.
     """
     if not needed[0]:
         return levels
-    factor, about_mean, about_grey = numbers.unbind(1)
+    factor, about_mean, about_gray = numbers.unbind(1)
     if not (needed[1] or needed[2]):
         return levels.mul_(factor).clamp_(0, 255)
-    other = _grey(levels)
+    other = _gray(levels)
     mean = other.mean((1, 2), keepdim=True).mul_(about_mean)
-    other = other.mul_(about_grey).add_(mean) if needed[2] else mean
+    other = other.mul_(about_gray).add_(mean) if needed[2] else mean
     return levels.mul_(factor).add_(other).clamp_(0, 255)
 
 
@@ -193,9 +193,9 @@ def _shift_hue(levels: Tensor, turns: Tensor) -> Tensor:
     low = torch.minimum(green, blue).minimum(red)
     high = torch.maximum(green, blue).maximum(red)
     chroma = high - low
-    # In sixths of a turn: 1 + (green + blue - red - low) / chroma from red, in all six sectors, towards green or blue.
+    # In sixths of a turn: 1 + (green + blue - red - low) / chroma from red, in all six sectors, toward green or blue.
     hue = (green - red).add_(blue - low)
-    hue.div_(chroma.clamp_min(torch.finfo(torch.float32).tiny))  # grey pixels: 0 / tiny, never NaN
+    hue.div_(chroma.clamp_min(torch.finfo(torch.float32).tiny))  # gray pixels: 0 / tiny, never NaN
     hue.add_(1).copysign_(green - blue).add_(6 * turns)
     hue.sub_((hue * (1 / 6)).floor_(), alpha=6)
     # The share of the chroma in each channel is a trapezium over the six sectors: with its clamp(distance, 1, 2)
@@ -253,9 +253,9 @@ def _convolve(padded: Tensor, taps: Sequence[float | Tensor], dim: int) -> Tenso
     return out
 
 
-def _grey(levels: Tensor) -> Tensor:
+def _gray(levels: Tensor) -> Tensor:
     red, green, blue = levels.unbind(0)
-    return (red * _GREY[0]).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2])
+    return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _PER_IMAGE = {
     "saturation": torch.float32,
     "hue": torch.float32,
     "order": torch.int64,
-    "grey": torch.bool,
+    "grayscale": torch.bool,
     "blur_sigma": torch.float32,
     "solarize": torch.bool,
 }
@@ -38,7 +38,7 @@ class AugmentParameters:
     - `order`: int64 [B, 4], the jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the
       order of application; every row is a permutation.
     - `blur_sigma`: float32 [B] in pixels, up to 2; 0 leaves the image alone. None: no image is blurred.
-    - `flip`, `grey`, `solarize`: bool [B].
+    - `flip`, `grayscale`, `solarize`: bool [B].
     - `mean`, `std`: per channel, in units of the [0, 1] range.
 
     `augment` checks shapes, dtypes and devices, but no values: that would wait for the device.
@@ -50,7 +50,7 @@ class AugmentParameters:
     saturation: Tensor
     hue: Tensor
     order: Tensor
-    grey: Tensor
+    grayscale: Tensor
     blur_sigma: Tensor | None
     solarize: Tensor
     mean: tuple[float, float, float]

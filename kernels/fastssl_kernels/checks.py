@@ -192,7 +192,7 @@ def check_tensor(name: str, value: Tensor) -> None:
 
 
 def check_unit_rows(**matrices: Tensor) -> None:
-    """In debug mode (FASTSSL_DEBUG=1) refuse rows that are not L2-normalised; it waits for the device."""
+    """In debug mode (FASTSSL_DEBUG=1) refuse rows that are not L2-normalized; it waits for the device."""
     if os.environ.get("FASTSSL_DEBUG") != "1":
         return
     for name, rows in matrices.items():

@@ -14,7 +14,7 @@ from .rows import reduce_rows
 def nt_xent(
     first: Tensor, second: Tensor, *, temperature: float, labels: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Normalised cross-entropy of two views of a batch (SimCLR, arXiv 2002.05709), or SupCon in a batch.
+    """Normalized cross-entropy of two views of a batch (SimCLR, arXiv 2002.05709), or SupCon in a batch.
 
     The 2N rows are those of `first`, then those of `second`, both [N, C] and of one dtype. Row loss:
     log(sum over the other 2N - 1 rows of exp(x.y / t)) - x.(the other view) / t. With `labels`, int64 [N],

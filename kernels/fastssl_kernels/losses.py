@@ -23,7 +23,7 @@ def info_nce(
 
     Row loss: log(exp(q.k / t) + sum over the queue of exp(q.m / t)) - q.k / t.
 
-    `query`, `key`: [N, C]. `queue`: [K, C]. Rows are L2-normalised; dtypes float32, bfloat16 or float16 in
+    `query`, `key`: [N, C]. `queue`: [K, C]. Rows are L2-normalized; dtypes float32, bfloat16 or float16 in
     any mixture, or all float64. Products with the queue take both operands in the queue's dtype (blockwise:
     in float32) and accumulate in float32; the positive pair is multiplied in float32. Autocast changes
     nothing. Only `query` gets a gradient. It is computed in the forward pass, so the queue may be overwritten
@@ -63,7 +63,7 @@ def unicon(
     Row loss: log(1 + sum over negatives of exp(q.m / t) * sum over positives of exp(-q.m / t)).
 
     `query_labels`: int64 [N]. `queue_labels`: int64 [K]. -1 is unknown. A queue entry is positive where its
-    label is known and equals the query's, else negative, so for an unlabelled query this is `info_nce`. A row
+    label is known and equals the query's, else negative, so for an unlabeled query this is `info_nce`. A row
     without negatives has loss 0. A label below -1 is a ValueError on a CPU; elsewhere, where looking would
     wait for the device, it makes its row NaN, and in the queue all rows. All else as in `info_nce`; accuracy
     is that of the own key, as in MoCo.

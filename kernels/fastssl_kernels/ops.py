@@ -232,7 +232,7 @@ def nearest(rows: Tensor, bank: Tensor, count: int, backend: str) -> Tensor:
 
 
 def _classes(labels: Tensor) -> Tensor:
-    """Labels [2N] of both views in which the views of an unlabelled image are a class of their own, below -1."""
+    """Labels [2N] of both views in which the views of an unlabeled image are a class of their own, below -1."""
     own = torch.arange(len(labels), device=labels.device) % (len(labels) // 2)
     return torch.where(labels == -1, -2 - own, labels)
 

@@ -62,8 +62,8 @@ def make_inputs(rows: int, entries: int, features: int, seed: int = 0) -> Inputs
     def hide(labels: Tensor) -> Tensor:
         return labels.masked_fill(torch.rand(len(labels), generator=generator) < 1 / 3, -1)
 
-    centre = near(torch.zeros(1, features, dtype=torch.float64), 1.0)
-    query = near(centre.expand(rows, features), 1.5)
+    center = near(torch.zeros(1, features, dtype=torch.float64), 1.0)
+    query = near(center.expand(rows, features), 1.5)
     source = torch.arange(entries) % rows
     labels = torch.arange(rows) % 3
     key, queue = near(query, 1.5), near(query[source], 1.3)
@@ -98,9 +98,9 @@ def _labels(given: Inputs) -> dict[str, Tensor]:
     return {"query_labels": given.query_labels, "queue_labels": given.queue_labels}
 
 
-def _pair(function: Callable[..., Any], labelled: bool = False, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
+def _pair(function: Callable[..., Any], labeled: bool = False, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
     def call(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
-        labels = _labels(given) if labelled else {}
+        labels = _labels(given) if labeled else {}
         return (
             function(
                 given.query,
@@ -204,8 +204,8 @@ def _queue_read(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
 LOSSES: dict[str, Loss] = {
     "queue_read": Loss(_queue_read),
     "info_nce": Loss(_pair(losses.info_nce)),
-    "unicon": Loss(_pair(losses.unicon, labelled=True)),
-    "sup_con": Loss(_pair(losses.sup_con, labelled=True)),
+    "unicon": Loss(_pair(losses.unicon, labeled=True)),
+    "sup_con": Loss(_pair(losses.sup_con, labeled=True)),
     "soft_cross_entropy": Loss(_soft_cross_entropy, difference=True),
     "consistency": Loss(_pair(losses.consistency), difference=True),
     "consistency+positive": Loss(_pair(losses.consistency, include_positive=True), difference=True),

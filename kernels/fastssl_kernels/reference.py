@@ -202,7 +202,7 @@ def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
 def update_groups(
     features: Tensor, groups: Tensor, *, momentum: float | Tensor, assignment: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Assign each row to its nearest group, move the groups towards the mean of their rows."""
+    """Assign each row to its nearest group, move the groups toward the mean of their rows."""
     checks.check_rows(features=features, groups=groups)
     checks.check_momentum(features, momentum)
     assignment = assign_groups(features, groups) if assignment is None else assignment
@@ -236,7 +236,7 @@ def nt_xent(
     labels = torch.arange(len(first), device=first.device) if labels is None else labels
     checks.check_label_values(labels=labels)
     positive = _same(labels.repeat(2), labels.repeat(2))
-    # An unlabelled row's positive is its other view.
+    # An unlabeled row's positive is its other view.
     positive |= torch.eye(len(first), dtype=torch.bool, device=first.device).repeat(2, 2)
     own = torch.eye(len(rows), dtype=torch.bool, device=first.device)
     logits = (_similarity(rows, rows) / float(temperature)).masked_fill(own, -torch.inf)

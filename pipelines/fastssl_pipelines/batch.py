@@ -12,7 +12,7 @@ from torch import Tensor
 class Batch:
     """Views of one batch of images, on the training device.
 
-    `views`: one tensor a view, [B, 3, H, W], channels_last, normalised, in the training dtype.
+    `views`: one tensor a view, [B, 3, H, W], channels_last, normalized, in the training dtype.
     `labels`: [B] int64, -1 where the label is unknown. `ids`: [B] int64, position in the source.
     `step`: the training step that this batch belongs to.
     `ready`: where a CUDA stream of its own makes the batch, the event behind the last work on it; else None.

@@ -28,7 +28,7 @@ class _Column:
     JITTER_APPLIED = 23
     JITTER_FACTORS = slice(24, 28)
     JITTER_ORDER = slice(28, 32)
-    GREY = 32
+    GRAYSCALE = 32
     BLUR_APPLIED = 33
     BLUR_SIGMA = 34
     SOLARIZE = 35
@@ -43,7 +43,7 @@ class ViewPlan:
     """The numbers of one view for B images; the fields after `boxes` are those of AugmentParameters.
 
     `size`: side of the view in pixels. `boxes`: int32 [B, 4], (top, left, height, width) in source pixels.
-    `flip`, `grey`, `solarize`: bool [B]. `order`: int64 [B, 4].
+    `flip`, `grayscale`, `solarize`: bool [B]. `order`: int64 [B, 4].
     `brightness`, `contrast`, `saturation`, `hue`, `blur_sigma`: float32 [B].
     """
 
@@ -55,7 +55,7 @@ class ViewPlan:
     saturation: NDArray[np.float32]
     hue: NDArray[np.float32]
     order: NDArray[np.int64]
-    grey: NDArray[np.bool_]
+    grayscale: NDArray[np.bool_]
     blur_sigma: NDArray[np.float32]
     solarize: NDArray[np.bool_]
 
@@ -139,8 +139,8 @@ class SamplePlan:
             labels=self.labels[ids],
             replaced=replaced,
             views=tuple(
-                _centre_view(spec, widths, heights)
-                if spec.centre is not None
+                _center_view(spec, widths, heights)
+                if spec.center_crop is not None
                 else _random_view(spec, widths, heights, self._draws(epoch, view, start, stop - start))
                 for view, spec in enumerate((self.odd_views if odd else ()) or self.views)
             ),
@@ -219,7 +219,7 @@ def _random_view(
         saturation=factor(2),
         hue=np.where(jittered, spec.jitter[3] * (2 * factors[:, 3] - 1), 0).astype(np.float32),
         order=np.argsort(draws[:, _Column.JITTER_ORDER], axis=1),
-        grey=draws[:, _Column.GREY] < spec.grey,
+        grayscale=draws[:, _Column.GRAYSCALE] < spec.grayscale,
         blur_sigma=np.where(blurred, sigma, 0).astype(np.float32),
         solarize=draws[:, _Column.SOLARIZE] < spec.solarize,
     )
@@ -251,10 +251,10 @@ def _random_resized_boxes(
     return np.stack([top, left, height, width], axis=1).astype(np.int32)
 
 
-def _centre_view(spec: ViewSpec, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> ViewPlan:
-    assert spec.centre is not None
+def _center_view(spec: ViewSpec, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> ViewPlan:
+    assert spec.center_crop is not None
     count = len(widths)
-    side = np.maximum(1, np.rint(spec.centre * np.minimum(widths, heights))).astype(np.int64)
+    side = np.maximum(1, np.rint(spec.center_crop * np.minimum(widths, heights))).astype(np.int64)
     boxes = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
     ones, zeros, never = np.ones(count, np.float32), np.zeros(count, np.float32), np.zeros(count, np.bool_)
     return ViewPlan(
@@ -266,7 +266,7 @@ def _centre_view(spec: ViewSpec, widths: NDArray[np.int64], heights: NDArray[np.
         saturation=ones,
         hue=zeros,
         order=np.tile(np.arange(4), (count, 1)),
-        grey=never,
+        grayscale=never,
         blur_sigma=zeros,
         solarize=never,
     )

@@ -14,8 +14,8 @@ class ViewSpec:
 
     `scale` and `ratio` are torchvision's RandomResizedCrop ranges (share of the area, width / height).
     `jitter` is (brightness, contrast, saturation, hue) in torchvision's ColorJitter meaning.
-    `*_probability` and `grey`, `blur`, `solarize`, `flip` are probabilities per image.
-    With `centre` set, the view is the deterministic central square whose side is that share of the short
+    `*_probability` and `grayscale`, `blur`, `solarize`, `flip` are probabilities per image.
+    With `center_crop` set, the view is the deterministic central square whose side is that share of the short
     side (0.875 is the usual 224 out of 256), resized to `size`, and nothing else is applied.
     """
 
@@ -25,11 +25,11 @@ class ViewSpec:
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_probability: float = 0.8
-    grey: float = 0.2
+    grayscale: float = 0.2
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
-    centre: float | None = None
+    center_crop: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST_SIZE:
@@ -42,10 +42,10 @@ class ViewSpec:
             raise ValueError(f"ratio {self.ratio} was given; it must be 0 < low <= high, both finite")
         if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1] <= LARGEST_SIZE:
             raise ValueError(f"blur_sigma {self.blur_sigma} was given; it must be 0 <= low <= high <= {LARGEST_SIZE}")
-        for name in ("flip", "jitter_probability", "grey", "blur", "solarize"):
+        for name in ("flip", "jitter_probability", "grayscale", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} was given; a probability lies in [0, 1]")
         if not (all(0 <= value <= 1 for value in self.jitter[:3]) and 0 <= self.jitter[3] <= 0.5):
             raise ValueError(f"jitter {self.jitter} was given; allowed are three values in [0, 1] and hue in [0, 0.5]")
-        if self.centre is not None and not 0 < self.centre <= 1:
-            raise ValueError(f"centre {self.centre} was given; it must lie in (0, 1]")
+        if self.center_crop is not None and not 0 < self.center_crop <= 1:
+            raise ValueError(f"center_crop {self.center_crop} was given; it must lie in (0, 1]")

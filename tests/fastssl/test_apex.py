@@ -43,7 +43,7 @@ def apex(monkeypatch):
         ("novograd", "FusedNovoGrad", ("betas", (0.5, 0.6))),
     ],
 )
-def test_apex_makes_the_optimiser_that_was_asked_for(apex, optimizer, name, option):
+def test_apex_makes_the_optimizer_that_was_asked_for(apex, optimizer, name, option):
     config = OptimConfig(
         impl="apex",
         optimizer=optimizer,

@@ -239,22 +239,32 @@ def without_dtypes(facts):
     return {name: value for name, value in facts.items() if "queue_dtype" not in name}
 
 
+def with_old_names(text):
+    for new, old in (("unlabeled", "unlabelled"), ("grayscale", "grey"), ("center_crop", "centre")):
+        text = text.replace(new, old)
+    return text
+
+
 def aged(run):
-    """Make a run one from before there was the option: no file of it knows a dtype of the queue."""
+    """Make a run one of config.json's format 1 and checkpoint format 3, before there was a dtype of the queue."""
     edited(run, lambda method: method.pop("queue_dtype"))
+    values = json.loads(with_old_names((run / "config.json").read_text()))
+    assert values.pop("format") == 2
+    (run / "config.json").write_text(json.dumps(values))
     for path in (run / "checkpoints").glob("*.pt"):
         state = checkpoint.load(path)
         step, facts = state.pop("step"), without_dtypes(state["facts"])
         path.unlink()
-        checkpoint.save(path.parent, {**state, "facts": facts}, step=step, keep=9)
+        old = {"format": 3, "facts": json.loads(with_old_names(json.dumps(facts)))}
+        checkpoint.save(path.parent, state | old, step=step, keep=9)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "facts" in line:
-            line["facts"] = without_dtypes(line["facts"])
+            line["facts"] = json.loads(with_old_names(json.dumps(without_dtypes(line["facts"]))))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_runs_from_before_the_option_go_on_with_float32_queues(tmp_path):
+def test_runs_of_earlier_formats_go_on_with_float32_queues(tmp_path):
     new, old = tmp_path / "new", tmp_path / "old"
     assert train(new, "--optim.schedule", "step") == 0
     shutil.copytree(new, old)

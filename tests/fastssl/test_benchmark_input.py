@@ -30,13 +30,13 @@ from fastssl_pipelines.views import ViewSpec
 
 TINY = ["--seconds", "0.05", "--repeats", "1", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
 CPU = torch.device("cpu")
-PLAIN = ViewSpec(size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter_probability=0.0, grey=0.0)
+PLAIN = ViewSpec(size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter_probability=0.0, grayscale=0.0)
 needs_dali = pytest.mark.skipif(bool(available_executors()["dali"]), reason="needs DALI")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 images of one colour each."""
+    """16 images of one color each."""
     folder = tmp_path_factory.mktemp("data")
     for number in range(16):
         path = folder / "train" / "ab"[number % 2] / f"{number}.jpg"
@@ -101,23 +101,23 @@ def test_an_executor_that_cannot_have_the_images_is_left_out_with_a_note(root, t
 
 
 @pytest.mark.parametrize("recipe", ["pillow", pytest.param("dali", marks=needs_dali)])
-def test_plain_views_of_a_recipe_are_the_normalised_images(root, recipe):
+def test_plain_views_of_a_recipe_are_the_normalized_images(root, recipe):
     config = config_of(views=(PLAIN, replace(PLAIN, size=16)))
     source = open_source(split_roots(root)[0])
     files = sorted(root.rglob("*.jpg"))
     opened = pil_batches(config, source, CPU) if recipe == "pillow" else dali_batches(config, files, CPU)
     with closing(opened) as batches:
         seen = list(islice(batches, 4))
-    colours = np.concatenate([_colours(first, config) for first, _ in seen])
+    colors = np.concatenate([_colors(first, config) for first, _ in seen])
     expected = np.array([[10 * number, 200 - 10 * number, 60] for number in range(16)])
-    assert np.abs(colours[colours[:, 0].argsort()] - expected).max() < 3  # a lossy JPEG
+    assert np.abs(colors[colors[:, 0].argsort()] - expected).max() < 3  # a lossy JPEG
     for first, second in seen:
         assert (first.shape, second.shape) == ((4, 3, 32, 32), (4, 3, 16, 16))
         assert first.dtype == torch.float32
-        assert np.abs(_colours(first, config) - _colours(second, config)).max() < 1
+        assert np.abs(_colors(first, config) - _colors(second, config)).max() < 1
 
 
-def _colours(views: torch.Tensor, config) -> np.ndarray:
+def _colors(views: torch.Tensor, config) -> np.ndarray:
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
     return 255 * (views.cpu() * std + mean).mean((2, 3)).numpy()
 
@@ -130,15 +130,15 @@ def test_the_random_steps_of_the_dali_recipe_change_what_they_should(root):
         config = config_of(views=(view, view))
         with closing(dali_batches(config, files, CPU)) as batches:
             views = next(batches)[0].clone()
-        return views, _colours(views, config)
+        return views, _colors(views, config)
 
-    _, grey = first(replace(PLAIN, grey=1.0))
-    assert np.ptp(grey, axis=1).max() < 2
+    _, gray = first(replace(PLAIN, grayscale=1.0))
+    assert np.ptp(gray, axis=1).max() < 2
     _, jittered = first(replace(PLAIN, jitter_probability=1.0))
     _, plain = first(PLAIN)
     assert np.abs(jittered - plain).max() > 10
     _, blurred = first(replace(PLAIN, blur=1.0))
-    assert np.abs(blurred - plain).max() < 1  # there is nothing to blur in one colour
+    assert np.abs(blurred - plain).max() < 1  # there is nothing to blur in one color
 
 
 def test_the_pillow_recipe_has_the_steps_of_the_view():

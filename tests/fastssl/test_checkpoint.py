@@ -219,12 +219,12 @@ def test_a_file_that_cannot_be_read_is_passed_over(folder):
     assert "No such file" in reader.notes[0]
 
 
-@pytest.mark.parametrize("version", [1, 4])
+@pytest.mark.parametrize("version", [2, 5])
 def test_another_format_is_refused_and_left_alone(folder, version):
     folder.mkdir(parents=True)
     path = folder / "step_000000005.pt"
     torch.save({"format": version, "step": 5}, path)
-    with pytest.raises(ConfigError, match=f"format {version}.*reads format 3") as error:
+    with pytest.raises(ConfigError, match=f"format {version}.*reads formats 3 and 4") as error:
         Checkpoints(folder, keep=1).newest()
     assert not isinstance(error.value, DamagedCheckpoint)
     assert path.exists()

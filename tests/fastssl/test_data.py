@@ -82,7 +82,7 @@ def test_splits_of_different_classes_are_refused(root):
         splits(root)
 
 
-def test_test_images_are_labelled_by_the_names_of_the_training_classes(root):
+def test_test_images_are_labeled_by_the_names_of_the_training_classes(root):
     shutil.rmtree(root / "val" / "cat")
     for number in (0, 1):
         write(root / "train" / "ape" / f"{number}.png")
@@ -154,11 +154,11 @@ def test_an_empty_quarantine_changes_nothing(root, tmp_path):
     assert (len(train), len(test), train.notes) == (20, 4, ())
 
 
-def test_quarantine_keeps_unlabelled_images_out_too(root, tmp_path):
+def test_quarantine_keeps_unlabeled_images_out_too(root, tmp_path):
     for number in range(3):
         write(tmp_path / "more" / f"{number}.png")
     (tmp_path / "bad.txt").write_text("1.png\ncat/cat5.png\n")
-    options = ["--data.unlabelled", str(tmp_path / "more"), "--data.quarantine", str(tmp_path / "bad.txt")]
+    options = ["--data.unlabeled", str(tmp_path / "more"), "--data.quarantine", str(tmp_path / "bad.txt")]
     train, _ = splits(root, *options)
     assert train.labels.tolist() == [0] * 9 + [1] * 10 + [-1] * 2
 

@@ -177,13 +177,13 @@ def test_data_that_moved(run_on_a_folder, image_folder, tmp_path, capsys):
     assert {**after, "seconds": 0} == {**before, "seconds": 0}
 
 
-def test_the_unlabelled_images_of_a_run_are_not_needed(image_folder, tmp_path):
-    unlabelled, folder = tmp_path / "unlabelled", tmp_path / "with-unlabelled"
-    shutil.copytree(image_folder / "train", unlabelled)
-    arguments = f"{TINY} --data.root {image_folder} --data.unlabelled {unlabelled} --train.steps 2 --data.workers 0"
+def test_the_unlabeled_images_of_a_run_are_not_needed(image_folder, tmp_path):
+    unlabeled, folder = tmp_path / "unlabeled", tmp_path / "with-unlabeled"
+    shutil.copytree(image_folder / "train", unlabeled)
+    arguments = f"{TINY} --data.root {image_folder} --data.unlabeled {unlabeled} --train.steps 2 --data.workers 0"
     assert main(["pretrain", "mocov2-cifar10", *arguments.split(), "--run.dir", str(folder)]) == 0
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    shutil.rmtree(unlabelled)
+    shutil.rmtree(unlabeled)
     result = evaluate(folder, "knn")
     assert (result["train_images"], result["test_images"]) == (48, 12)
     assert result["top1"] == pytest.approx(last["knn_top1"])

@@ -1,4 +1,4 @@
-"""What an evaluation takes from a source: every labelled image, in order, and no other."""
+"""What an evaluation takes from a source: every labeled image, in order, and no other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastssl_pipelines.executors.base import build_executor
 from fastssl_pipelines.sources.base import ArraySource
 from fastssl_pipelines.views import ViewSpec
 
-VIEW = ViewSpec(size=8, centre=1.0)
+VIEW = ViewSpec(size=8, center_crop=1.0)
 CLASSES = ("a", "b", "c")
 
 
@@ -37,7 +37,7 @@ class CountingEncoder(nn.Module):
         return images
 
 
-def test_the_unlabelled_tail_is_not_encoded():
+def test_the_unlabeled_tail_is_not_encoded():
     source = random_source([0, 1, 2] * 100 + [-1] * 500)
     encoder = CountingEncoder()
     features = extract_features(encoder, executor_of(source), VIEW, dtype=torch.float32)
@@ -48,7 +48,7 @@ def test_the_unlabelled_tail_is_not_encoded():
     assert evaluation_plan(source, VIEW).num_samples == 300
 
 
-def test_the_knn_of_a_run_does_not_encode_the_unlabelled_tail():
+def test_the_knn_of_a_run_does_not_encode_the_unlabeled_tail():
     train, test = random_source([0, 1, 2] * 10 + [-1] * 50), random_source([0, 1, 2])
     encoder = CountingEncoder()
     knn = OnlineKNN(load("quickstart"), executor_of(train), executor_of(test), dtype=torch.float32)
@@ -65,7 +65,7 @@ def test_an_image_without_a_label_in_between_is_left_out():
 
 
 def test_a_source_without_labels_is_refused():
-    with pytest.raises(ValueError, match="no labelled image"):
+    with pytest.raises(ValueError, match="no labeled image"):
         extract_features(CountingEncoder(), executor_of(random_source([-1, -1])), VIEW, dtype=torch.float32)
 
 

@@ -17,9 +17,9 @@ from fastssl.evaluate.linear import RATES, Recipe, held_out, train_classifiers, 
 
 def blobs(count, *, classes=7, width=12, spread=1.0, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(count) % classes
-    return Features(scale * (centres[labels] + spread * torch.randn(count, width, generator=generator)), labels)
+    return Features(scale * (centers[labels] + spread * torch.randn(count, width, generator=generator)), labels)
 
 
 def in_plain_torch(features, rate, classes, recipe):

@@ -39,9 +39,9 @@ def by_definition(bank, bank_labels, queries, query_labels, k, temperature):
 def test_knn_equals_its_definition(k, temperature, chunk, monkeypatch):
     monkeypatch.setattr(knn, "_SIMILARITIES", 120 * chunk)
     generator = torch.Generator().manual_seed(3)
-    centres = torch.randn(9, 16, generator=generator)
+    centers = torch.randn(9, 16, generator=generator)
     labels = torch.arange(180) % 9
-    rows = normalize(centres[labels] + 2.0 * torch.randn(180, 16, generator=generator), dim=1)
+    rows = normalize(centers[labels] + 2.0 * torch.randn(180, 16, generator=generator), dim=1)
     bank, queries = rows[:120], rows[120:]
     got = knn_accuracy(bank, labels[:120], queries, labels[120:], k=k, temperature=temperature)
     assert got == pytest.approx(by_definition(bank, labels[:120], queries, labels[120:], k, temperature))
@@ -72,7 +72,7 @@ def test_rows_without_a_label_neither_vote_nor_count():
     labels = torch.tensor([-1, 1, 2])
     queries, truth = torch.eye(3)[:2], torch.tensor([-1, 1])
     assert knn_accuracy(bank, labels, queries, truth, k=1, temperature=0.1) == (100, 100)
-    with pytest.raises(ValueError, match="0 labelled bank rows"):
+    with pytest.raises(ValueError, match="0 labeled bank rows"):
         knn_accuracy(bank, torch.full((3,), -1), queries, truth, k=1, temperature=0.1)
 
 
@@ -90,7 +90,7 @@ def test_the_length_of_features_does_not_matter():
         build_executor("resident", ArraySource("rows", pixels[part], labels[part], ("0", "1", "2")), mean=MEAN, std=STD)
         for part in (slice(0, 180), slice(180, 240))
     )
-    view = ViewSpec(size=4, centre=1.0)
+    view = ViewSpec(size=4, center_crop=1.0)
     got = knn_of_encoder(Stretched(), bank, queries, view, k=60, temperature=0.1, dtype=torch.float32)
 
     def vote(bank_directions, query_directions):
@@ -119,7 +119,7 @@ def test_features_are_in_memory_once(monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
     source = ArraySource("rows", pixels, np.arange(count) % 3, ("0", "1", "2"))
     bank, queries = (build_executor("resident", each, mean=MEAN, std=STD) for each in (source, Subset(source, [0, 1])))
-    view = ViewSpec(size=2, centre=1.0)
+    view = ViewSpec(size=2, center_crop=1.0)
 
     def run():
         knn_of_encoder(Wide(), bank, queries, view, k=5, temperature=0.1, dtype=torch.float32)

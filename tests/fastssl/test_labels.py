@@ -1,4 +1,4 @@
-"""Which labels a method sees: a share of each class, a list of names, unlabelled images beside the labelled ones."""
+"""Which labels a method sees: a share of each class, a list of names, unlabeled images beside the labeled ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastssl.data import open_splits
 from fastssl.errors import ConfigError
 from fastssl.train.build import train_sampler
 
-SIZE = {"labelled": (12, 12), "more": (10, 15)}
+SIZE = {"labeled": (12, 12), "more": (10, 15)}
 
 
 def write_images(folder, names):
@@ -29,17 +29,17 @@ def write_images(folder, names):
 
 @pytest.fixture
 def data(tmp_path):
-    """10 cats and 10 dogs to train on, 2 and 2 to test, 7 unlabelled images, and a list of two cats and a dog."""
+    """10 cats and 10 dogs to train on, 2 and 2 to test, 7 unlabeled images, and a list of two cats and a dog."""
     names = [f"train/{name}/{name}_{number}.png" for name in ("cat", "dog") for number in range(10)]
     names += [f"test/{name}/{name}_{number}.png" for name in ("cat", "dog") for number in range(10, 12)]
-    write_images(tmp_path / "labelled", names)
+    write_images(tmp_path / "labeled", names)
     write_images(tmp_path / "more", [*(f"{number}.png" for number in range(4)), *(f"cat/{n}.png" for n in range(3))])
     (tmp_path / "list.txt").write_text("cat_3.png\ndog/dog_0.png\ncat_9.png\n")
     return tmp_path
 
 
 def arguments(data, *more):
-    text = f"--data.root {data}/labelled --data.workers 0 --model.width 0.0625 --model.splits 2 --method.queue-size 16"
+    text = f"--data.root {data}/labeled --data.workers 0 --model.width 0.0625 --model.splits 2 --method.queue-size 16"
     text += " --train.batch-size 8 --train.steps 2 --train.device cpu"
     return [*text.split(), *(part.format(data=data) for part in " ".join(more).split())]
 
@@ -65,7 +65,7 @@ def test_a_list_shows_the_labels_of_its_names_alone(data):
     assert known(labels) == {"cat_3.png": 0, "cat_9.png": 0, "dog_0.png": 1}
 
 
-@pytest.mark.parametrize("more", ["", "--data.unlabelled {data}/more"])
+@pytest.mark.parametrize("more", ["", "--data.unlabeled {data}/more"])
 def test_at_fraction_0_and_with_an_empty_list_all_labels_are_unknown(data, more):
     (data / "empty.txt").write_text("\n")
     count = 27 if more else 20
@@ -87,20 +87,20 @@ def test_a_fraction_is_taken_of_each_class(data):
 @pytest.mark.parametrize(
     "labels", ["--data.label-fraction 0.3", "--data.label-fraction 1 --data.label-list {data}/list.txt"]
 )
-def test_an_unlabelled_folder_adds_images_and_no_labels(data, labels):
-    joint = seen(data, labels, "--data.unlabelled {data}/more")
+def test_an_unlabeled_folder_adds_images_and_no_labels(data, labels):
+    joint = seen(data, labels, "--data.unlabeled {data}/more")
     assert len(joint) == 27
     assert sum("/more/" in name for name in joint) == 7
     assert known(joint) == known(seen(data, labels))
     assert all(label == -1 for name, label in joint.items() if "/more/" in name)
 
 
-def test_unlabelled_images_stand_last_and_only_in_training(data):
-    train, test = open_splits(parse(["unimoco-cifar10", *arguments(data, "--data.unlabelled {data}/more")]))
+def test_unlabeled_images_stand_last_and_only_in_training(data):
+    train, test = open_splits(parse(["unimoco-cifar10", *arguments(data, "--data.unlabeled {data}/more")]))
     assert train.labels.tolist() == [0] * 10 + [1] * 10 + [-1] * 7
     assert test.labels.tolist() == [0, 0, 1, 1]
-    # without a test split, the images kept from training are labelled ones
-    options = f"--data.root {data}/labelled/train --data.unlabelled {data}/more"
+    # without a test split, the images kept from training are labeled ones
+    options = f"--data.root {data}/labeled/train --data.unlabeled {data}/more"
     train, test = open_splits(parse(["unimoco-cifar10", *options.split()]))
     assert train.labels.tolist() == [0] * 9 + [1] * 9 + [-1] * 7
     assert test.labels.tolist() == [0, 1]
@@ -129,7 +129,7 @@ def test_known_labels_of_one_class_are_told_to_methods_that_use_them(data, metho
 
 
 def test_with_one_class_nothing_is_classified(data, capsys):
-    root = data / "labelled" / "train"
+    root = data / "labeled" / "train"
     for path in (root / "dog").iterdir():
         path.unlink()
     (root / "dog").rmdir()
@@ -146,10 +146,10 @@ def test_with_one_class_nothing_is_classified(data, capsys):
 
 
 def test_the_new_paths_survive_json(data):
-    options = "--data.label-fraction 1 --data.label-list {data}/list.txt --data.unlabelled {data}/more"
+    options = "--data.label-fraction 1 --data.label-list {data}/list.txt --data.unlabeled {data}/more"
     config = parse(["unimoco-cifar10", *arguments(data, options)])
     assert from_json(to_json(config)) == config
-    assert (config.data.label_list, config.data.unlabelled) == (data / "list.txt", data / "more")
+    assert (config.data.label_list, config.data.unlabeled) == (data / "list.txt", data / "more")
 
 
 def run(data, *more, preset="unimoco-cifar10"):
@@ -164,17 +164,17 @@ def start(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
 
 
-def test_a_run_with_a_list_and_unlabelled_images_from_another_folder(data, monkeypatch, capsys):
+def test_a_run_with_a_list_and_unlabeled_images_from_another_folder(data, monkeypatch, capsys):
     (data / "list.txt").write_text("\n".join(f"cat_{number}.png" for number in range(11)))
     monkeypatch.chdir(data)
-    options = "--data.label-fraction 1 --data.label-list list.txt --data.unlabelled more --train.steps 2"
+    options = "--data.label-fraction 1 --data.label-list list.txt --data.unlabeled more --train.steps 2"
     code, folder, queue = run(data, options)
     assert code == 0
     config = from_json((folder / "config.json").read_text())
-    assert (config.data.label_list, config.data.unlabelled) == (data / "list.txt", data / "more")
+    assert (config.data.label_list, config.data.unlabeled) == (data / "list.txt", data / "more")
     assert (start(folder)["images"], start(folder)["labels"]) == (27, 10)
     assert "warning" in capsys.readouterr().out
-    assert "1 of its names belong to no labelled training image, as cat_10.png" in (folder / "console.log").read_text()
+    assert "1 of its names belong to no labeled training image, as cat_10.png" in (folder / "console.log").read_text()
     # two steps of 8 fill the queue of 16
     steps = train_sampler(config, open_splits(config).train, print)
     assert queue == [*steps[0].labels, *steps[1].labels]
@@ -182,7 +182,7 @@ def test_a_run_with_a_list_and_unlabelled_images_from_another_folder(data, monke
 
 
 def test_a_run_without_labels_never_sees_one(data):
-    code, folder, queue = run(data, "--data.label-fraction 0 --data.unlabelled {data}/more")
+    code, folder, queue = run(data, "--data.label-fraction 0 --data.unlabeled {data}/more")
     assert (code, queue, start(folder)["labels"]) == (0, [-1] * 16, 0)
 
 
@@ -215,12 +215,12 @@ def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
             "--data.label-list {data}/list.txt --data.label-fraction 0.5",
             ["--data.label-list {data}/list.txt", "fraction of 0.5", "--data.label-fraction 1"],
         ),
-        ("--data.unlabelled {data}/none", ["{data}/none is not a folder", "--data.unlabelled"]),
-        ("--data.unlabelled {data}/list.txt", ["line 1 of {data}/list.txt", "cannot be found", "--data.unlabelled"]),
-        ("--data.unlabelled {data}/round", ["{data}/round is not a folder", "--data.unlabelled"]),
-        ("--data.unlabelled {data}/nothing", ["{data}/nothing holds no", "--data.unlabelled"]),
-        ("--data.unlabelled {data}/labelled", ["--data.unlabelled {data}/labelled", "in one another"]),
-        ("--data.unlabelled {data}/labelled/test/cat", ["--data.unlabelled {data}/labelled/test/cat", "one another"]),
+        ("--data.unlabeled {data}/none", ["{data}/none is not a folder", "--data.unlabeled"]),
+        ("--data.unlabeled {data}/list.txt", ["line 1 of {data}/list.txt", "cannot be found", "--data.unlabeled"]),
+        ("--data.unlabeled {data}/round", ["{data}/round is not a folder", "--data.unlabeled"]),
+        ("--data.unlabeled {data}/nothing", ["{data}/nothing holds no", "--data.unlabeled"]),
+        ("--data.unlabeled {data}/labeled", ["--data.unlabeled {data}/labeled", "in one another"]),
+        ("--data.unlabeled {data}/labeled/test/cat", ["--data.unlabeled {data}/labeled/test/cat", "one another"]),
     ],
 )
 def test_bad_label_options_are_one_sentence_and_leave_no_run(data, capsys, options, words):
@@ -228,7 +228,7 @@ def test_bad_label_options_are_one_sentence_and_leave_no_run(data, capsys, optio
     (data / "round").symlink_to("round")
     (data / "other.txt").write_text("b.png\na.png\n")
     (data / "several.txt").write_text("x.png\n")
-    write_images(data / "labelled", ["train/cat/x.png", "train/dog/x.png"])
+    write_images(data / "labeled", ["train/cat/x.png", "train/dog/x.png"])
     folder = data / "run"
     code = main(
         ["pretrain", "unimoco-cifar10", *arguments(data, f"--run.dir {folder} --data.label-fraction 1", options)]
@@ -241,7 +241,7 @@ def test_bad_label_options_are_one_sentence_and_leave_no_run(data, capsys, optio
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("option", ["--data.label-list", "--data.unlabelled"])
+@pytest.mark.parametrize("option", ["--data.label-list", "--data.unlabeled"])
 def test_embedded_pictures_take_neither_a_list_nor_more_images(option):
     with pytest.raises(ConfigError, match=rf"{option} /some/where was given without .*--data\.root") as raised:
         parse(["--data.label-fraction", "1", option, "/some/where"])

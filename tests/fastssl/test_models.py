@@ -43,7 +43,7 @@ class TestEncoders:
         with torch.no_grad():
             assert torch.equal(ours(images), theirs(images))
 
-    def test_initialisation_is_torchvisions(self) -> None:
+    def test_initialization_is_torchvisions(self) -> None:
         ours, theirs = build_encoder("resnet18").state_dict(), torchvision.models.resnet18().state_dict()
         for name, tensor in ours.items():
             if tensor.ndim == 4:

@@ -17,15 +17,15 @@ from tests.fastssl.written_runs import FINISHED, SHARES, START, evaluation, trai
 PICTURES = {"loss.png", "contrast_accuracy.png", "knn.png", "images_per_s.png", "time.png"}
 
 
-def colours(path: Path) -> set[int]:
-    """All colours that cover more than a handful of pixels, as 0xRRGGBB."""
+def colors(path: Path) -> set[int]:
+    """All colors that cover more than a handful of pixels, as 0xRRGGBB."""
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).astype(int)
     values, counts = np.unique(pixels @ [1 << 16, 1 << 8, 1], return_counts=True)
     return set(values[counts > 50].tolist())
 
 
-def rgb(colour: str) -> int:
-    return int(colour.removeprefix("#"), 16)
+def rgb(color: str) -> int:
+    return int(color.removeprefix("#"), 16)
 
 
 def test_one_run_is_drawn_into_its_own_folder(tmp_path, capsys):
@@ -35,7 +35,7 @@ def test_one_run_is_drawn_into_its_own_folder(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"wrote {folder / name}" for name in ("loss.png", "contrast_accuracy.png", "knn.png", "images_per_s.png")
     ] + [f"wrote {folder / 'time.png'}"]
-    assert {rgb(part.colour) for part in PARTS} <= colours(folder / "time.png")
+    assert {rgb(part.color) for part in PARTS} <= colors(folder / "time.png")
 
 
 def test_several_runs_share_the_pictures(tmp_path, monkeypatch):
@@ -43,8 +43,8 @@ def test_several_runs_share_the_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(Options(runs=runs)) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == PICTURES
-    # matplotlib's first two colours; the legend alone has enough pixels of a line that another one hides
-    assert {rgb("#1f77b4"), rgb("#ff7f0e")} <= colours(tmp_path / "loss.png")
+    # matplotlib's first two colors; the legend alone has enough pixels of a line that another one hides
+    assert {rgb("#1f77b4"), rgb("#ff7f0e")} <= colors(tmp_path / "loss.png")
 
 
 def test_a_number_that_no_run_has_is_named_and_not_drawn(tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_a_number_that_no_run_has_is_named_and_not_drawn(tmp_path, capsys):
 def test_a_single_log_line_is_enough(tmp_path):
     folder = write_run(tmp_path / "run", [train(20)])
     assert run(Options(runs=(folder,))) == 0
-    assert {rgb(part.colour) for part in PARTS} <= colours(folder / "time.png")
+    assert {rgb(part.color) for part in PARTS} <= colors(folder / "time.png")
 
 
 @pytest.mark.parametrize(

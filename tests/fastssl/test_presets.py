@@ -44,8 +44,8 @@ def contrast(config):
 
 
 def view(v):
-    """Pixels, scale, flip, jitter and its probability, grey, blur, solarize."""
-    return v.size, v.scale, v.flip, v.jitter, v.jitter_probability, v.grey, v.blur, v.solarize
+    """Pixels, scale, flip, jitter and its probability, gray, blur, solarize."""
+    return v.size, v.scale, v.flip, v.jitter, v.jitter_probability, v.grayscale, v.blur, v.solarize
 
 
 def strong(size, blur=0.5, scale=(0.2, 1.0)):
@@ -119,7 +119,7 @@ def test_the_network_fits_the_data(name):
     assert (model.splits if model.norm == "split" else None) == expected_splits
 
 
-def test_normalisation_and_evaluation_view():
+def test_normalization_and_evaluation_view():
     """pc-cp/MSVQ dataset/data.py; szq0214/Un-Mix unmix_c100.py has the numbers of CIFAR-10; SMoG's 0.228 is SwAV's."""
     cifar10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -135,7 +135,7 @@ def test_normalisation_and_evaluation_view():
     }
     for name, values in expected.items():
         config = load(name)
-        assert (config.data.mean, config.data.std, config.eval_view.size, config.eval_view.centre) == values
+        assert (config.data.mean, config.data.std, config.eval_view.size, config.eval_view.center_crop) == values
 
 
 def test_quickstart_stays_as_it_was_measured():

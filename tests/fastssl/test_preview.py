@@ -17,7 +17,7 @@ from fastssl.train.build import train_sampler
 from fastssl_pipelines.plan import ViewPlan
 from fastssl_pipelines.views import ViewSpec
 
-PLAIN = ViewSpec(size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter_probability=0.0, grey=0.0)
+PLAIN = ViewSpec(size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter_probability=0.0, grayscale=0.0)
 ENLARGED = 5  # times, which makes 160 pixels of 32
 TOP, LEFTS = 50, (10, 180, 350)  # of the first row: of its source and its two views
 
@@ -42,7 +42,7 @@ def same_picture(pixels):
     return pixels.repeat(ENLARGED, 0).repeat(ENLARGED, 1)
 
 
-def test_views_have_their_pixels_back_from_the_normalisation(tmp_path):
+def test_views_have_their_pixels_back_from_the_normalization(tmp_path):
     config = plain_config(pictures=300)
     page = drawn(config, tmp_path, images=1, step=1)
     source = open_splits(config).train
@@ -59,11 +59,11 @@ def test_the_boxes_are_drawn_where_the_plan_has_them(tmp_path):
     page = tile(drawn(config, tmp_path, images=1), LEFTS[0])
     source = open_splits(config).train
     first, second = (view.boxes[0] * ENLARGED for view in train_sampler(config, source)[0].views)
-    colours = [ImageColor.getrgb(colour) for colour in preview._COLOURS[:2]]
-    rows, columns = (np.flatnonzero((page == colours[1]).all(2).any(axis)) for axis in (1, 0))
+    colors = [ImageColor.getrgb(color) for color in preview._COLORS[:2]]
+    rows, columns = (np.flatnonzero((page == colors[1]).all(2).any(axis)) for axis in (1, 0))
     top, left, height, width = second.tolist()
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (top, top + height - 1, left, left + width - 1)
-    assert (page[first[0] : first[0] + 2] == colours[0]).all(2).any()
+    assert (page[first[0] : first[0] + 2] == colors[0]).all(2).any()
 
 
 def test_the_caption_is_in_the_order_of_application():
@@ -76,12 +76,12 @@ def test_the_caption_is_in_the_order_of_application():
         saturation=np.float32([0.75, 1, 1]),
         hue=np.float32([-0.05, 0, 0]),
         order=np.array([[3, 1, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]),
-        grey=np.array([True, False, False]),
+        grayscale=np.array([True, False, False]),
         blur_sigma=np.float32([1.5, 0, 0]),
         solarize=np.array([True, False, False]),
     )
     box, jitter = ["top 1, left 2", "height 30, width 20"], ["hue -0.050", "contrast 0.500", "brightness 1.250"]
-    assert caption(view, 0) == [*box, *jitter, "saturation 0.750", "grey", "blur sigma 1.50", "solarise", "flip"]
+    assert caption(view, 0) == [*box, *jitter, "saturation 0.750", "gray", "blur sigma 1.50", "solarize", "flip"]
     assert caption(view, 1) == ["top 0, left 0", "height 32, width 32"]
     assert caption(view, 2) == ["top 0, left 0", "height 8, width 8", "contrast 1.500"]
 

@@ -57,7 +57,7 @@ def norm_layers():
     }
 
 
-def normalisation(kind):
+def normalization(kind):
     """Output, gradients and state of a batch norm in float64 whose two passes see this rank's part of a batch."""
     torch.manual_seed(5)
     layer, images = norm_layers()[kind]
@@ -99,7 +99,7 @@ def shuffling():
 def a_rank(number, store, results):
     join(store, number, RANKS)
     torch.save({variant: run_of(variant) for variant in VARIANTS}, f"{results}{number}")
-    torch.save({kind: normalisation(kind) for kind in norm_layers()}, f"{results}norm{number}")
+    torch.save({kind: normalization(kind) for kind in norm_layers()}, f"{results}norm{number}")
     torch.save(gathering(), f"{results}rows{number}")
     torch.save(shuffling(), f"{results}shuffle{number}")
     dist.destroy_process_group()
@@ -121,8 +121,8 @@ def test_two_ranks_equal_one(two_ranks, variant):
 
 
 @pytest.mark.parametrize("kind", norm_layers())
-def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_ranks, kind):
-    expected = normalisation(kind)
+def test_synchronized_batch_norm_is_that_of_the_whole_batch(two_ranks, kind):
+    expected = normalization(kind)
     for number in range(RANKS):
         torch.testing.assert_close(torch.load(f"{two_ranks}norm{number}")[kind], expected, rtol=1e-12, atol=1e-13)
 

@@ -215,7 +215,7 @@ def test_a_long_line_is_thinned_and_its_peak_is_kept():
 def test_the_parts_of_the_time_fill_the_whole_height(tmp_path):
     shares = read_history(write_run(tmp_path / "run", FINISHED)).shares()
     polygons = ET.fromstring(chart.stacked_chart(shares, title="t")).findall("polygon")
-    assert [polygon.get("fill") for polygon in polygons] == [part.colour for part in shares]
+    assert [polygon.get("fill") for polygon in polygons] == [part.color for part in shares]
     heights = [float(y) for polygon in polygons for y in re.findall(r",([\d.]+)", polygon.get("points"))]
     assert (min(heights), max(heights)) == (chart.TOP, chart.HEIGHT - chart.BOTTOM)
 

@@ -1,4 +1,4 @@
-"""The training step: parts, clipping, scaled losses, optimisers, clocks and what is compiled."""
+"""The training step: parts, clipping, scaled losses, optimizers, clocks and what is compiled."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_long_gradient_is_shortened():
 
 
 def test_a_scaled_loss_gives_the_gradient_of_the_loss():
-    """fp16 autocast: the scale of 65536 is gone from the gradient when the optimiser sees it."""
+    """fp16 autocast: the scale of 65536 is gone from the gradient when the optimizer sees it."""
     exact, scaled = build("mocov2"), build("mocov2")
     (expected,) = steps(train_step(exact), "mocov2", 1)
     step = train_step(scaled, dtype=torch.float16)
@@ -131,7 +131,7 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_halves_the_scale():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
-def test_every_optimiser_takes_the_rate_of_the_step(optimizer):
+def test_every_optimizer_takes_the_rate_of_the_step(optimizer):
     method = build("mocov2")
     step = train_step(method, build_optimizer(method, OptimConfig(optimizer=optimizer, lr=1.0, trust=0.01)))
     before = copy.deepcopy(method.query_encoder.state_dict())

@@ -88,7 +88,7 @@ def moco(loss):
 
 
 def mixco(method, batch):
-    """Lee-Gihun/MixCo: moco/models/encoder.py and utils/loss_fn.py, with neighbours as pairs."""
+    """Lee-Gihun/MixCo: moco/models/encoder.py and utils/loss_fn.py, with neighbors as pairs."""
     config, images = method.config, batch.views[0]
     share = torch.rand(len(images) // 2)
     everything = []
@@ -109,17 +109,17 @@ def mixco(method, batch):
 
 
 def unmix(method, batch):
-    """szq0214/Un-Mix, moco_cifar10.py and the README's pseudo-code, with the neighbour as partner."""
+    """szq0214/Un-Mix, moco_cifar10.py and the README's pseudo-code, with the neighbor as partner."""
     images = batch.views[0]
     size = images.shape[2]
-    chance, share, centre_y, centre_x = torch.rand(4).tolist()
+    chance, share, center_y, center_x = torch.rand(4).tolist()
     partner = torch.arange(len(images)) ^ 1
     if chance < method.config.global_probability:
         mixed = share * images + (1 - share) * images[partner]
     else:
         cut = int(size * (1 - share) ** 0.5)
-        top, bottom = (min(max(int(centre_y * size) + side * (cut // 2), 0), size) for side in (-1, 1))
-        left, right = (min(max(int(centre_x * size) + side * (cut // 2), 0), size) for side in (-1, 1))
+        top, bottom = (min(max(int(center_y * size) + side * (cut // 2), 0), size) for side in (-1, 1))
+        left, right = (min(max(int(center_x * size) + side * (cut // 2), 0), size) for side in (-1, 1))
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = images[partner][:, :, top:bottom, left:right]
         share = 1 - (bottom - top) * (right - left) / size**2

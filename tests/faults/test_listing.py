@@ -71,10 +71,10 @@ def test_a_folder_that_is_reached_in_two_ways_is_refused(root, tmp_path, link, t
     assert names(before) == ["bird/1.png", "bird/2.png", "cat/3.png", "cat/first/9.png"]  # a link elsewhere is allowed
     (root / link).parent.mkdir(parents=True, exist_ok=True)
     (root / link).symlink_to(target.format(elsewhere=elsewhere))
-    for labelled in (True, False):
-        told = refusal(root, labelled=labelled)
+    for labeled in (True, False):
+        told = refusal(root, labeled=labeled)
         assert re.search(r"a link makes (\S+) and (\S+) one folder, (\S+), so its images would count twice", told)
-        assert "--data.root" in told if labelled else "--data.unlabelled" in told
+        assert "--data.root" in told if labeled else "--data.unlabeled" in told
         assert f"/{link}" in told
 
 
@@ -114,7 +114,7 @@ def test_files_that_are_no_images_are_counted(root):
     assert names(listing) == ["bird/1.png", "bird/2.png", "cat/3.png"]
     assert listing.classes == ("bird", "cat")
     assert listing.ignored == (("", 2), (".txt", 2), (".csv", 1), (".webm", 1))
-    assert list_images(root, labelled=False).ignored == listing.ignored
+    assert list_images(root, labeled=False).ignored == listing.ignored
     flat = list_images(root / "bird")
     assert flat.ignored == ((".txt", 2),)
 

@@ -263,7 +263,7 @@ def test_damaged_shards_are_refused_or_read(tmp_path):
 
 def outcome_of(path):
     try:
-        source = open_source(path, labelled=False)
+        source = open_source(path, labeled=False)
     except DataError as error:
         return str(error)
     for i in range(len(source)):

@@ -101,7 +101,7 @@ EDITS = {
     "train.batch_size": ("32", 0, 2.5, True, None),
     "train": (None, 3, [], "zzz"),
     "views": (3, [1, 2], [], [{"flip": 0.5}] * 2, [{"size": 32, "flip": 2}] * 2, [{"size": "32"}] * 2, [{"zzz": 1}]),
-    "eval_view": (None, {}, {"size": 1, "centre": 2}),
+    "eval_view": (None, {}, {"size": 1, "center_crop": 2}),
     "odd_views": (["a"], [{"size": 7}]),
     "method": (3, None, {}, []),
     "method.name": (3, None, "byol", ["mocov2"]),

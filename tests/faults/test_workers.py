@@ -16,7 +16,7 @@ import pytest
 
 from fastssl_pipelines import ArraySource, TrainSampler, available_executors, build_executor
 from fastssl_pipelines.errors import InputError, MachineError
-from tests.pipelines.photos import NORMALISATION, photo, plan_of
+from tests.pipelines.photos import NORMALIZATION, photo, plan_of
 
 COUNT = 40
 
@@ -65,7 +65,7 @@ def stopped():
 def build(name, fault, workers=0, timeout_s=60.0):
     if reason := available_executors()[name]:
         pytest.skip(f"{name}: {reason}")
-    return build_executor(name, Faulty(fault), workers=workers, timeout_s=timeout_s, **NORMALISATION)
+    return build_executor(name, Faulty(fault), workers=workers, timeout_s=timeout_s, **NORMALIZATION)
 
 
 def stream(executor):
@@ -208,7 +208,7 @@ def test_little_shared_memory_costs_a_note(tmp_path, name, size):
 def test_auto_tells_of_the_image_that_made_it_slow():
     source = Faulty(lambda: None)
     source.heights[5], source.widths[5] = 13000, 12000
-    executor = build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALISATION)
+    executor = build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION)
     (note,) = executor.notes
     assert executor.name == "torchvision"
     assert (
@@ -216,4 +216,4 @@ def test_auto_tells_of_the_image_that_made_it_slow():
     )
     assert "--data.resident-gib" in note
     source.heights[:], source.widths[:] = 13000, 12000
-    assert build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALISATION).notes == []
+    assert build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION).notes == []

@@ -99,7 +99,7 @@ def test_unshifted_reads_take_no_maximum(usages: list[dict[str, Any]]) -> None:
 
 @slow
 def test_exit_code_says_whether_limits_hold() -> None:
-    assert run("--kernel", "grey_sum_kernel", "--targets", "sm_90").returncode == 0
+    assert run("--kernel", "gray_sum_kernel", "--targets", "sm_90").returncode == 0
     code = "from fastssl_kernels import aot; aot.SHARED_BYTES['sm_90'] = -1; aot.compile_all = lambda tasks: [BROKEN]\n"
     broken = "aot.Usage('k', 'c', 'sm_90', {}, 1, 0, 0, 0, 0, {}, 0, None)"
     code = code.replace("BROKEN", broken) + "raise SystemExit(aot.main(['--targets', 'sm_90']))"

@@ -26,7 +26,7 @@ ORDERS = torch.tensor(list(permutations(range(4))))
 
 
 def pictures(batch: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
-    """uint8 [B, H, W, 3]: a colour gradient of its own for each image, and noise."""
+    """uint8 [B, H, W, 3]: a color gradient of its own for each image, and noise."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.linspace(0, 1, height)[None, :, None, None]
     columns = torch.linspace(0, 1, width)[None, None, :, None]
@@ -37,7 +37,7 @@ def pictures(batch: int, height: int = 32, width: int = 32, seed: int = 0) -> Te
 
 
 def neutral(batch: int) -> AugmentParameters:
-    """Parameters that change nothing, with a normalisation to [0, 1]."""
+    """Parameters that change nothing, with a normalization to [0, 1]."""
     return AugmentParameters(
         flip=torch.zeros(batch, dtype=torch.bool),
         brightness=torch.ones(batch),
@@ -45,7 +45,7 @@ def neutral(batch: int) -> AugmentParameters:
         saturation=torch.ones(batch),
         hue=torch.zeros(batch),
         order=torch.arange(4).repeat(batch, 1),
-        grey=torch.zeros(batch, dtype=torch.bool),
+        grayscale=torch.zeros(batch, dtype=torch.bool),
         blur_sigma=torch.zeros(batch),
         solarize=torch.zeros(batch, dtype=torch.bool),
         mean=(0.0, 0.0, 0.0),
@@ -70,7 +70,7 @@ def drawn(batch: int, seed: int = 0) -> AugmentParameters:
         saturation=uniform(0.4, 1.6),
         hue=uniform(-0.5, 0.5),
         order=torch.rand(batch, 4, generator=generator).argsort(1),
-        grey=coin(),
+        grayscale=coin(),
         blur_sigma=uniform(0.1, 2.0) * coin(),
         solarize=coin(),
         mean=(0.485, 0.456, 0.406),
@@ -94,7 +94,7 @@ def jitter_reference(image: Tensor, parameters: AugmentParameters, i: int) -> Te
 def reference(image: Tensor, parameters: AugmentParameters, i: int) -> Tensor:
     """torchvision's operations one after the other on image i, [3, H, W], float in [0, 1] or uint8."""
     image = jitter_reference(image, parameters, i)
-    if parameters.grey[i]:
+    if parameters.grayscale[i]:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if parameters.blur_sigma[i] > 0:
         image = tv.gaussian_blur(image, [13, 13], [parameters.blur_sigma[i].item()])
@@ -111,7 +111,7 @@ def error(images: Tensor, parameters: AugmentParameters) -> float:
 
 
 def error_in_levels(images: Tensor, parameters: AugmentParameters) -> Tensor:
-    """Differences from torchvision on uint8 images, in grey levels."""
+    """Differences from torchvision on uint8 images, in gray levels."""
     rounded = [reference(image.permute(2, 0, 1), parameters, i) for i, image in enumerate(images)]
     return (augment(images, parameters, out_dtype=torch.float32) * 255 - torch.stack(rounded)).abs()
 
@@ -119,7 +119,7 @@ def error_in_levels(images: Tensor, parameters: AugmentParameters) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "low", "high", "levels"),
     [
-        # The last column: grey levels from uint8 torchvision, measured 1.00, 1.49, 1.95, 0.95, 0.50.
+        # The last column: gray levels from uint8 torchvision, measured 1.00, 1.49, 1.95, 0.95, 0.50.
         ("brightness", 0.0, 2.0, 1.01),
         ("contrast", 0.0, 2.0, 1.51),
         ("saturation", 0.0, 2.0, 2.01),
@@ -134,12 +134,12 @@ def test_one_operation_equals_torchvision(name: str, low: float, high: float, le
     assert error_in_levels(images, parameters).max() <= levels
 
 
-@pytest.mark.parametrize("name", ["grey", "solarize", "flip"])
+@pytest.mark.parametrize("name", ["grayscale", "solarize", "flip"])
 def test_one_switch_equals_torchvision(name: str) -> None:
     images = pictures(4)
     parameters = replace(neutral(4), **{name: torch.tensor([True, False, True, False])})
     assert error(images, parameters) <= 1e-6
-    assert error_in_levels(images, parameters).max() <= (1.01 if name == "grey" else 1e-4)
+    assert error_in_levels(images, parameters).max() <= (1.01 if name == "grayscale" else 1e-4)
 
 
 def test_solarize_inverts_from_level_128_on() -> None:
@@ -150,7 +150,7 @@ def test_solarize_inverts_from_level_128_on() -> None:
     assert levels.tolist() == expected
 
 
-def test_contrast_is_about_the_mean_grey_of_the_image() -> None:
+def test_contrast_is_about_the_mean_gray_of_the_image() -> None:
     images = (pictures(1) * 0.25).to(torch.uint8)
     parameters = replace(neutral(1), contrast=torch.zeros(1))
     out = augment(images, parameters, out_dtype=torch.float32)
@@ -183,7 +183,7 @@ def test_whole_chain_equals_torchvision(size: tuple[int, int]) -> None:
     expected = torch.stack([reference(image, parameters, i) for i, image in enumerate(unit(images))])
     expected = tv.normalize(expected, list(parameters.mean), list(parameters.std))
     difference = (augment(images, parameters, out_dtype=torch.float32) - expected).abs()
-    # Solarisation jumps by one level at its threshold, where rounding decides on which side a value lies.
+    # Solarization jumps by one level at its threshold, where rounding decides on which side a value lies.
     on_the_jump = parameters.solarize[:, None, None, None] & ((unsolarized * 255 - 128).abs() < 2e-3)
     assert on_the_jump.float().mean() < 5e-3
     assert difference[~on_the_jump].max() <= 1e-5
@@ -192,7 +192,7 @@ def test_whole_chain_equals_torchvision(size: tuple[int, int]) -> None:
 def test_uint8_torchvision_differs_by_its_rounding_only() -> None:
     batch = 32
     parameters = replace(drawn(batch), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    # Solarisation would turn a rounding error into a jump; it has a test of its own.
+    # Solarization would turn a rounding error into a jump; it has a test of its own.
     parameters = replace(parameters, solarize=torch.zeros_like(parameters.solarize))
     difference = error_in_levels(pictures(batch), parameters)
     # Four truncations, each amplified by up to 1.6 by later operations: measured mean 1.5, maximum 6.9.
@@ -212,7 +212,7 @@ def test_blur_of_a_tiny_image_uses_the_taps_that_fit(size: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("level", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (0, 255, 255), (1, 0, 0)])
-def test_hue_of_extreme_colours(level: tuple[int, int, int]) -> None:
+def test_hue_of_extreme_colors(level: tuple[int, int, int]) -> None:
     images = torch.tensor(level, dtype=torch.uint8).expand(11, 4, 4, 3)
     parameters = replace(neutral(11), hue=torch.linspace(-0.5, 0.5, 11))
     assert augment(images, parameters, out_dtype=torch.float32).isfinite().all()
@@ -226,7 +226,7 @@ def test_neutral_parameters_change_no_bit() -> None:
     assert torch.equal(out, images.permute(0, 3, 1, 2).float())
 
 
-def test_normalisation() -> None:
+def test_normalization() -> None:
     images = pictures(3)
     parameters = replace(neutral(3), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     expected = tv.normalize(unit(images), list(parameters.mean), list(parameters.std))
@@ -256,7 +256,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
             if name not in ("mean", "std")
         }
         alone = augment(images[i : i + 1], replace(parameters, **fields), out_dtype=torch.float32)
-        # Vectorised and scalar loops may round differently.
+        # Vectorized and scalar loops may round differently.
         torch.testing.assert_close(alone[0], out[i], atol=5e-6, rtol=0)
 
 
@@ -291,7 +291,7 @@ def test_chunks_change_nothing(batched, monkeypatch, shape: tuple[int, int, int]
     plain = torch.arange(batch) % 5 == 0  # images that the plan leaves without jitter
     fields = {name: torch.where(plain, 1.0, getattr(parameters, name)) for name in ("contrast", "saturation")}
     fields |= {"brightness": torch.where(plain, 1.0, 0.7), "hue": torch.where(plain, 0.0, parameters.hue)}
-    # Solarisation would turn a rounding error into a jump; the test below has it.
+    # Solarization would turn a rounding error into a jump; the test below has it.
     parameters = replace(parameters, **fields, solarize=torch.zeros(batch, dtype=torch.bool))
     images = pictures(batch, *shape[1:]).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     monkeypatch.setattr(MODULE, "_CHUNK_PIXELS", chunk)
@@ -307,7 +307,7 @@ def test_chunks_change_nothing(batched, monkeypatch, shape: tuple[int, int, int]
         ("saturation", 1.5),
         ("hue", 0.3),
         ("blur_sigma", 1.2),
-        ("grey", True),
+        ("grayscale", True),
         ("solarize", True),
         ("flip", True),
     ],

@@ -268,7 +268,7 @@ def test_keys_count_only_through_their_own_logit(given: Inputs, loss: str) -> No
 
 
 @pytest.mark.parametrize("loss", parity.LOSSES)
-def test_the_gradient_is_orthogonal_to_rows_before_normalisation(given: Inputs, loss: str) -> None:
+def test_the_gradient_is_orthogonal_to_rows_before_normalization(given: Inputs, loss: str) -> None:
     raw = (3 * given.query).requires_grad_()
     total = sum(x.pow(3).sum() for x in parity.LOSSES[loss].call(replace(given, query=F.normalize(raw, dim=1)), T))
     (gradient,) = torch.autograd.grad(total, raw)

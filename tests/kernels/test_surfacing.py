@@ -134,7 +134,7 @@ def test_nan_in_groups_and_features(backend: str, device: str, arguments: Argume
     assert groups[assignment].isnan().all()
 
 
-def labelled(name: str, arguments: Arguments) -> Iterator[tuple[str, dict[str, Any]]]:
+def labeled(name: str, arguments: Arguments) -> Iterator[tuple[str, dict[str, Any]]]:
     """Arguments with a label that is none, in each place; -2^63 is what an unknown one becomes within."""
     for argument in [key for key in arguments(name) if key.endswith("labels")]:
         for label in (-2, -100, torch.iinfo(torch.int64).min):
@@ -147,7 +147,7 @@ def labelled(name: str, arguments: Arguments) -> Iterator[tuple[str, dict[str, A
 @each_backend
 @pytest.mark.parametrize("name", ["unicon", "sup_con", "nt_xent"])
 def test_a_label_below_minus_one_is_refused(name: str, backend: str, arguments: Arguments) -> None:
-    for sentence, given in labelled(name, arguments):
+    for sentence, given in labeled(name, arguments):
         with use_backend(backend), pytest.raises(ValueError, match=sentence):
             getattr(fk, name)(**given)
 
@@ -156,7 +156,7 @@ def test_a_label_below_minus_one_is_refused(name: str, backend: str, arguments: 
 def test_a_label_below_minus_one_is_refused_in_compiled_code(name: str, arguments: Arguments) -> None:
     torch.compiler.reset()
     compiled = torch.compile(getattr(fk, name), fullgraph=True, backend="eager")
-    for sentence, given in labelled(name, arguments):
+    for sentence, given in labeled(name, arguments):
         with use_backend("blockwise"), pytest.raises(ValueError, match=sentence):
             compiled(**given)
     with use_backend("reference"):  # plain operations, in which nothing can be refused

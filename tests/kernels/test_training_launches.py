@@ -30,12 +30,12 @@ FIRST_ENTRY = 0x7FFFFFFF  # as `nearest_kernel` keeps it
 
 # Kernels with products by preset: dtype of the bank, rows x entries x features of a tile, how float32 is multiplied.
 IN_16_BITS = {
-    "quickstart": ["labelled_read_kernel bf16 32x32x128"],
+    "quickstart": ["labeled_read_kernel bf16 32x32x128"],
     "mocov1-imagenet": ["read_kernel bf16 128x64x128"],
     "mocov2-imagenet": ["read_kernel bf16 128x64x128"],
     "mocov2-symmetric-cifar10": ["read_kernel bf16 128x64x128"],
-    "unimoco-imagenet": ["labelled_read_kernel bf16 32x32x128"],
-    "supcon-imagenet": ["labelled_read_kernel bf16 32x32x128"],
+    "unimoco-imagenet": ["labeled_read_kernel bf16 32x32x128"],
+    "supcon-imagenet": ["labeled_read_kernel bf16 32x32x128"],
     "mixco-imagenet": ["read_kernel bf16 128x64x128"],
     "unmix-imagenet": ["read_kernel bf16 128x64x128"],
     "co2-imagenet": [

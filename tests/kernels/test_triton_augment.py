@@ -1,6 +1,6 @@
-"""The Triton kernels of `augment` against its torch version, in grey levels of 255.
+"""The Triton kernels of `augment` against its torch version, in gray levels of 255.
 
-Measured under the interpreter with float32 out: 0.5e-4 for brightness, contrast, saturation, hue and grey, 2.0e-4
+Measured under the interpreter with float32 out: 0.5e-4 for brightness, contrast, saturation, hue and gray, 2.0e-4
 for blur and for whole chains. 16-bit results are rounded, by up to 0.50 (bfloat16) and 0.06 (float16), and where an
 image is blurred its levels pass through float16: 0.61 and 0.17.
 """
@@ -42,13 +42,13 @@ def reference(images: Tensor, parameters: AugmentParameters) -> Tensor:
         return torch_augment(images, parameters, out_dtype=torch.float32)
 
 
-def levels(normalised: Tensor, parameters: AugmentParameters) -> Tensor:
+def levels(normalized: Tensor, parameters: AugmentParameters) -> Tensor:
     mean, std = (torch.tensor(value)[:, None, None] for value in (parameters.mean, parameters.std))
-    return (normalised.cpu().float() * std + mean) * 255
+    return (normalized.cpu().float() * std + mean) * 255
 
 
 def worst(images: Tensor, parameters: AugmentParameters, dtype: torch.dtype = torch.float32) -> float:
-    """The largest difference in levels, where solarisation does not jump: within a rounding of its threshold."""
+    """The largest difference in levels, where solarization does not jump: within a rounding of its threshold."""
     result = levels(triton_augment(images, parameters, dtype), parameters)
     expected = levels(reference(images, parameters), parameters)
     plain = replace(parameters, solarize=torch.zeros_like(parameters.solarize))
@@ -91,7 +91,7 @@ def test_triton_contrast_takes_the_mean_of_an_image_of_many_programs() -> None:
     assert worst(images, parameters) < LIMITS[torch.float32]
 
 
-@pytest.mark.parametrize("name", ["grey", "flip", "solarize"])
+@pytest.mark.parametrize("name", ["grayscale", "flip", "solarize"])
 def test_triton_switches_are_exact(name: str) -> None:
     switch = torch.tensor([True, False, True, False])
     parameters = replace(neutral(4), **{name: switch}, **UNROUNDED)
@@ -99,7 +99,7 @@ def test_triton_switches_are_exact(name: str) -> None:
     result = triton_augment(images, parameters).cpu()
     assert not torch.equal(result[switch], images[switch].permute(0, 3, 1, 2).float())
     assert torch.equal(result[~switch], images[~switch].permute(0, 3, 1, 2).float())
-    torch.testing.assert_close(result, reference(images, parameters), atol=3e-5 if name == "grey" else 0, rtol=0)
+    torch.testing.assert_close(result, reference(images, parameters), atol=3e-5 if name == "grayscale" else 0, rtol=0)
 
 
 def test_triton_neutral_parameters_change_no_bit() -> None:
@@ -109,7 +109,7 @@ def test_triton_neutral_parameters_change_no_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton_blur_leaves_an_even_colour(dtype: torch.dtype) -> None:
+def test_triton_blur_leaves_an_even_color(dtype: torch.dtype) -> None:
     images = torch.tensor([255, 100, 3], dtype=torch.uint8).expand(8, 13, 40, 3)
     parameters = replace(neutral(8), blur_sigma=torch.linspace(0.1, 2, 8), **UNROUNDED)
     expected = images.permute(0, 3, 1, 2).float()
@@ -160,9 +160,9 @@ def test_triton_takes_any_strides_and_leaves_its_input_alone() -> None:
     assert torch.equal(triton_augment(images, apart), expected)
 
 
-@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (0, 255, 255), (1, 0, 0)])
-def test_triton_hue_of_extreme_colours(colour: tuple[int, int, int]) -> None:
-    images = torch.tensor(colour, dtype=torch.uint8).expand(11, 4, 4, 3)
+@pytest.mark.parametrize("color", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (0, 255, 255), (1, 0, 0)])
+def test_triton_hue_of_extreme_colors(color: tuple[int, int, int]) -> None:
+    images = torch.tensor(color, dtype=torch.uint8).expand(11, 4, 4, 3)
     assert worst(images, replace(neutral(11), hue=torch.linspace(-0.5, 0.5, 11))) < 5e-4
 
 

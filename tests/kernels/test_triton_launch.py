@@ -15,11 +15,11 @@ ENTRIES = (4096, 16384, 65536, 100_000, 131_072, 262_144)
 
 @pytest.mark.parametrize("processors", PROCESSORS)
 @pytest.mark.parametrize("features", [128, 256, 512])
-@pytest.mark.parametrize("labelled", [False, True])
-def test_triton_splits_keep_a_gpu_busy(labelled: bool, features: int, processors: int) -> None:
+@pytest.mark.parametrize("labeled", [False, True])
+def test_triton_splits_keep_a_gpu_busy(labeled: bool, features: int, processors: int) -> None:
     from fastssl_kernels.triton.launch import TILES, choose_splits, wave_efficiency
 
-    tiles = TILES[labelled, 2][features]
+    tiles = TILES[labeled, 2][features]
     for rows, entries in itertools.product(ROWS, ENTRIES):
         blocks, count = -(-rows // tiles.rows), -(-entries // tiles.entries)
         splits = choose_splits(blocks, count, processors)

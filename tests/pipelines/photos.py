@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastssl_pipelines import SamplePlan, Source, ViewSpec
 
-NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+NORMALIZATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 ENLARGED = ViewSpec(size=64, scale=(0.02, 0.1))
 REDUCED = ViewSpec(size=16, scale=(0.5, 1.0), blur=0.5)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastssl_pipelines import DataError, ImageFolder, TrainSampler, ViewSpec, build_executor
 from tests.pipelines import fake_cuda
-from tests.pipelines.photos import ENLARGED, NORMALISATION, REDUCED, photo, plan_of, save_photos
+from tests.pipelines.photos import ENLARGED, NORMALIZATION, REDUCED, photo, plan_of, save_photos
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
@@ -37,12 +37,12 @@ def encoded(source: ImageFolder, ids) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("decode", ["cpu", "cpu-region"])
-@pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, centre=0.875)])
+@pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, center_crop=0.875)])
 def test_the_cut_and_resize_of_a_gpu_are_torchvisions_within_one_level_but_for_the_border(folder, view, decode):
     plan = plan_of(folder, view, view).batch(0, 0, 24)
     decoder = Decoder((view.size, view.size), 24, threads=2, device=None, decode=decode)
     outputs = decoder.run(encoded(folder, plan.ids), [each.boxes for each in plan.views])
-    expected = build_executor("torchvision", folder, workers=0, **NORMALISATION).crops(plan)
+    expected = build_executor("torchvision", folder, workers=0, **NORMALIZATION).crops(plan)
     for output, wanted in zip(outputs, expected, strict=True):
         levels = (torch.from_dlpack(output.as_tensor()).int() - wanted.int()).abs()
         margin = view.size // 8
@@ -62,7 +62,7 @@ def test_a_region_holds_every_box_and_no_more():
 def test_decoding_a_region_changes_no_pixel(folder):
     plan = plan_of(folder).batch(0, 0, 24)
     whole, region = (
-        build_executor("dali", folder, decode=decode, workers=0, **NORMALISATION).crops(plan)
+        build_executor("dali", folder, decode=decode, workers=0, **NORMALIZATION).crops(plan)
         for decode in ("cpu", "cpu-region")
     )
     assert all(torch.equal(one, other) for one, other in zip(whole, region, strict=True))
@@ -76,7 +76,7 @@ def test_a_file_that_only_pillow_reads_is_used(tmp_path):
     (tmp_path / "005.png").write_bytes(content[:-6])  # its end mark is cut
     source = ImageFolder(tmp_path)
     steps = TrainSampler(plan_of(source), batch_size=20)
-    executor = build_executor("dali", source, workers=2, **NORMALISATION)
+    executor = build_executor("dali", source, workers=2, **NORMALIZATION)
     for _ in executor.stream(steps, 0, 4):
         pass
     assert executor.unreadable == {}
@@ -95,7 +95,7 @@ def test_a_file_that_dali_alone_refuses_is_used(monkeypatch, tmp_path):
         return run(self, encoded, boxes)
 
     monkeypatch.setattr(Decoder, "run", choosy)
-    executor = build_executor("dali", source, workers=2, **NORMALISATION)
+    executor = build_executor("dali", source, workers=2, **NORMALIZATION)
     assert_the_crops_of_torchvision(executor)
     assert executor.unreadable == {}
 
@@ -110,18 +110,18 @@ def test_an_error_that_is_about_no_file_reaches_the_user(monkeypatch, folder):
 
     monkeypatch.setattr(Decoder, "run", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
-        build_executor("dali", folder, **NORMALISATION).crops(plan_of(folder).batch(0, 0, 8))
+        build_executor("dali", folder, **NORMALIZATION).crops(plan_of(folder).batch(0, 0, 8))
 
 
 def assert_the_crops_of_torchvision(executor):
     plan = plan_of(executor.source).batch(0, 0, len(executor.source))
-    expected = build_executor("torchvision", executor.source, workers=0, **NORMALISATION).crops(plan)
+    expected = build_executor("torchvision", executor.source, workers=0, **NORMALIZATION).crops(plan)
     assert all(torch.equal(one, other) for one, other in zip(executor.crops(plan), expected, strict=True))
 
 
 def test_two_streams_at_once_do_not_mix(folder):
     steps = TrainSampler(plan_of(folder), batch_size=8)
-    executor = build_executor("dali", folder, workers=1, **NORMALISATION)
+    executor = build_executor("dali", folder, workers=1, **NORMALIZATION)
     expected = {step: executor.batch(steps[step], step) for step in range(6)}
     for one, other in zip(executor.stream(steps, 0, 3), executor.stream(steps, 3, 6), strict=True):
         for batch in (one, other):
@@ -140,7 +140,7 @@ def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder):
         def run(self, encoded, boxes):
             clock[0] += seconds[self.decode]
 
-    executor = build_executor("dali", folder, workers=3, **NORMALISATION)
+    executor = build_executor("dali", folder, workers=3, **NORMALIZATION)
     monkeypatch.setattr(dali.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(executor, "_new_decoder", lambda sizes, batch_size, decode: Timed(decode))
     plan = plan_of(folder).batch(0, 0, 24)
@@ -151,7 +151,7 @@ def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder):
 
 def test_decoding_on_a_gpu_that_is_not_there_is_refused(folder):
     with pytest.raises(DataError, match=r"--data\.decode gpu was given with device cpu"):
-        build_executor("dali", folder, decode="gpu", **NORMALISATION)
+        build_executor("dali", folder, decode="gpu", **NORMALIZATION)
 
 
 def test_files_that_make_dali_crash_do_not_reach_it(tmp_path):
@@ -160,7 +160,7 @@ def test_files_that_make_dali_crash_do_not_reach_it(tmp_path):
     content = paths[0].read_bytes()
     for number, rest in zip((100, 200, 300), (b"", b"hello" * 50, content[:4] + b"hello" * 500), strict=True):
         paths[number].write_bytes(rest)
-    executor = build_executor("dali", source, workers=2, **NORMALISATION)
+    executor = build_executor("dali", source, workers=2, **NORMALIZATION)
     steps = TrainSampler(plan_of(source), batch_size=100)
     for _ in executor.stream(steps, 0, 8):
         pass
@@ -194,7 +194,7 @@ def slow(monkeypatch, folder):
     monkeypatch.setattr(dali, "Decoder", decoder)
     monkeypatch.setattr(dali, "_MEASURED_S", 0.0)
     monkeypatch.setattr(DaliExecutor, "_crops", lambda self, outputs, plan: tuple(outputs))
-    return build_executor("dali", folder, device=fake_cuda.DEVICE, workers=2, **NORMALISATION), decoder
+    return build_executor("dali", folder, device=fake_cuda.DEVICE, workers=2, **NORMALIZATION), decoder
 
 
 def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder):

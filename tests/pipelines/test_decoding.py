@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from fastssl_pipelines import DataError, ImageFolder, ViewSpec, available_executors, build_executor
 from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, decode, open_image, orientation_of, upright_size
 from fastssl_pipelines.sources.index import _HEADER_BYTES
-from tests.pipelines.photos import NORMALISATION, photo, plan_of
+from tests.pipelines.photos import NORMALIZATION, photo, plan_of
 
 EXECUTORS = ("torchvision", "resident", "dali")
 STORED = photo(24, 40, 0)
@@ -91,8 +91,8 @@ def test_every_executor_has_the_upright_picture(name, pixels, tmp_path):
     source = ImageFolder(tmp_path)
     decodes = ("cpu", "cpu-region") if name == "dali" else ("auto",)
     for decode_by in decodes:
-        executor = build_executor(name, source, workers=0, decode=decode_by, **NORMALISATION)
-        batch = plan_of(source, ViewSpec(size=24, centre=1.0), shuffle=False).batch(0, 0, len(source))
+        executor = build_executor(name, source, workers=0, decode=decode_by, **NORMALIZATION)
+        batch = plan_of(source, ViewSpec(size=24, center_crop=1.0), shuffle=False).batch(0, 0, len(source))
         (crops,) = executor.crops(batch)
         for row in range(len(source)):
             top, left, height, width = batch.views[0].boxes[row].tolist()
@@ -112,8 +112,8 @@ def test_exif_behind_the_pixels_of_a_png_is_passed_over_by_all(name, tmp_path):
     assert end < last
     (tmp_path / "a.png").write_bytes(content[:at] + content[end:last] + content[at:end] + content[last:])
     source = ImageFolder(tmp_path)
-    batch = plan_of(source, ViewSpec(size=24, centre=1.0)).batch(0, 0, 1)
-    (crops,) = build_executor(name, source, workers=0, **NORMALISATION).crops(batch)
+    batch = plan_of(source, ViewSpec(size=24, center_crop=1.0)).batch(0, 0, 1)
+    (crops,) = build_executor(name, source, workers=0, **NORMALIZATION).crops(batch)
     np.testing.assert_array_equal(crops[0], STORED[:, :24])
 
 
@@ -200,8 +200,8 @@ def test_every_executor_decodes_every_format(name, tmp_path):
     source = ImageFolder(tmp_path)
     assert len(source) == len(RIGHT)
     assert not source.defects
-    batch = plan_of(source, ViewSpec(size=24, centre=1.0), shuffle=False).batch(0, 0, len(source))
-    (crops,) = build_executor(name, source, workers=0, **NORMALISATION).crops(batch)
+    batch = plan_of(source, ViewSpec(size=24, center_crop=1.0), shuffle=False).batch(0, 0, len(source))
+    (crops,) = build_executor(name, source, workers=0, **NORMALIZATION).crops(batch)
     for row in range(len(source)):
         top, left, height, width = batch.views[0].boxes[row].tolist()
         expected = RIGHT[source.name_of(row)][1][top : top + height, left : left + width]

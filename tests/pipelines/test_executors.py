@@ -27,18 +27,18 @@ from fastssl_pipelines import (
 )
 from fastssl_pipelines.errors import install_command
 from fastssl_pipelines.executors import workers
-from fastssl_pipelines.executors.base import _automatic
+from fastssl_pipelines.executors.base import THREADS_NAME, _automatic
 from fastssl_pipelines.executors.resident import _crops_in_batches
-from tests.pipelines.photos import ENLARGED, NORMALISATION, REDUCED, photo, plan_of
+from tests.pipelines.photos import ENLARGED, NORMALIZATION, REDUCED, photo, plan_of
 
 NAMES = ("resident", "torchvision", "dali")
-PLAIN = ViewSpec(size=24, jitter_probability=0, grey=0)
+PLAIN = ViewSpec(size=24, jitter_probability=0, grayscale=0)
 
 
 def build(name: str, source: Source, workers: int = 0, **options) -> Executor:
     if reason := available_executors()[name]:
         pytest.skip(f"{name}: {reason}")
-    return build_executor(name, source, workers=workers, **NORMALISATION, **options)
+    return build_executor(name, source, workers=workers, **NORMALIZATION, **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["resident", "dali"])
 @pytest.mark.parametrize("kind", ["folder", "small"])
-@pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, centre=0.875)])
+@pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, center_crop=0.875)])
 def test_pixels_are_those_of_torchvision(request, name, kind, view):
     source = request.getfixturevalue(kind)
     batch = plan_of(source, view).batch(0, 0, len(source))
@@ -78,7 +78,7 @@ def test_pixels_are_those_of_torchvision(request, name, kind, view):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_whole_image_at_its_own_size_is_unchanged(name, small):
-    batch = plan_of(small, ViewSpec(size=32, centre=1.0), shuffle=False).batch(0, 0, 40)
+    batch = plan_of(small, ViewSpec(size=32, center_crop=1.0), shuffle=False).batch(0, 0, 40)
     (crops,) = build(name, small).crops(batch)
     np.testing.assert_array_equal(crops, np.stack([small.pixels(index) for index in range(40)]))
 
@@ -94,15 +94,15 @@ def test_every_kind_of_file_is_decoded_alike(name, tmp_path):
         image.convert(mode).save(tmp_path / f"{mode}.jpg")
     Image.fromarray(np.asarray(image)[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "16 bit.png")
     image.save(tmp_path / "progressive.jpg", progressive=True)
-    image.save(tmp_path / "full colour resolution.jpg", subsampling=0)
+    image.save(tmp_path / "full color resolution.jpg", subsampling=0)
     image.save(tmp_path / "turned.jpg", exif=turned)
     source = ImageFolder(tmp_path)
-    batch = plan_of(source, ViewSpec(size=48, centre=1.0)).batch(0, 0, len(source))
+    batch = plan_of(source, ViewSpec(size=48, center_crop=1.0)).batch(0, 0, len(source))
     (crops,), (expected,) = build(name, source).crops(batch), build("torchvision", source).crops(batch)
     assert torch.equal(crops, expected)
 
 
-@pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, centre=0.875)])
+@pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, center_crop=0.875)])
 def test_the_batched_resize_of_a_gpu_is_torchvisions_within_one_level(monkeypatch, folder, view):
     batch = plan_of(folder, view).batch(0, 0, 24)
     (expected,) = build("torchvision", folder).crops(batch)
@@ -144,10 +144,11 @@ def test_batches_agree_between_executors(name, small):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_flip_and_normalisation_are_applied(name, small):
-    plan = plan_of(small, ViewSpec(size=32, scale=(1, 1), ratio=(1, 1), jitter_probability=0, grey=0)).batch(0, 0, 40)
+def test_flip_and_normalization_are_applied(name, small):
+    view = ViewSpec(size=32, scale=(1, 1), ratio=(1, 1), jitter_probability=0, grayscale=0)
+    plan = plan_of(small, view).batch(0, 0, 40)
     batch = build(name, small).batch(plan, 0)
-    mean, std = (torch.tensor(NORMALISATION[key])[:, None, None] for key in ("mean", "std"))
+    mean, std = (torch.tensor(NORMALIZATION[key])[:, None, None] for key in ("mean", "std"))
     for row, index in enumerate(plan.ids):
         image = torch.from_numpy(small.pixels(index)).permute(2, 0, 1)
         image = image.flip(2) if plan.views[0].flip[row] else image
@@ -182,7 +183,7 @@ def test_two_ranks_give_the_batch_of_one(name, small):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_ends_with_a_smaller_batch(name, folder):
-    steps = EvaluationSampler(plan_of(folder, ViewSpec(size=32, centre=0.875), shuffle=False), batch_size=10)
+    steps = EvaluationSampler(plan_of(folder, ViewSpec(size=32, center_crop=0.875), shuffle=False), batch_size=10)
     executor = build(name, folder)
     batches = list(executor.stream(steps, 0, len(steps)))
     assert [len(batch.labels) for batch in batches] == [10, 10, 4]
@@ -249,11 +250,14 @@ def test_a_worker_process_gives_the_same_error(broken):
 
 @pytest.mark.parametrize(("name", "workers"), [("resident", 0), ("torchvision", 0), ("torchvision", 1), ("dali", 1)])
 def test_a_stream_stops_with_its_consumer(name, workers, small):
+    before = threading.enumerate()  # other tests leave stuck threads behind, on purpose
     executor = build(name, small, workers=workers)
     stream = executor.stream(TrainSampler(plan_of(small), batch_size=4), 0, 10**9)
     assert next(stream).step == 0
     stream.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastssl-input")]
+    assert not [
+        thread for thread in set(threading.enumerate()) - set(before) if thread.name.startswith(f"{THREADS_NAME}input")
+    ]
 
 
 def test_a_stream_prepares_no_more_than_it_was_told(small):
@@ -296,21 +300,21 @@ def test_the_interpreter_exits_with_an_open_stream(tmp_path):
 
 def test_a_misspelt_pipeline_is_refused(small):
     with pytest.raises(DataError, match=r"jax .*--data\.pipeline is auto, dali, torchvision, resident"):
-        build_executor("jax", small, **NORMALISATION)
+        build_executor("jax", small, **NORMALIZATION)
 
 
 def test_a_missing_package_is_named(monkeypatch, small):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert install_command("dali") in available_executors()["dali"]
     with pytest.raises(DataError, match=r"dali does not work here: it is not installed: pip .*--data\.pipeline"):
-        build_executor("dali", small, **NORMALISATION)
+        build_executor("dali", small, **NORMALIZATION)
 
 
 def test_auto_takes_resident_for_small_data_then_dali_on_a_gpu_then_torchvision(monkeypatch, small):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     gib = 40 * 32 * 32 * 3 / 2**30
     assert _automatic(small, cpu, gib) == _automatic(small, gpu, gib) == "resident"
-    assert type(build_executor("auto", small, **NORMALISATION)).__name__ == "ResidentExecutor"
+    assert type(build_executor("auto", small, **NORMALIZATION)).__name__ == "ResidentExecutor"
     gib *= 0.99
     monkeypatch.setitem(sys.modules, "nvidia.dali", ModuleType("nvidia.dali"))
     assert _automatic(small, gpu, gib) == "dali"
@@ -321,7 +325,7 @@ def test_auto_takes_resident_for_small_data_then_dali_on_a_gpu_then_torchvision(
 
 def test_a_negative_number_of_workers_is_refused(small):
     with pytest.raises(ValueError, match=r"--data\.workers"):
-        build_executor("resident", small, workers=-1, **NORMALISATION)
+        build_executor("resident", small, workers=-1, **NORMALIZATION)
 
 
 @pytest.mark.parametrize(("room", "taken"), [(7, 3), (6, 2), (4, 1), (2, 0)])

@@ -20,7 +20,7 @@ from fastssl_pipelines import (
 )
 from fastssl_pipelines.executors.handover import HOST_AHEAD
 from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
-from tests.pipelines.photos import NORMALISATION, photo, plan_of, save_photos
+from tests.pipelines.photos import NORMALIZATION, photo, plan_of, save_photos
 
 pytestmark = pytest.mark.gpu
 
@@ -41,7 +41,7 @@ def images(tmp_path_factory) -> ImageFolder:
 def build(name: str, source: Source, device: str, workers: int, **options) -> Executor:
     if reason := available_executors()[name]:
         pytest.skip(f"{name}: {reason}")
-    return build_executor(name, source, device=device, workers=workers, **NORMALISATION, **options)
+    return build_executor(name, source, device=device, workers=workers, **NORMALIZATION, **options)
 
 
 def steps_of(source: Source, batch_size: int = 32) -> TrainSampler:
@@ -64,7 +64,7 @@ def assert_the_same(found: Batch, wanted: Batch) -> None:
     assert torch.equal(found.ids, wanted.ids)
     assert torch.equal(found.labels, wanted.labels)
     for view, other in zip(found.views, wanted.views, strict=True):
-        levels = (view - other).abs() * 255 * min(NORMALISATION["std"])
+        levels = (view - other).abs() * 255 * min(NORMALIZATION["std"])
         assert levels.mean((1, 2, 3)).max() < MEAN_LEVELS
 
 

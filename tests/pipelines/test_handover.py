@@ -21,7 +21,7 @@ from fastssl_pipelines.executors import augmentation, resident
 from fastssl_pipelines.executors.handover import HOST_AHEAD, TURN_S
 from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
 from tests.pipelines import fake_cuda
-from tests.pipelines.photos import NORMALISATION, photo, plan_of
+from tests.pipelines.photos import NORMALIZATION, photo, plan_of
 
 BATCHES = 9
 COPIES_AT_MOST = 4  # a batch: pixels in host memory, ids and boxes, numbers of all views, labels and ids
@@ -49,14 +49,14 @@ def executor_on(device: torch.device | str, name: str, source, monkeypatch, **op
     if name == "dali" and torch.device(device).type == "cuda":
         decodes_with_torchvision(source, monkeypatch)
         options["decode"] = "gpu"
-    return build_executor(name, source, device=device, **NORMALISATION, **options)
+    return build_executor(name, source, device=device, **NORMALIZATION, **options)
 
 
 def decodes_with_torchvision(source, monkeypatch) -> None:
     """DALI's decoder needs a real GPU; this one has the plan, and torchvision's crops of it."""
     from fastssl_pipelines.executors import dali
 
-    crops = build_executor("torchvision", source, workers=0, **NORMALISATION).crops
+    crops = build_executor("torchvision", source, workers=0, **NORMALIZATION).crops
     monkeypatch.setattr(dali.DaliExecutor, "_crops", lambda self, outputs, plan: crops(plan))
     monkeypatch.setattr(dali, "Decoder", lambda *_, **__: SimpleNamespace(sizes=(16, 24), batch_size=8, run=list_of))
 
@@ -97,13 +97,13 @@ def test_batches_for_a_gpu_are_those_for_a_cpu(monkeypatch, cuda, source, name, 
     steps = steps_of(source)
     expected = list(executor_on("cpu", "torchvision", source, monkeypatch, workers=0).stream(steps, 0, BATCHES))
     found = list(executor_on(fake_cuda.DEVICE, name, source, monkeypatch, workers=workers).stream(steps, 0, BATCHES))
-    one_level = 1.01 / (255 * min(NORMALISATION["std"]))
+    one_level = 1.01 / (255 * min(NORMALIZATION["std"]))
     for one, other in zip(found, expected, strict=True):
         assert one.step == other.step
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.labels, other.labels)
         for view, wanted in zip(one.views, other.views, strict=True):
-            if name == "resident":  # its resize is two matrix products, and colours make a level more of it
+            if name == "resident":  # its resize is two matrix products, and colors make a level more of it
                 assert (view - wanted).abs().mean() < one_level
             else:
                 assert torch.equal(view, wanted)
@@ -206,7 +206,7 @@ def test_views_are_made_of_resident_images_without_looking_at_the_device_and_in_
     for module in (resident, augmentation):
         monkeypatch.setattr(module, "to_device", on_the_device)
     plan = steps_of(source)[0]
-    augment = augmentation.Augmentation(**NORMALISATION, device=fake_cuda.DEVICE, dtype=torch.bfloat16)
+    augment = augmentation.Augmentation(**NORMALIZATION, device=fake_cuda.DEVICE, dtype=torch.bfloat16)
     with FakeTensorMode(), use_backend("blockwise"):
         images = torch.empty(40, 32, 3, 32, dtype=torch.uint8, device=fake_cuda.DEVICE)
         with Launches() as launches:

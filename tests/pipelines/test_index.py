@@ -94,12 +94,12 @@ def test_a_change_of_the_size_alone_counts(root, headers):
     assert headers == ["class0/0.png"]
 
 
-def test_labelled_and_unlabelled_have_indices_of_their_own(root, cache, headers):
-    labelled, unlabelled = ImageFolder(root), ImageFolder(root, labelled=False)
+def test_labeled_and_unlabeled_have_indices_of_their_own(root, cache, headers):
+    labeled, unlabeled = ImageFolder(root), ImageFolder(root, labeled=False)
     assert len(list(cache.iterdir())) == 2
     headers.clear()
-    assert facts(ImageFolder(root)) == facts(labelled)
-    assert facts(ImageFolder(root, labelled=False)) == facts(unlabelled)
+    assert facts(ImageFolder(root)) == facts(labeled)
+    assert facts(ImageFolder(root, labeled=False)) == facts(unlabeled)
     assert headers == []
 
 

@@ -29,7 +29,7 @@ def turned(format: str, orientation: int) -> bytes:
 
 
 JPEG, PNG = encode("JPEG"), encode("PNG")
-GREY16 = encode("PNG", Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)))
+GRAY16 = encode("PNG", Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)))
 FRAMES = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
 
 
@@ -55,7 +55,7 @@ def rgb16() -> bytes:
         (JPEG, "b.jpg"),
         (PNG, "b.PNG"),
         (encode("JPEG", progressive=True), "b.jpg"),
-        (encode("JPEG", Image.fromarray(PIXELS).convert("L")), "grey.jpg"),
+        (encode("JPEG", Image.fromarray(PIXELS).convert("L")), "gray.jpg"),
         (photograph(0, seed=0), "photograph.jpg"),
         (JPEG, "b.jfif"),
         (JPEG, "b.JPE"),
@@ -144,7 +144,7 @@ def test_what_is_no_picture_is_told():
         (PNG, "b.jpg", DefectKind.WRONG_SUFFIX),
         (JPEG, "b.png", DefectKind.WRONG_SUFFIX),
         (encode("JPEG", Image.fromarray(PIXELS).convert("CMYK")), "b.jpg", DefectKind.CMYK),
-        (GREY16, "b.png", DefectKind.SIXTEEN_BIT),
+        (GRAY16, "b.png", DefectKind.SIXTEEN_BIT),
         (rgb16(), "b.png", DefectKind.SIXTEEN_BIT),
         (encode("PNG", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.png", DefectKind.ANIMATED),
         (encode("MPO", FRAMES[0], save_all=True, append_images=FRAMES[1:]), "b.jpg", DefectKind.ANIMATED),
@@ -165,7 +165,7 @@ def test_what_is_no_picture_is_told():
         "PNG as jpg",
         "JPEG as png",
         "CMYK",
-        "grey 16",
+        "gray 16",
         "RGB 16",
         "APNG",
         "MPO",
@@ -206,12 +206,12 @@ def found(*listings, workers=2):
     return [(finding.listing, finding.name, finding.defect.kind) for finding in findings]
 
 
-def test_one_file_in_two_classes_is_mislabelled_with_all_its_copies(tmp_path):
+def test_one_file_in_two_classes_is_mislabeled_with_all_its_copies(tmp_path):
     files = {"a/1.jpg": jpeg(1), "a/2.jpg": jpeg(1), "a/3.jpg": jpeg(2), "b/1.jpg": jpeg(1), "b/2.jpg": jpeg(3)}
     findings = inspect_all([write(tmp_path, files)], workers=1)
     assert [finding.name for finding in findings] == ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
     assert {(finding.defect.kind, finding.defect.detail) for finding in findings} == {
-        (DefectKind.MISLABELLED, "a and b")
+        (DefectKind.MISLABELED, "a and b")
     }
 
 
@@ -222,7 +222,7 @@ def test_copies_within_a_class_and_without_classes_are_no_defect(tmp_path):
     assert found(write(tmp_path / "flat", {"1.jpg": JPEG, "2.jpg": JPEG})) == []
 
 
-def test_files_that_are_unusable_for_one_reason_are_not_mislabelled_too(tmp_path):
+def test_files_that_are_unusable_for_one_reason_are_not_mislabeled_too(tmp_path):
     assert found(write(tmp_path, {"a/1.jpg": b"", "b/1.jpg": b""})) == [
         (0, "a/1.jpg", DefectKind.ZERO_SIZE),
         (0, "b/1.jpg", DefectKind.ZERO_SIZE),
@@ -232,7 +232,7 @@ def test_files_that_are_unusable_for_one_reason_are_not_mislabelled_too(tmp_path
 def test_classes_are_compared_by_name_across_listings(tmp_path):
     train = write(tmp_path / "train", {"a/1.jpg": jpeg(1), "b/1.jpg": jpeg(2)})
     test = write(tmp_path / "test", {"a/2.jpg": jpeg(2), "b/3.jpg": jpeg(3)})
-    assert found(train, test) == [(0, "b/1.jpg", DefectKind.MISLABELLED), (1, "a/2.jpg", DefectKind.MISLABELLED)]
+    assert found(train, test) == [(0, "b/1.jpg", DefectKind.MISLABELED), (1, "a/2.jpg", DefectKind.MISLABELED)]
     same = write(tmp_path / "same", {"a/1.jpg": jpeg(1)})
     assert found(train, same) == [(0, "a/1.jpg", DefectKind.LEAKED), (1, "a/1.jpg", DefectKind.LEAKED)]
     assert DefectKind.LEAKED.harmless
@@ -265,7 +265,7 @@ def test_images_in_tar_shards_are_inspected(tmp_path):
             member.size = len(content)
             shard.addfile(member, io.BytesIO(content))
     findings = found(list_images(tmp_path))
-    assert [kind for _, _, kind in findings] == [DefectKind.MISLABELLED, DefectKind.TRUNCATED, DefectKind.MISLABELLED]
+    assert [kind for _, _, kind in findings] == [DefectKind.MISLABELED, DefectKind.TRUNCATED, DefectKind.MISLABELED]
     assert [name.rsplit("/", 2)[-2:] for _, name, _ in findings] == [["a", "1.jpg"], ["a", "2.jpg"], ["b", "1.jpg"]]
 
 

@@ -1,4 +1,4 @@
-"""Partial labels: unlabelled images behind the labelled ones, and lists of names."""
+"""Partial labels: unlabeled images behind the labeled ones, and lists of names."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def save(path, pixels) -> None:
 def joint(tmp_path) -> JointSource:
     """Rows 0 to 3 are cat, cat, dog, dog; 4 to 6 come from a folder whose class folders do not count."""
     for number, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png", "dog/3.png")):
-        save(tmp_path / "labelled" / name, picture(8, 8, number))
+        save(tmp_path / "labeled" / name, picture(8, 8, number))
     for number, name in enumerate(("1.png", "bird/9.png", "cat/2.png")):
         save(tmp_path / "more" / name, picture(8 + number, 10, 10 + number))
-    return JointSource(ImageFolder(tmp_path / "labelled"), ImageFolder(tmp_path / "more", labelled=False))
+    return JointSource(ImageFolder(tmp_path / "labeled"), ImageFolder(tmp_path / "more", labeled=False))
 
 
-def test_a_joint_source_has_the_unlabelled_images_last(joint):
+def test_a_joint_source_has_the_unlabeled_images_last(joint):
     assert (len(joint), joint.classes) == (7, ("cat", "dog"))
     assert joint.labels.tolist() == [0, 0, 1, 1, -1, -1, -1]
     assert joint.heights.tolist() == [8, 8, 8, 8, 8, 9, 10]
@@ -54,7 +54,7 @@ def test_a_joint_source_has_the_unlabelled_images_last(joint):
     assert [joint.name_of(index) for index in (3, 4, 5)] == ["dog/3.png", "1.png", "bird/9.png"]
 
 
-def test_labels_of_the_unlabelled_part_do_not_count():
+def test_labels_of_the_unlabeled_part_do_not_count():
     images = np.zeros((2, 4, 4, 3), np.uint8)
     first = ArraySource("first", images, np.array([1, 0]), ("a", "b"))
     second = ArraySource("second", images, np.array([0, 1]), ("c", "d"))
@@ -75,7 +75,7 @@ def test_every_executor_takes_a_joint_source(joint, pipeline):
         widths=source.widths,
         heights=source.heights,
         labels=source.labels,
-        views=[ViewSpec(size=8, centre=1.0)],
+        views=[ViewSpec(size=8, center_crop=1.0)],
         seed=0,
         shuffle=False,
     )
@@ -128,7 +128,7 @@ def test_a_label_list_keeps_the_labels_of_the_images_it_names(joint, tmp_path, t
         ("z.png\nb.png", r"list\.txt names no image of .*: it has b\.png .* cat/1\.png; change --data\.label-list"),
         ("bird/9.png\n", r"names no image"),
     ],
-    ids=["ambiguous", "also ambiguous", "of another data set", "unlabelled"],
+    ids=["ambiguous", "also ambiguous", "of another data set", "unlabeled"],
 )
 def test_a_wrong_label_list_is_explained(joint, tmp_path, text, message):
     with pytest.raises(DataError, match=message) as raised:

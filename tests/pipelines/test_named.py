@@ -20,7 +20,7 @@ from fastssl_pipelines.sources.torchvision_sets import NAMED, open_named
 RNG = np.random.default_rng(0)
 CIFAR = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
 STL = RNG.integers(0, 256, (9, 3, 96, 96), dtype=np.uint8)  # channel, column, row
-GREY = RNG.integers(0, 256, (7, 28, 28), dtype=np.uint8)
+GRAY = RNG.integers(0, 256, (7, 28, 28), dtype=np.uint8)
 STL_FILES = ("train_X.bin", "train_y.bin", "unlabeled_X.bin", "test_X.bin", "test_y.bin")
 
 
@@ -72,7 +72,7 @@ def fashion_mnist(root):
     folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
     for part, rows in (("train", slice(0, 5)), ("t10k", slice(5, 7))):
-        images, labels = GREY[rows], np.arange(10, dtype=np.uint8)[rows]
+        images, labels = GRAY[rows], np.arange(10, dtype=np.uint8)[rows]
         (folder / f"{part}-images-idx3-ubyte").write_bytes(
             struct.pack(">BBBBIII", 0, 0, 8, 3, *images.shape) + images.tobytes()
         )
@@ -94,7 +94,7 @@ def test_cifar(tmp_path, monkeypatch, no_network, name):
     assert np.shares_memory(train.pixels(0), train.pixels(1).base)  # no copies
 
 
-def test_stl10_has_its_unlabelled_images_last(tmp_path, monkeypatch, no_network):
+def test_stl10_has_its_unlabeled_images_last(tmp_path, monkeypatch, no_network):
     stl10(tmp_path, monkeypatch)
     train, test = open_named("STL10", tmp_path)
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1, 2, -1, -1, -1, -1], [8, 9])
@@ -105,10 +105,10 @@ def test_stl10_has_its_unlabelled_images_last(tmp_path, monkeypatch, no_network)
             np.testing.assert_array_equal(source.pixels(number), STL[row].transpose(2, 1, 0))
 
 
-def test_a_worker_process_gets_no_copy_of_the_unlabelled_images(tmp_path, monkeypatch, no_network):
+def test_a_worker_process_gets_no_copy_of_the_unlabeled_images(tmp_path, monkeypatch, no_network):
     folder = stl10(tmp_path, monkeypatch)
-    with_unlabelled, _ = open_named("STL10", tmp_path)
-    assert len(pickle.dumps(with_unlabelled)) < 3 * 3 * 96 * 96 + 4000 < (folder / "unlabeled_X.bin").stat().st_size
+    with_unlabeled, _ = open_named("STL10", tmp_path)
+    assert len(pickle.dumps(with_unlabeled)) < 3 * 3 * 96 * 96 + 4000 < (folder / "unlabeled_X.bin").stat().st_size
 
 
 def test_fashion_mnist_becomes_rgb(tmp_path, no_network):
@@ -118,7 +118,7 @@ def test_fashion_mnist_becomes_rgb(tmp_path, no_network):
     assert train.classes[9] == "Ankle boot"
     for source, rows in ((train, range(5)), (test, (5, 6))):
         for number, row in enumerate(rows):
-            np.testing.assert_array_equal(source.pixels(number), np.repeat(GREY[row][:, :, None], 3, axis=2))
+            np.testing.assert_array_equal(source.pixels(number), np.repeat(GRAY[row][:, :, None], 3, axis=2))
 
 
 @pytest.mark.parametrize("name", NAMED)

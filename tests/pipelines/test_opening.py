@@ -59,7 +59,7 @@ def root(tmp_path):
         ("plain.txt", ListedImages, ()),
     ],
 )
-def test_every_kind_is_recognised(root, path, kind, classes):
+def test_every_kind_is_recognized(root, path, kind, classes):
     source = open_source(root / path)
     assert (type(source), source.classes, source.option) == (kind, classes, "--data.root")
     assert source.labels.tolist() == ([0, 0, 1, 1] if classes else [-1] * len(source))
@@ -76,8 +76,8 @@ def test_every_kind_is_recognised(root, path, kind, classes):
 
 @pytest.mark.parametrize("path", ["folders", "shard.tar", "tabs.txt", "caffe.txt"])
 def test_every_kind_can_be_taken_without_labels(root, path):
-    for source in (open_source(root / path, labelled=False), list_images(root / path, labelled=False)):
-        assert (source.labels.tolist(), source.classes, source.option) == ([-1] * 4, (), "--data.unlabelled")
+    for source in (open_source(root / path, labeled=False), list_images(root / path, labeled=False)):
+        assert (source.labels.tolist(), source.classes, source.option) == ([-1] * 4, (), "--data.unlabeled")
 
 
 def test_names_in_a_list_are_as_written_there(root):
@@ -157,7 +157,7 @@ def many(root):
     folder, array = ImageFolder(root), ArraySource("array", images, np.arange(12) % 3, ("a", "b", "c"))
     return {
         "folder": folder,
-        "unlabelled": ImageFolder(root, labelled=False),
+        "unlabeled": ImageFolder(root, labeled=False),
         "shards": TarShards(shards),
         "list": ListedImages(root.parent / "list.txt"),
         "array": array,
@@ -190,7 +190,7 @@ def crops_by_id(source, world_size, first_step=0):
     return result
 
 
-@pytest.mark.parametrize("kind", ["folder", "unlabelled", "shards", "list", "array", "subset", "joint"])
+@pytest.mark.parametrize("kind", ["folder", "unlabeled", "shards", "list", "array", "subset", "joint"])
 def test_ranks_and_restarts_see_the_same_images(tmp_path, kind):
     source = many(tmp_path / "data")[kind]
     expected = crops_by_id(source, 1)

@@ -18,11 +18,11 @@ def files():
     return [photograph(index, seed=0) for index in range(48)]
 
 
-def spectrum_slope(grey: np.ndarray) -> float:
+def spectrum_slope(gray: np.ndarray) -> float:
     """The exponent of a power law through the amplitudes of the central square, from three waves to 0.35 a pixel."""
-    side = min(grey.shape)
-    top, left = (length - side for length in grey.shape)
-    square = grey[top // 2 :, left // 2 :][:side, :side]
+    side = min(gray.shape)
+    top, left = (length - side for length in gray.shape)
+    square = gray[top // 2 :, left // 2 :][:side, :side]
     window = np.hanning(side)
     amplitude = np.abs(np.fft.fft2((square - square.mean()) * window * window[:, None]))
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
@@ -53,7 +53,7 @@ def test_amplitudes_fall_as_in_photographs(files):
     assert all(-1.7 < slope < -0.7 for slope in slopes)
 
 
-def test_colour_channels_are_correlated_but_not_equal(files):
+def test_color_channels_are_correlated_but_not_equal(files):
     pixels = np.concatenate([np.asarray(Image.open(io.BytesIO(file))).reshape(-1, 3) for file in files[:12]])
     correlation = np.corrcoef(pixels.T)[np.triu_indices(3, 1)]
     assert (correlation > 0.7).all()

@@ -24,13 +24,13 @@ def test_pictures_have_the_promised_shape_and_balance():
     assert counts.max() - counts.min() <= 1
 
 
-def test_colour_and_position_do_not_tell_the_class():
-    """The class means of colour differ no more than means of random groups do: within 5 standard errors."""
+def test_color_and_position_do_not_tell_the_class():
+    """The class means of color differ no more than means of random groups do: within 5 standard errors."""
     images, labels = draw_pictures(2400, seed=3)
-    colour = images.reshape(len(images), -1, 3).mean(1)
-    means = np.stack([colour[labels == c].mean(0) for c in range(len(CLASSES))])
-    standard_error = colour.std(0) / np.sqrt((labels == 0).sum())
-    assert (np.abs(means - colour.mean(0)) < 5 * standard_error).all()
+    color = images.reshape(len(images), -1, 3).mean(1)
+    means = np.stack([color[labels == c].mean(0) for c in range(len(CLASSES))])
+    standard_error = color.std(0) / np.sqrt((labels == 0).sum())
+    assert (np.abs(means - color.mean(0)) < 5 * standard_error).all()
 
 
 def test_the_source_hands_out_the_pictures():

@@ -1,4 +1,4 @@
-"""The table of the README: how far each executor's pixels are from Pillow's own crop and resize, in grey levels."""
+"""The table of the README: how far each executor's pixels are from Pillow's own crop and resize, in gray levels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.transforms.functional import resized_crop
 from fastssl_pipelines import ImageFolder, ViewSpec, available_executors, build_executor
 from fastssl_pipelines.executors.resident import _crops_in_batches
 from fastssl_pipelines.synthetic.photos import write_photographs
-from tests.pipelines.photos import NORMALISATION, plan_of
+from tests.pipelines.photos import NORMALIZATION, plan_of
 
 COUNT = 24
 VIEWS = (ViewSpec(size=224), ViewSpec(size=96, scale=(0.05, 0.2)), ViewSpec(size=32))
@@ -54,7 +54,7 @@ def crops_of(name: str, source: ImageFolder) -> tuple[torch.Tensor, ...]:
     plan = plan_of(source, *VIEWS).batch(0, 0, COUNT)
     if reason := available_executors()[name.split()[0]]:
         pytest.skip(reason)
-    executor = build_executor(name.split()[0], source, workers=0, **NORMALISATION)
+    executor = build_executor(name.split()[0], source, workers=0, **NORMALIZATION)
     if not name.endswith("GPU"):
         return executor.crops(plan)
     # what a GPU runs, on a CPU

@@ -56,7 +56,7 @@ def assert_equal(first: BatchPlan, second: BatchPlan) -> None:
 def test_shapes_and_dtypes_are_the_contract():
     batch = make_plan().batch(0, 0, 5)
     assert (batch.ids.dtype, batch.labels.dtype) == (np.int64, np.int64)
-    expected = {"boxes": np.int32, "order": np.int64, "flip": bool, "grey": bool, "solarize": bool}
+    expected = {"boxes": np.int32, "order": np.int64, "flip": bool, "grayscale": bool, "solarize": bool}
     for view in batch.views:
         for name, values in arrays(view).items():
             assert values.dtype == expected.get(name, np.float32), name
@@ -211,12 +211,12 @@ def test_the_fallback_box_is_that_of_torchvision(width, height):
     sizes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=20),
     scale=st.tuples(st.floats(1e-4, 1), st.floats(1e-4, 1)).map(sorted),
     ratio=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(sorted),
-    centre=st.none() | st.floats(0.01, 1),
+    center_crop=st.none() | st.floats(0.01, 1),
     seed=st.integers(0, 2**64 - 1),
 )
-def test_boxes_lie_inside_the_image(sizes, scale, ratio, centre, seed):
+def test_boxes_lie_inside_the_image(sizes, scale, ratio, center_crop, seed):
     widths, heights = np.array(sizes).T
-    spec = ViewSpec(size=8, scale=tuple(scale), ratio=tuple(ratio), centre=centre)
+    spec = ViewSpec(size=8, scale=tuple(scale), ratio=tuple(ratio), center_crop=center_crop)
     plan = SamplePlan(
         widths=widths, heights=heights, labels=np.zeros(len(sizes)), views=[spec], seed=seed, shuffle=False
     )
@@ -233,7 +233,7 @@ def test_probabilities_and_ranges_are_those_of_the_spec():
     jittered = (view.brightness != 1) | (view.contrast != 1) | (view.saturation != 1) | (view.hue != 0)
     for applied, probability in [
         (view.flip, STRONG.flip),
-        (view.grey, STRONG.grey),
+        (view.grayscale, STRONG.grayscale),
         (view.solarize, STRONG.solarize),
         (view.blur_sigma > 0, STRONG.blur),
         (jittered, STRONG.jitter_probability),
@@ -276,10 +276,10 @@ def test_strong_jitter_never_turns_negative():
     assert np.abs(view.views[0].hue).max() <= 0.5
 
 
-def test_a_centre_view_is_neutral():
-    view = make_plan(3, width=40, height=30, views=(ViewSpec(size=24, centre=0.875),)).batch(0, 0, 3).views[0]
+def test_a_center_view_is_neutral():
+    view = make_plan(3, width=40, height=30, views=(ViewSpec(size=24, center_crop=0.875),)).batch(0, 0, 3).views[0]
     assert view.boxes.tolist() == [[2, 7, 26, 26]] * 3
-    assert not (view.flip | view.grey | view.solarize).any()
+    assert not (view.flip | view.grayscale | view.solarize).any()
     assert (view.brightness == 1).all()
     assert (view.contrast == 1).all()
     assert (view.saturation == 1).all()
@@ -343,7 +343,7 @@ def test_a_label_fraction_outside_the_range_is_refused(fraction):
         partial_labels([0, 1], fraction, 0)
 
 
-def test_an_unlabelled_tail_leaves_the_kept_labels_alone():
+def test_an_unlabeled_tail_leaves_the_kept_labels_alone():
     labels = np.random.default_rng(0).integers(0, 5, 300)
     joint = partial_labels(np.concatenate([labels, np.full(1000, -1)]), 0.2, seed=3)
     np.testing.assert_array_equal(joint[:300], partial_labels(labels, 0.2, seed=3))

@@ -62,10 +62,10 @@ def test_webdataset_shards(webdataset):
         assert source.describe(i) == f"{webdataset}/part-{i // 3}.tar/{i:04}.png"
 
 
-def test_unlabelled_shards_have_no_classes(webdataset):
+def test_unlabeled_shards_have_no_classes(webdataset):
     shard(webdataset / "z.tar", {"cat/1.png": png(9), "cat/1.cls": b"a cat"})
-    source = open_source(webdataset, labelled=False)
-    assert (source.labels.tolist(), source.classes, source.option) == ([-1] * 7, (), "--data.unlabelled")
+    source = open_source(webdataset, labeled=False)
+    assert (source.labels.tolist(), source.classes, source.option) == ([-1] * 7, (), "--data.unlabeled")
 
 
 def test_classes_by_folder_in_the_shard(tmp_path):

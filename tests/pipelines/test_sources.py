@@ -138,17 +138,17 @@ def test_a_file_that_breaks_or_goes_after_the_scan_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA", "CMYK"])
-def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+def test_every_color_mode_becomes_rgb(tmp_path, mode):
     image = Image.fromarray(picture(8, 9)).convert(mode)
     image.save(tmp_path / ("image.jpg" if mode == "CMYK" else "image.png"))
     assert ImageFolder(tmp_path).pixels(0).shape == (8, 9, 3)
 
 
-def test_16_bit_grey_keeps_its_range(tmp_path):
-    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    save(tmp_path / "deep.png", grey)
+def test_16_bit_gray_keeps_its_range(tmp_path):
+    gray = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    save(tmp_path / "deep.png", gray)
     pixels = ImageFolder(tmp_path).pixels(0)
-    np.testing.assert_array_equal(pixels, np.repeat((grey >> 8)[:, :, None], 3, axis=2))
+    np.testing.assert_array_equal(pixels, np.repeat((gray >> 8)[:, :, None], 3, axis=2))
 
 
 def test_an_array_source_encodes_without_loss():
@@ -185,12 +185,12 @@ def test_an_array_source_refuses_labels_outside_its_classes(label, classes):
     assert ArraySource("right", images, np.array([-1, len(classes) - 1]), classes).classes == classes
 
 
-def test_an_unlabelled_folder_is_read_at_any_depth(tmp_path):
+def test_an_unlabeled_folder_is_read_at_any_depth(tmp_path):
     for name in ("b.png", "cat/1.png", "cat/deep/2.JPG", "dog/1.jpeg"):
         save(tmp_path / name, picture(4, 5))
     (tmp_path / "cat" / ".1.png").write_bytes(b"left by another system")
     (tmp_path / "empty").mkdir()
-    source = ImageFolder(tmp_path, labelled=False)
+    source = ImageFolder(tmp_path, labeled=False)
     names = [source.name_of(index) for index in range(len(source))]
     assert names == ["b.png", "cat/1.png", "cat/deep/2.JPG", "dog/1.jpeg"]
     assert source.labels.tolist() == [-1] * 4
@@ -198,13 +198,13 @@ def test_an_unlabelled_folder_is_read_at_any_depth(tmp_path):
     assert [source.describe(index) for index in range(4)] == [str(tmp_path / name) for name in names]
 
 
-def test_a_wrong_unlabelled_folder_is_explained(tmp_path):
-    with pytest.raises(DataError, match=r"none is not a folder; --data\.unlabelled"):
-        ImageFolder(tmp_path / "none", labelled=False)
-    with pytest.raises(DataError, match=r"holds no .*--data\.unlabelled"):
-        ImageFolder(tmp_path, labelled=False)
+def test_a_wrong_unlabeled_folder_is_explained(tmp_path):
+    with pytest.raises(DataError, match=r"none is not a folder; --data\.unlabeled"):
+        ImageFolder(tmp_path / "none", labeled=False)
+    with pytest.raises(DataError, match=r"holds no .*--data\.unlabeled"):
+        ImageFolder(tmp_path, labeled=False)
     save(tmp_path / "a" / "good.png", picture(4, 4))
-    source = ImageFolder(tmp_path, labelled=False)
+    source = ImageFolder(tmp_path, labeled=False)
     (tmp_path / "a" / "good.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"good\.png cannot be read .*--data\.unlabelled"):
+    with pytest.raises(DataError, match=r"good\.png cannot be read .*--data\.unlabeled"):
         source.pixels(0)

@@ -12,7 +12,7 @@ import torch
 from fastssl_pipelines import ArraySource, TrainSampler, build_executor
 from fastssl_pipelines.executors import turns
 from fastssl_pipelines.executors.turns import Turns
-from tests.pipelines.photos import NORMALISATION, plan_of
+from tests.pipelines.photos import NORMALIZATION, plan_of
 
 LONG_S = 60.0
 
@@ -85,7 +85,7 @@ def test_a_stream_gives_turns_while_it_waits_and_ends_them_with_its_consumer(mon
         real = getattr(Turns, name)
         monkeypatch.setattr(Turns, name, lambda self, name=name, real=real: (told.append(name), real(self)))
     source = ArraySource("black", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, int), ("a",))
-    executor = build_executor("torchvision", source, workers=1, **NORMALISATION)
+    executor = build_executor("torchvision", source, workers=1, **NORMALIZATION)
     stream = executor.stream(TrainSampler(plan_of(source), batch_size=4), 0, 10**9)
     for _ in range(20):
         next(stream)

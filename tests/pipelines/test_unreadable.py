@@ -16,7 +16,7 @@ from fastssl_pipelines import (
     available_executors,
     build_executor,
 )
-from tests.pipelines.photos import NORMALISATION, plan_of, save_photos
+from tests.pipelines.photos import NORMALIZATION, plan_of, save_photos
 
 NAMES = ("resident", "torchvision", "dali")
 COUNT = 240
@@ -26,7 +26,7 @@ CUT, GONE = 100, 17
 def build(name: str, source: ImageFolder, workers: int = 0, **options) -> Executor:
     if reason := available_executors()[name]:
         pytest.skip(f"{name}: {reason}")
-    return build_executor(name, source, workers=workers, **NORMALISATION, **options)
+    return build_executor(name, source, workers=workers, **NORMALIZATION, **options)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_boxes_are_those_of_the_image_that_stands_in(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     save_photos(small, 1, height=10, width=12)
-    source = ImageFolder(tmp_path, labelled=False)
+    source = ImageFolder(tmp_path, labeled=False)
     assert sorted(source.widths.tolist()) == [12, 500]
     plan = plan_of(source)
     bad = source.widths == 500

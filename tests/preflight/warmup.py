@@ -83,7 +83,7 @@ class Inputs:
         """As many as there are rows, and as wide as there are features."""
         count, side = len(self.query), self.query.shape[1]
         numbers = {name: self.floats(count) for name in ("brightness", "contrast", "saturation", "hue", "blur_sigma")}
-        switches = {name: self.longs(count).bool() for name in ("flip", "grey", "solarize")}
+        switches = {name: self.longs(count).bool() for name in ("flip", "grayscale", "solarize")}
         parameters = AugmentParameters(
             **numbers, **switches, order=self.longs(count, 4), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..numerics import LOG2_E
 from ..rows import QueueRead, float_rows, two_rows
-from .reads import covariance_read, dot, labelled_read, read
+from .reads import covariance_read, dot, labeled_read, read
 from .stream import Bank, Products, by_chunks, in_base_2, matches, row_chunks
 
 
@@ -24,7 +24,7 @@ def group_cross_entropy_rows(
 def nt_xent_rows(rows: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss [R], each row's own part of the gradient [R, C], LSE [R], 1 / positives [R]."""
     scaled, bank = in_base_2(rows, temperature), Bank(rows, rows)
-    seen, same = labelled_read(scaled, labels, bank, labels, skip_own=True)
+    seen, same = labeled_read(scaled, labels, bank, labels, skip_own=True)
     logit, positive = same.logit / same.number, same.entry / same.number[:, None]
     lse = seen.lse_above(-dot(scaled, bank.center))
     return *seen.cross_entropy(logit, positive, temperature), lse, 1 / same.number

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..rows import Rows, float_rows
 from .bank import nearest, take
-from .reads import Read, attention_read, covariance_read, dot, labelled_read, pair_read, read
+from .reads import Read, attention_read, covariance_read, dot, labeled_read, pair_read, read
 from .stream import Bank, in_base_2
 
 
@@ -55,7 +55,7 @@ def sup_con_rows(
     rows, bank = in_base_2(query, temperature), Bank(query, queue)
     key = bank.centered(key)
     own = dot(rows, key)
-    seen, same = labelled_read(rows, query_labels, bank, queue_labels)
+    seen, same = labeled_read(rows, query_labels, bank, queue_labels)
     logit, positive = (own + same.logit) / (1 + same.number), (key + same.entry) / (1 + same.number)[:, None]
     loss, gradient = seen.plus(own, key).cross_entropy(logit, positive, temperature)
     return Rows(loss, gradient, _accuracy(own, seen.largest, return_accuracy))
@@ -122,7 +122,7 @@ def unmix_rows(
 
 
 def mean_shift_rows(query: Tensor, key: Tensor, queue: Tensor, k: int) -> Rows:
-    """2 - 2 q.c, c the mean of the key's neighbours."""
+    """2 - 2 q.c, c the mean of the key's neighbors."""
     query = float_rows(query, query)
     # A key that is not finite has no nearest entries.
     mean = torch.zeros_like(query).masked_fill_(~key.isfinite().all(1, keepdim=True), torch.nan)

@@ -101,7 +101,7 @@ def covariance_read(rows: Tensor, direction: Tensor, bank: Bank) -> tuple[Read, 
     return seen, moment - dot(direction, seen.mean)[:, None] * seen.mean
 
 
-def labelled_read(
+def labeled_read(
     rows: Tensor, labels: Tensor, bank: Bank, bank_labels: Tensor, skip_own: bool = False
 ) -> tuple[Read, Matches]:
     """All entries, and those with the row's label.

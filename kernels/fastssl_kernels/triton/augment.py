@@ -1,4 +1,4 @@
-"""`augment` in three launches: the mean grey that contrast needs; all colours; the blur of those that are blurred.
+"""`augment` in three launches: the mean gray that contrast needs; all colors; the blur of those that are blurred.
 
 The second launch finishes the images that are not blurred and keeps the levels of the others for the third.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..augment_parameters import BLUR_RADIUS, AugmentParameters
 from .blur import blur_kernel
-from .colour import colour_kernel, grey_sum_kernel
+from .color import color_kernel, gray_sum_kernel
 from .configuration import Configuration
 
 _PIXELS = 1024  # of one program, fewer where the image is smaller
@@ -24,7 +24,7 @@ _JITTER = ("brightness", "contrast", "saturation", "hue", "order")
 
 
 def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype) -> Tensor:
-    """Augment and normalise uint8 images as `fastssl_kernels.augment` says, which has checked what it passes on.
+    """Augment and normalize uint8 images as `fastssl_kernels.augment` says, which has checked what it passes on.
 
     `images`: uint8 [B, H, W, 3]. Returns [B, 3, H, W] in `out_dtype`, channels_last, bitwise the same at every call
     on one GPU. The levels of an image to be blurred are rounded to float16, to float32 where that is `out_dtype`.
@@ -33,8 +33,8 @@ def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtyp
     images = images.contiguous()
     batch, height, width, _ = images.shape
     jitter = [getattr(parameters, name).contiguous() for name in _JITTER]
-    grey, solarize, flip = (getattr(parameters, name).contiguous() for name in ("grey", "solarize", "flip"))
-    normalise = (
+    gray, solarize, flip = (getattr(parameters, name).contiguous() for name in ("grayscale", "solarize", "flip"))
+    normalize = (
         *(1 / (255 * std) for std in parameters.std),
         *(mean / std for mean, std in zip(parameters.mean, parameters.std, strict=True)),
     )
@@ -44,25 +44,25 @@ def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtyp
         sigma = parameters.blur_sigma.contiguous()
         levels = torch.empty_like(images, dtype=torch.float32 if out_dtype == torch.float32 else torch.float16)
     pixels, size, parts = _cut(height, width)
-    grey_sum = torch.empty(batch, parts, dtype=torch.float32, device=images.device)
+    gray_sum = torch.empty(batch, parts, dtype=torch.float32, device=images.device)
     with torch.cuda.device_of(images):
-        grey_sum_kernel[batch * parts,](images, *jitter, grey_sum, pixels, parts, PIXELS=size, **_OPTIONS)
-        colour_kernel[batch * parts,](
-            images, *jitter, grey, sigma, solarize, flip, grey_sum, levels, result, *normalise, pixels, width, parts,
+        gray_sum_kernel[batch * parts,](images, *jitter, gray_sum, pixels, parts, PIXELS=size, **_OPTIONS)
+        color_kernel[batch * parts,](
+            images, *jitter, gray, sigma, solarize, flip, gray_sum, levels, result, *normalize, pixels, width, parts,
             PIXELS=size, PARTS=triton.next_power_of_2(parts), BLUR=blurred, **_OPTIONS,
         )  # fmt: skip
         if blurred:
             radius = min(BLUR_RADIUS, height - 1, width - 1)
             down, across = (triton.cdiv(side, _WINDOW - 2 * radius) for side in (height, width))
             blur_kernel[batch * down * across,](
-                levels, sigma, solarize, flip, result, *normalise, height, width, radius, across, down * across,
+                levels, sigma, solarize, flip, result, *normalize, height, width, radius, across, down * across,
                 WINDOW=_WINDOW, **_BLUR_OPTIONS,
             )  # fmt: skip
     return result.permute(0, 3, 1, 2)
 
 
 def _cut(height: int, width: int) -> tuple[int, int, int]:
-    """Pixels of an image, how many of them a program of the colour kernels takes, and how many programs that makes."""
+    """Pixels of an image, how many of them a program of the color kernels takes, and how many programs that makes."""
     pixels = height * width
     size = min(_PIXELS, max(256, triton.next_power_of_2(pixels)))
     return pixels, size, triton.cdiv(pixels, size)
@@ -76,7 +76,7 @@ def configurations() -> Iterator[Configuration]:
         _, size, parts = _cut(side, side)
         constants = {"PIXELS": size, "PARTS": triton.next_power_of_2(parts), "BLUR": blurred}
         label = f"{name} {side} {'some' if blurred else 'none'} blurred"
-        yield Configuration(colour_kernel, constants, dtypes[name], _OPTIONS, 0, label)
-    yield Configuration(grey_sum_kernel, {"PIXELS": _PIXELS}, torch.uint8, _OPTIONS, 0, f"{_PIXELS} pixels")
+        yield Configuration(color_kernel, constants, dtypes[name], _OPTIONS, 0, label)
+    yield Configuration(gray_sum_kernel, {"PIXELS": _PIXELS}, torch.uint8, _OPTIONS, 0, f"{_PIXELS} pixels")
     for name, dtype in dtypes.items():
         yield Configuration(blur_kernel, {"WINDOW": _WINDOW}, dtype, _BLUR_OPTIONS, 0, name)

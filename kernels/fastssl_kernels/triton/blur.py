@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..numerics import LOG2_E
-from .colour import store_finished
+from .color import store_finished
 from .tiles import dot
 
 _GAUSSIAN = tl.constexpr(-0.5 * LOG2_E)
@@ -21,7 +21,7 @@ def reflect(index, size):
 
 @triton.jit
 def weight_at(distance, sigma, radius, dtype: tl.constexpr):
-    """The Gaussian, 1 at its centre and 0 beyond `radius`."""
+    """The Gaussian, 1 at its center and 0 beyond `radius`."""
     deviations = distance.to(tl.float32) * (1.0 / tl.maximum(sigma, 1e-3))
     return tl.where(tl.abs(distance) <= radius, tl.exp2(deviations * deviations * _GAUSSIAN), 0.0).to(dtype)
 
@@ -62,7 +62,7 @@ def blur_kernel(
     written = central[:, None] & central[None, :] & (row < height) & (column < width)
     # Along either axis the blur is a product with this matrix, which is symmetric.
     weight = weight_at(place[:, None] - place[None, :], sigma, radius, levels.dtype.element_ty)
-    # As rounded, so that an even colour stays what it is.
+    # As rounded, so that an even color stays what it is.
     total = tl.sum(weight_at(place - WINDOW // 2, sigma, radius, levels.dtype.element_ty).to(tl.float32), 0)
     unit = 1.0 / (total * total)
     if tl.load(flip + image):

@@ -16,7 +16,7 @@ def combine_pairs_kernel(
     weight,  # [rows], of the first key; not read unless MIXED
     negative_lse,  # [splits, rows], base 2
     negative_mean,  # [splits, rows, features]
-    positive_lse,  # of the negated logits; not read unless LABELLED
+    positive_lse,  # of the negated logits; not read unless LABELED
     positive_mean,
     largest,  # [splits, rows]; not read unless ACCURACY
     loss,  # [rows]
@@ -29,7 +29,7 @@ def combine_pairs_kernel(
     splits,
     SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
-    LABELLED: tl.constexpr,
+    LABELED: tl.constexpr,
     MIXED: tl.constexpr,
     ACCURACY: tl.constexpr,
 ):
@@ -43,7 +43,7 @@ def combine_pairs_kernel(
     shift = -own
     total = tl.full([], 1.0, tl.float32)
     positive = k
-    if LABELLED:
+    if LABELED:
         shift, total, positive = merge(
             positive_lse, positive_mean, shift, total, positive, row, rows, splits, features, SPLITS, FEATURES
         )

@@ -12,7 +12,7 @@ from .launch import TF32_MAX_FEATURES, Plan, Tiles, make_plan
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 _OPERANDS = ("queue", "bank", "stream", "result")
 _LONGS = ("index", "limit", "kept", "order")
-_SWITCHES = ("grey", "solarize", "flip")
+_SWITCHES = ("grayscale", "solarize", "flip")
 _COUNTS = (
     *("rows", "entries", "features", "boundary", "share", "splits", "targets"),
     *("pixels", "height", "width", "radius", "across", "parts"),

@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages} | ({"maxnreg": 255} if self.limited else {})
 
 
-# Largest padded C an entry serves -> tiles; by (labelled, bytes per queue element). `fastssl_kernels.aot` checks them.
+# Largest padded C an entry serves -> tiles; by (labeled, bytes per queue element). `fastssl_kernels.aot` checks them.
 TILES: dict[tuple[bool, int], dict[int, Tiles]] = {
     (False, 2): {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2), 512: Tiles(32, 32, 8, 2)},
     (False, 4): {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2), 512: Tiles(16, 16, 8, 1)},

@@ -18,7 +18,7 @@ from .configuration import Configuration, configure
 from .consistency import consistency_rows, queue_read_gradient
 from .launch import launch, pad_columns, pad_features, splits_at_once
 from .nearest import nearest
-from .reads import Partials, read_banks, read_labelled
+from .reads import Partials, read_banks, read_labeled
 
 __all__ = [
     "bank_gradient",
@@ -56,7 +56,7 @@ def unicon_rows(
     return_accuracy: bool,
 ) -> Rows:
     """UniCon; arguments as in `fastssl_kernels.unicon`."""
-    negatives, positives = read_labelled(
+    negatives, positives = read_labeled(
         query, queue, query_labels, queue_labels, temperature, pairs=True, accuracy=return_accuracy
     )
     return _combine_pairs(query, key, negatives, temperature, positives=positives, accuracy=return_accuracy)
@@ -82,7 +82,7 @@ def sup_con_rows(
     return_accuracy: bool,
 ) -> Rows:
     """SupCon; arguments as in `fastssl_kernels.sup_con`."""
-    entries, positives = read_labelled(
+    entries, positives = read_labeled(
         query, queue, query_labels, queue_labels, temperature, pairs=False, accuracy=return_accuracy
     )
     loss, gradient, _, _, accuracy = _combine_target(
@@ -142,7 +142,7 @@ def group_cross_entropy_rows(
 @pad_columns
 def nt_xent_rows(rows: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, each row's own part of the gradient, LSE, 1 / positives; `labels` has no -1."""
-    entries, positives = read_labelled(rows, rows, labels, labels, temperature, pairs=False, skip_own=True)
+    entries, positives = read_labeled(rows, rows, labels, labels, temperature, pairs=False, skip_own=True)
     loss, gradient, lse, share, _ = _combine_target(rows, entries, temperature, "positives", positives=positives)
     return loss, gradient, lse, share
 
@@ -184,7 +184,7 @@ def _combine_pairs(
         query, key, second_key.contiguous(), weight.contiguous(),
         negatives.lse, negatives.mean, *(positives or negatives)[:2], negatives.largest, *out,
         LOG2_E / temperature, 1 / temperature, rows, features, len(negatives.lse),
-        LABELLED=positives is not None, MIXED=mixed is not None, ACCURACY=accuracy,
+        LABELED=positives is not None, MIXED=mixed is not None, ACCURACY=accuracy,
         **_combine_constants(negatives, features),
     )  # fmt: skip
     return out
@@ -234,6 +234,6 @@ def _empty_rows(query: Tensor) -> tuple[Tensor, Tensor]:
 def configurations() -> Iterator[Configuration]:
     """What the combine kernels here are compiled for: the most splits and features at once, everything on."""
     common = {"SPLITS": splits_at_once(64, 512), "FEATURES": 512, "ACCURACY": True}
-    yield configure(combine_pairs_kernel, torch.float32, common | {"LABELLED": True, "MIXED": True})
+    yield configure(combine_pairs_kernel, torch.float32, common | {"LABELED": True, "MIXED": True})
     for target in ("teachers", "entries", "positives"):
         yield configure(combine_target_kernel, torch.float32, common | {"TARGET": target, "OWN": True})

@@ -33,7 +33,7 @@ def read_kernel(
     ACCURACY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Neighbouring programs differ in their rows and share their part of the queue, so it leaves DRAM once.
+    # Neighboring programs differ in their rows and share their part of the queue, so it leaves DRAM once.
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     x = load_stacked_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..numerics import LOG2_E
 from .configuration import Configuration, configure, every_input
-from .labelled_read import labelled_read_kernel
+from .labeled_read import labeled_read_kernel
 from .launch import TILES, launch, make_plan, processors
 from .read import read_kernel
 
@@ -67,7 +67,7 @@ def read_banks(
     return out
 
 
-def read_labelled(
+def read_labeled(
     query: Tensor,
     queue: Tensor,
     query_labels: Tensor,
@@ -78,7 +78,7 @@ def read_labelled(
     skip_own: bool = False,
     accuracy: bool = False,
 ) -> tuple[Partials, Partials]:
-    """Negatives (`pairs`) or all entries, and positives; see `labelled_read`."""
+    """Negatives (`pairs`) or all entries, and positives; see `labeled_read`."""
     query, queue = query.contiguous(), with_unit_stride(queue)
     rows, (entries, features) = len(query), queue.shape
     plan = make_plan(
@@ -93,7 +93,7 @@ def read_labelled(
     first = empty_partials(query, plan.splits, rows, accuracy)
     positives = empty_partials(query, plan.splits, rows, accuracy=False)
     launch(
-        labelled_read_kernel, plan.grid(rows),
+        labeled_read_kernel, plan.grid(rows),
         query, queue, query_labels.contiguous(), queue_labels.contiguous(),
         first.lse, first.mean, positives.lse, positives.mean, first.largest,
         LOG2_E / temperature, rows, entries, features, queue.stride(0), plan.share,
@@ -124,7 +124,7 @@ def configurations() -> Iterator[Configuration]:
         yield configure(read_kernel, inputs.dtype, plan.constants | accuracy, plan.tiles)
         plan = inputs.plan(TILES[True, inputs.dtype.itemsize])
         unicon = {"PAIRS": True, "SKIP_OWN": False}
-        yield configure(labelled_read_kernel, inputs.dtype, plan.constants | unicon | accuracy, plan.tiles)
+        yield configure(labeled_read_kernel, inputs.dtype, plan.constants | unicon | accuracy, plan.tiles)
         if inputs.features == 128 and inputs.accuracy:
             nt_xent = {"PAIRS": False, "SKIP_OWN": True, "ACCURACY": False}
-            yield configure(labelled_read_kernel, inputs.dtype, plan.constants | nt_xent, plan.tiles)
+            yield configure(labeled_read_kernel, inputs.dtype, plan.constants | nt_xent, plan.tiles)

@@ -18,9 +18,9 @@ _PER_IMAGE = tuple(field.name for field in fields(AugmentParameters) if field.na
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """Colour, blur, flip and normalisation of crops with the numbers of their plan; worker processes can have it.
+    """Color, blur, flip and normalization of crops with the numbers of their plan; worker processes can have it.
 
-    `mean`, `std`: of the normalisation, in units of the [0, 1] range. `dtype`: of the views, on `device`.
+    `mean`, `std`: of the normalization, in units of the [0, 1] range. `dtype`: of the views, on `device`.
     """
 
     mean: tuple[float, float, float]

@@ -48,7 +48,7 @@ _REQUIREMENTS = {
 class Executor(ABC):
     """Decodes, cuts and resizes the images of a plan, augments them and hands over batches on `device`.
 
-    `mean`, `std`: of the normalisation, in units of the [0, 1] range. `dtype`: of the views.
+    `mean`, `std`: of the normalization, in units of the [0, 1] range. `dtype`: of the views.
     `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead. `timeout_s`: how long
     nothing may be finished before InputError ends a stream.
     `unreadable`: a sentence by the number of each image that could not be decoded so far. `notes`: what the executor

@@ -36,7 +36,7 @@ class DaliExecutor(Executor):
 
     `decode`: "gpu" (with its JPEG engine where it has one) or "cpu", both also with "-region", which decodes no more of
     an image than its views need; or "auto", which on a GPU measures all four with the first batch and says in `notes`
-    what it chose. On a GPU, DALI cuts and resizes there; its pixels are torchvision's within one grey level, except
+    what it chose. On a GPU, DALI cuts and resizes there; its pixels are torchvision's within one gray level, except
     along the border of a box that is made smaller: DALI repeats the last pixel and torchvision narrows the filter. On
     a CPU torch does that, twice as fast as DALI and to the bit as torchvision.
     """

@@ -33,7 +33,7 @@ class ResidentExecutor(Executor):
     """For data sets that fit decoded on the device, or else in host memory: n * max height * max width * 3 bytes.
 
     `notes` says which. From host memory the images of each batch are copied to the device, where all else is done, with
-    torchvision's pixels within one grey level. For a CPU `workers` processes cut, resize and augment, where that is
+    torchvision's pixels within one gray level. For a CPU `workers` processes cut, resize and augment, where that is
     worth starting them, with torchvision's pixels to the bit.
     """
 

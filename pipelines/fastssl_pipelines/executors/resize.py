@@ -26,9 +26,9 @@ def resized_boxes(images: Iterable[Tensor], boxes: NDArray[np.int32], size: int)
 
 
 def resized_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """One box of each image, resized: uint8 [B, size, size, 3], as `resized_boxes` within one grey level.
+    """One box of each image, resized: uint8 [B, size, size, 3], as `resized_boxes` within one gray level.
 
-    `images`: float32 [B, H, 3, W], grey levels. `boxes`: int32 [B, 4] on the same device. Two matrix products.
+    `images`: float32 [B, H, 3, W], gray levels. `boxes`: int32 [B, 4] on the same device. Two matrix products.
     """
     count, image_height, channels, image_width = images.shape
     weights = _resize_weights(boxes, max(image_height, image_width), size)

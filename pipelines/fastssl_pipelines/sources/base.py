@@ -159,20 +159,20 @@ class Subset(Source):
 
 
 class JointSource(Source):
-    """The images of `labelled` and after them those of `unlabelled`, whose labels count as unknown.
+    """The images of `labeled` and after them those of `unlabeled`, whose labels count as unknown.
 
-    The unlabelled images stand last: so the labelled ones keep their numbers, and an evaluation can leave off the end.
+    The unlabeled images stand last: so the labeled ones keep their numbers, and an evaluation can leave off the end.
     """
 
-    def __init__(self, labelled: Source, unlabelled: Source) -> None:
-        self.name = f"{labelled.name} and {unlabelled.name}"
-        self.classes = labelled.classes
-        self.labels = np.concatenate([labelled.labels, np.full(len(unlabelled), -1, np.int64)])
-        self.widths = np.concatenate([labelled.widths, unlabelled.widths])
-        self.heights = np.concatenate([labelled.heights, unlabelled.heights])
-        self.defects = {**labelled.defects, **{len(labelled) + row: why for row, why in unlabelled.defects.items()}}
-        self.notes = labelled.notes + unlabelled.notes
-        self._labelled, self._unlabelled = labelled, unlabelled
+    def __init__(self, labeled: Source, unlabeled: Source) -> None:
+        self.name = f"{labeled.name} and {unlabeled.name}"
+        self.classes = labeled.classes
+        self.labels = np.concatenate([labeled.labels, np.full(len(unlabeled), -1, np.int64)])
+        self.widths = np.concatenate([labeled.widths, unlabeled.widths])
+        self.heights = np.concatenate([labeled.heights, unlabeled.heights])
+        self.defects = {**labeled.defects, **{len(labeled) + row: why for row, why in unlabeled.defects.items()}}
+        self.notes = labeled.notes + unlabeled.notes
+        self._labeled, self._unlabeled = labeled, unlabeled
 
     def encoded(self, index: int) -> bytes:
         source, index = self._part(index)
@@ -191,8 +191,8 @@ class JointSource(Source):
         return source.name_of(index)
 
     def fingerprint(self) -> str:
-        return digest_of(*(source.fingerprint().encode() for source in (self._labelled, self._unlabelled)))
+        return digest_of(*(source.fingerprint().encode() for source in (self._labeled, self._unlabeled)))
 
     def _part(self, index: int) -> tuple[Source, int]:
-        count = len(self._labelled)
-        return (self._labelled, index) if index < count else (self._unlabelled, index - count)
+        count = len(self._labeled)
+        return (self._labeled, index) if index < count else (self._unlabeled, index - count)

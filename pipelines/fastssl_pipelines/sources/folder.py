@@ -33,39 +33,33 @@ _INTEGER_CLASS = re.compile(r"(.*\S) +(\d+)")
 class ImageFolder(IndexedSource):
     """The image files of a folder as `list_folder` finds them; `progress` is called while headers are read."""
 
-    def __init__(
-        self, root: str | os.PathLike[str], *, labelled: bool = True, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, labeled: bool = True, progress: Progress | None = None) -> None:
         super().__init__(
-            root, lambda known: list_folder(Path(root), labelled=labelled), labelled=labelled, progress=progress
+            root, lambda known: list_folder(Path(root), labeled=labeled), labeled=labeled, progress=progress
         )
 
 
 class ListedImages(IndexedSource):
     """The images that a text file names, as `list_file` reads it; `progress` is called while headers are read."""
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, labelled: bool = True, progress: Progress | None = None
-    ) -> None:
-        super().__init__(
-            path, lambda known: list_file(Path(path), labelled=labelled), labelled=labelled, progress=progress
-        )
+    def __init__(self, path: str | os.PathLike[str], *, labeled: bool = True, progress: Progress | None = None) -> None:
+        super().__init__(path, lambda known: list_file(Path(path), labeled=labeled), labeled=labeled, progress=progress)
 
 
-def list_folder(root: Path, *, labelled: bool = True) -> Listing:
+def list_folder(root: Path, *, labeled: bool = True) -> Listing:
     """The image files under `root`, one folder a class in sorted order; files at any depth of it count.
 
-    Without class folders, the files directly in `root` are the images and every label is -1. With `labelled` False
-    (--data.unlabelled) all files at any depth are images with label -1, whatever folders they are in. Hidden files and
+    Without class folders, the files directly in `root` are the images and every label is -1. With `labeled` False
+    (--data.unlabeled) all files at any depth are images with label -1, whatever folders they are in. Hidden files and
     folders are passed over, and other files than images are counted in `ignored`. DataError for a folder without
     images or with unclear labels, for one that is reached in two ways, and for a link that leads nowhere.
     """
-    option = "--data.root" if labelled else "--data.unlabelled"
+    option = "--data.root" if labeled else "--data.unlabeled"
     name = os.fspath(root)
     if not os.path.isdir(root):
-        kinds = "a folder of images or of class folders" if labelled else "a folder of images"
+        kinds = "a folder of images or of class folders" if labeled else "a folder of images"
         raise DataError(f"{root} is not a folder; {option} must be {kinds}")
-    if not labelled:
+    if not labeled:
         found = _images_under(name, name, option)
         if not found.images:
             raise DataError(f"{root} holds no image file ({SUFFIXES_SHOWN}) at any depth; check {option}")
@@ -97,27 +91,27 @@ def list_folder(root: Path, *, labelled: bool = True) -> Listing:
         (image for found in found_in for image in found.images),
         labels=np.repeat(np.arange(len(found_in), dtype=np.int64), [len(found.images) for found in found_in]),
         classes=tuple(here.folders),
-        labelled_by="folder",
+        labeled_by="folder",
         ignored=suffixes_of([*here.others, *(other for found in found_in for other in found.others)]),
     )
 
 
-def list_file(path: Path, *, labelled: bool = True) -> Listing:
+def list_file(path: Path, *, labeled: bool = True) -> Listing:
     """The images that a text file names, one a line: a path, relative to the list's folder or absolute.
 
     A TAB and a class name may follow the path; without any TAB, a space and an integer on every line are the class
-    (as Caffe writes lists). Classes are sorted, integers by value. Without classes, or with `labelled` False, every
+    (as Caffe writes lists). Classes are sorted, integers by value. Without classes, or with `labeled` False, every
     label is -1. DataError where the list cannot be read, names no file or a missing one, or has classes in part.
     """
-    option = "--data.root" if labelled else "--data.unlabelled"
+    option = "--data.root" if labeled else "--data.unlabeled"
     lines = numbered_lines(path, f"{option} must be a folder of images, .tar shards or a text file of paths")
     if not lines:
         raise DataError(f"{path} names no image; {option} must be a list of paths, one a line")
     files, classes_given = _paths_and_classes(path, lines, option)
     name, folder = os.fspath(path), os.fspath(path.parent)
-    if labelled and classes_given:
+    if labeled and classes_given:
         labels, classes = numbered(classes_given)
-        listing = whole_files(name, option, folder, files, labels=labels, classes=classes, labelled_by="list")
+        listing = whole_files(name, option, folder, files, labels=labels, classes=classes, labeled_by="list")
     else:
         listing = whole_files(name, option, folder, files)
     missing = np.flatnonzero(listing.signatures[:, 0] < 0)

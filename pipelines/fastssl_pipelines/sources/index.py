@@ -24,7 +24,7 @@ from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, open_image, upright
 from fastssl_pipelines.sources.listing import CHUNK, THREADS, Listing, Progress, total_of
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 
-_VERSION = 2
+_VERSION = 3
 _HEADER_BYTES = 32 * 1024  # holds the size in nearly every file; else the whole file is read
 
 Lister = Callable[[Listing | None], Listing]
@@ -44,20 +44,20 @@ class Index:
 class IndexedSource(Source):
     """The images of a listing, with an index that is cached between runs and made again where files changed.
 
-    `root`, `labelled`: what the cache is kept under. `progress`: see Progress; called if headers are read.
+    `root`, `labeled`: what the cache is kept under. `progress`: see Progress; called if headers are read.
     DataError where no image can be read; a cache that cannot be written costs a note and no more.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], lister: Lister, *, labelled: bool, progress: Progress | None = None
+        self, root: str | os.PathLike[str], lister: Lister, *, labeled: bool, progress: Progress | None = None
     ) -> None:
-        key = f"{os.path.abspath(root)}\n{'labelled' if labelled else 'unlabelled'}"
+        key = f"{os.path.abspath(root)}\n{'labeled' if labeled else 'unlabeled'}"
         path = cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.npz"
         known = load(path, key)
         listing = lister(known.listing if known else None)
         index = build(listing, known, progress)
         problem = save(index, path, key) if known is None or not _same(index, known) else None
-        self.notes = tuple(note for note in (problem, *_notes(listing, labelled)) if note)
+        self.notes = tuple(note for note in (problem, *_notes(listing, labeled)) if note)
         self.name, self.option = listing.name, listing.option
         self.labels, self.classes = listing.labels, listing.classes
         self.widths, self.heights, self.defects = index.widths, index.heights, index.defects
@@ -81,12 +81,12 @@ class IndexedSource(Source):
         return digest_of(names.blob, names.ends.tobytes(), self._listing.lengths.tobytes())
 
 
-def _notes(listing: Listing, labelled: bool) -> Iterator[str]:
+def _notes(listing: Listing, labeled: bool) -> Iterator[str]:
     """Sentences about what lies in a collection and is not used, which may be a mistake."""
     if ignored := listing.told_ignored():
         yield f"{listing.name}: {ignored}"
     suffixes = {suffix for suffix, _ in listing.ignored}
-    if listing.archives is not None and labelled and listing.labelled_by == "nothing" and suffixes & {".json", ".txt"}:
+    if listing.archives is not None and labeled and listing.labeled_by == "nothing" and suffixes & {".json", ".txt"}:
         yield (
             f"{listing.name}: no .cls in the shards: labels in .json or .txt are not read; write the number of a "
             "class into KEY.cls beside each image"
@@ -141,7 +141,7 @@ def save(index: Index, path: Path, key: str) -> str | None:
         "widths": index.widths,
         "heights": index.heights,
         "labels": index.listing.labels,
-        "labelled_by": _bytes(index.listing.labelled_by.encode()),
+        "labeled_by": _bytes(index.listing.labeled_by.encode()),
         **_packed("files", index.listing.files),
         "ignored_in": _bytes(json.dumps(index.listing.ignored_in).encode()),
         **_packed("classes", PackedStrings.of(index.listing.classes)),
@@ -229,7 +229,7 @@ def _unpacked(arrays: dict[str, NDArray[Any]]) -> Index:
         lengths=signatures[:, 0] if whole else arrays["lengths"],
         labels=arrays["labels"],
         classes=tuple(_names(arrays, "classes")),
-        labelled_by=arrays["labelled_by"].tobytes().decode(),
+        labeled_by=arrays["labeled_by"].tobytes().decode(),
         archives=None,
         ignored=total_of(ignored_in),
         ignored_in=ignored_in,

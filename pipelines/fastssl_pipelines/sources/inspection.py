@@ -53,7 +53,7 @@ class DefectKind(Enum):
     CORRUPT = "corrupt", _ANOTHER, False
     OTHER_FORMAT = "another format", _ANOTHER, False
     TOO_LARGE = "too large", _ANOTHER, False
-    MISLABELLED = "one file in two classes", "used with every one of the labels", False
+    MISLABELED = "one file in two classes", "used with every one of the labels", False
     LEAKED = "in training and test images", "used in both: accuracies are too high", True
     TURNED = "EXIF orientation", "applied", True
     WRONG_SUFFIX = "misleading suffix", "none: the content counts", True
@@ -120,7 +120,7 @@ def inspect(encoded: bytes, name: str) -> tuple[Defect, ...]:
 def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress | None = None) -> list[Finding]:
     """The defects of all images of the listings, in their order; `workers` threads read and decode.
 
-    Usable files of the same bytes that lie in two classes, of one listing or of two, are all MISLABELLED: which of
+    Usable files of the same bytes that lie in two classes, of one listing or of two, are all MISLABELED: which of
     the labels is right cannot be told. Those of one class that lie in two listings are LEAKED.
     """
     images = _Joined(listings)
@@ -140,7 +140,7 @@ def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress
     for group in copies.values():
         classes = sorted({name for name in map(images.class_of, group) if name is not None})
         if len(classes) > 1:
-            found += [(image, Defect(DefectKind.MISLABELLED, " and ".join(classes))) for image in group]
+            found += [(image, Defect(DefectKind.MISLABELED, " and ".join(classes))) for image in group]
         elif len({images.name_of(image)[0] for image in group}) > 1:
             found += [(image, Defect(DefectKind.LEAKED)) for image in group]
     found.sort(key=lambda pair: pair[0])

@@ -48,7 +48,7 @@ class Listing:
     relative to. `files`: the files that hold the images, and `signatures`, int64 [f, 2]: their size in bytes and
     modification time in ns, -1 where they cannot be reached. `names`, `file`, `offsets`, `lengths`: for every image
     its name, the number of its file, ascending, and its stretch of bytes. `archives`: None if every image is a
-    whole file. `labels`: int64 [n], -1 = unknown, else an index into `classes`. `labelled_by`: what told the labels.
+    whole file. `labels`: int64 [n], -1 = unknown, else an index into `classes`. `labeled_by`: what told the labels.
     `ignored`: files that are not used, most frequent suffix first; `ignored_in`: those in each archive of `files`.
     """
 
@@ -63,7 +63,7 @@ class Listing:
     lengths: NDArray[np.int64]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
-    labelled_by: str
+    labeled_by: str
     archives: OpenFiles | None
     ignored: Ignored = ()
     ignored_in: tuple[Ignored, ...] = ()
@@ -146,7 +146,7 @@ def whole_files(
     *,
     labels: NDArray[np.int64] | None = None,
     classes: tuple[str, ...] = (),
-    labelled_by: str = "nothing",
+    labeled_by: str = "nothing",
     ignored: Ignored = (),
 ) -> Listing:
     """The listing of images that are files of their own; without `labels` all are -1."""
@@ -165,7 +165,7 @@ def whole_files(
         lengths=signatures[:, 0].copy(),
         labels=np.full(count, -1, np.int64) if labels is None else labels,
         classes=classes,
-        labelled_by=labelled_by,
+        labeled_by=labeled_by,
         archives=None,
         ignored=ignored,
     )

@@ -12,28 +12,28 @@ from fastssl_pipelines.sources.listing import Listing, Progress, is_hidden, is_i
 from fastssl_pipelines.sources.shards import COMPRESSED_SUFFIXES, SHARD_SUFFIX, TarShards, list_shards
 
 
-def open_source(root: Path, *, labelled: bool = True, progress: Progress | None = None) -> IndexedSource:
+def open_source(root: Path, *, labeled: bool = True, progress: Progress | None = None) -> IndexedSource:
     """The images at `root`: class folders, a flat folder, .tar shards or a list file, with sizes from a cached index.
 
-    With `labelled` False (--data.unlabelled) every label is -1 and images count at any depth. DataError where there
+    With `labeled` False (--data.unlabeled) every label is -1 and images count at any depth. DataError where there
     are no images, or where their labels are unclear.
     """
-    if _holds_shards(root, labelled):
-        return TarShards(root, labelled=labelled, progress=progress)
+    if _holds_shards(root, labeled):
+        return TarShards(root, labeled=labeled, progress=progress)
     kind = ListedImages if root.is_file() else ImageFolder
-    return kind(root, labelled=labelled, progress=progress)
+    return kind(root, labeled=labeled, progress=progress)
 
 
-def list_images(root: Path, *, labelled: bool = True) -> Listing:
+def list_images(root: Path, *, labeled: bool = True) -> Listing:
     """The images of `open_source` before any is opened, and without the index; DataError as there."""
-    if _holds_shards(root, labelled):
-        return list_shards(root, labelled=labelled)
-    return list_file(root, labelled=labelled) if root.is_file() else list_folder(root, labelled=labelled)
+    if _holds_shards(root, labeled):
+        return list_shards(root, labeled=labeled)
+    return list_file(root, labeled=labeled) if root.is_file() else list_folder(root, labeled=labeled)
 
 
-def _holds_shards(root: Path, labelled: bool) -> bool:
+def _holds_shards(root: Path, labeled: bool) -> bool:
     """Whether `root` is a tar file or a folder of them, compressed ones included, which TarShards explains."""
-    option = "--data.root" if labelled else "--data.unlabelled"
+    option = "--data.root" if labeled else "--data.unlabeled"
     if not os.path.isdir(root):
         return os.path.lexists(root) and root.name.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES))
     try:

@@ -58,30 +58,28 @@ class _Shard(NamedTuple):
 class TarShards(IndexedSource):
     """The images in tar files, as `list_shards` finds them; `progress` is called while headers are read."""
 
-    def __init__(
-        self, root: str | os.PathLike[str], *, labelled: bool = True, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, labeled: bool = True, progress: Progress | None = None) -> None:
         super().__init__(
             root,
-            lambda known: list_shards(Path(root), labelled=labelled, known=known, progress=progress),
-            labelled=labelled,
+            lambda known: list_shards(Path(root), labeled=labeled, known=known, progress=progress),
+            labeled=labeled,
             progress=progress,
         )
 
 
 def list_shards(
-    root: Path, *, labelled: bool = True, known: Listing | None = None, progress: Progress | None = None
+    root: Path, *, labeled: bool = True, known: Listing | None = None, progress: Progress | None = None
 ) -> Listing:
     """The images in the .tar files directly in the folder `root`, or in `root` itself if it is one.
 
     The class of an image is the integer in KEY.cls beside KEY.jpg (see `classes_of`; -1 is unknown), else the folder
     it lies in, else the name of its shard if that is a WordNet id (as ImageNet's n01440764.tar), else unknown (-1);
-    with `labelled` False always unknown. An image is called SHARD/MEMBER. `known`, an earlier listing, spares the scan
+    with `labeled` False always unknown. An image is called SHARD/MEMBER. `known`, an earlier listing, spares the scan
     of shards that did not change since.
     DataError for a shard that is compressed or cut short, without images, with a name twice or with classes from
     different sources.
     """
-    option = "--data.root" if labelled else "--data.unlabelled"
+    option = "--data.root" if labeled else "--data.unlabeled"
     folder = root if root.is_dir() else root.parent
     shards = _shards_in(root, option)
     files = PackedStrings.of(shards)
@@ -96,7 +94,7 @@ def list_shards(
         name = shards[number]
         if known is not None and name in earlier:
             return _from_listing(known, *earlier[name])
-        return _scan(folder / name, option, labelled)
+        return _scan(folder / name, option, labeled)
 
     contents = []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -104,7 +102,7 @@ def list_shards(
             contents.append(shard)
             if progress:
                 progress("scanning shards", done, len(shards))
-    return _listing(root, option, files, signatures, contents, labelled=labelled)
+    return _listing(root, option, files, signatures, contents, labeled=labeled)
 
 
 def _listing(
@@ -114,15 +112,15 @@ def _listing(
     signatures: NDArray[np.int64],
     contents: list[_Shard],
     *,
-    labelled: bool,
+    labeled: bool,
 ) -> Listing:
     given = [each for shard in contents for each in shard.classes]
     if not given:
         raise DataError(f"the shards of {root} hold no image file ({SUFFIXES_SHOWN}); check {option}")
     names = PackedStrings.of(name for shard in contents for name in shard.names)
-    labelled_by = one_source(given, names, root, option) if labelled else FROM_NOTHING
+    labeled_by = one_source(given, names, root, option) if labeled else FROM_NOTHING
     labels, classes = np.full(len(given), -1, np.int64), tuple[str, ...]()
-    if labelled_by != FROM_NOTHING:
+    if labeled_by != FROM_NOTHING:
         known = np.array([name != "" for _, name in given])
         labels[known], classes = numbered([name for _, name in given if name])
     folder = os.fspath(root if root.is_dir() else root.parent)
@@ -138,7 +136,7 @@ def _listing(
         lengths=np.array([length for shard in contents for length in shard.lengths], np.int64),
         labels=labels,
         classes=classes,
-        labelled_by=labelled_by,
+        labeled_by=labeled_by,
         archives=OpenFiles(folder, files),
         ignored=total_of(shard.ignored for shard in contents),
         ignored_in=tuple(shard.ignored for shard in contents),
@@ -159,7 +157,7 @@ def _shards_in(root: Path, option: str) -> list[str]:
     return [name for name in names if name.endswith(SHARD_SUFFIX)]
 
 
-def _scan(path: Path, option: str, labelled: bool) -> _Shard:
+def _scan(path: Path, option: str, labeled: bool) -> _Shard:
     """Reads the headers of all members and, for labels, the .cls files; DataError for a shard without its end."""
     images: dict[str, Member] = {}
     numbers: dict[str, str] = {}
@@ -173,7 +171,7 @@ def _scan(path: Path, option: str, labelled: bool) -> _Shard:
                 if not member.is_file:
                     others.append(f"{name} link")
                 elif is_label(name):
-                    if labelled:
+                    if labeled:
                         _require_new(name, numbers, path, option)
                         content = read_stretch(file.fileno(), member.offset, min(member.size, LABEL_AT_MOST_BYTES + 1))
                         numbers[name] = class_number(content, f"{path}/{name}", option)
@@ -233,6 +231,6 @@ def _from_listing(known: Listing, number: int, rows: slice) -> _Shard:
         names=[known.names[row] for row in range(rows.start, rows.stop)],
         offsets=known.offsets[rows].tolist(),
         lengths=known.lengths[rows].tolist(),
-        classes=[(known.labelled_by, known.classes[label] if label >= 0 else "") for label in labels],
+        classes=[(known.labeled_by, known.classes[label] if label >= 0 else "") for label in labels],
         ignored=known.ignored_in[number],
     )

@@ -25,7 +25,7 @@ class NamedSplits(NamedTuple):
 def open_named(name: str, root: Path, *, download: bool = False) -> NamedSplits:
     """The data set `name` of NAMED from `root`, the folder that torchvision keeps it in; RGB, also FashionMNIST.
 
-    The 100 000 unlabelled images of STL10 stand behind its 5000 labelled ones in `train`. With `download`, files that
+    The 100 000 unlabeled images of STL10 stand behind its 5000 labeled ones in `train`. With `download`, files that
     are missing are fetched; without, they are a DataError, as are damaged ones.
     """
     import torchvision
@@ -40,8 +40,8 @@ def open_named(name: str, root: Path, *, download: bool = False) -> NamedSplits:
         splits = NamedSplits(_source(f"{name} train", train), _source(f"{name} test", test))
         if name != "STL10":
             return splits
-        unlabelled = _UnlabelledSTL10(os.path.join(root, kind.base_folder, kind.train_list[2][0]))
-        return splits._replace(train=JointSource(splits.train, unlabelled))
+        unlabeled = _UnlabeledSTL10(os.path.join(root, kind.base_folder, kind.train_list[2][0]))
+        return splits._replace(train=JointSource(splits.train, unlabeled))
     except (RuntimeError, OSError, ValueError, AssertionError) as error:  # a damaged file fails in ways of its own
         remedy = (
             "check --data.root and the network"
@@ -53,16 +53,16 @@ def open_named(name: str, root: Path, *, download: bool = False) -> NamedSplits:
         ) from error
 
 
-class _UnlabelledSTL10(ArraySource):
+class _UnlabeledSTL10(ArraySource):
     """The file's pages, not a copy: it has 2.7 GB, and every worker process opens it."""
 
     def __init__(self, path: str) -> None:
         # copy-on-write, since torch takes no read-only memory; columns come before rows in the file
         pixels = np.asarray(np.memmap(path, np.uint8, mode="c")).reshape(-1, 3, _STL10_SIDE, _STL10_SIDE)
-        super().__init__("STL10 unlabelled", pixels.transpose(0, 3, 2, 1), np.full(len(pixels), -1), ())
+        super().__init__("STL10 unlabeled", pixels.transpose(0, 3, 2, 1), np.full(len(pixels), -1), ())
         self._path = path
 
-    def __reduce__(self) -> tuple[type[_UnlabelledSTL10], tuple[str]]:
+    def __reduce__(self) -> tuple[type[_UnlabeledSTL10], tuple[str]]:
         return type(self), (self._path,)
 
 

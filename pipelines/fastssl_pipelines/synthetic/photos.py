@@ -74,9 +74,9 @@ def _surface(rng: np.random.Generator, height: int, width: int) -> Array:
     cortical cells" (1987) for the spectrum; Ruderman, Cronin, Chiao (1998) for the order of the three axes.
     """
     brightness = _field(rng, height, width, rng.uniform(0.85, 1.22))
-    # at half the resolution, which is all that 4:2:0 keeps of colour
+    # at half the resolution, which is all that 4:2:0 keeps of color
     small = [_field(rng, -(-height // 2), -(-width // 2), 1.3) for _ in range(2)]
-    first, second = (colour.repeat(2, 0).repeat(2, 1)[:height, :width] for colour in small)
+    first, second = (color.repeat(2, 0).repeat(2, 1)[:height, :width] for color in small)
     return brightness + 0.5 * first * _RED_BLUE + 0.25 * second * _GREEN_MAGENTA
 
 
@@ -90,7 +90,7 @@ def _field(rng: np.random.Generator, height: int, width: int, exponent: float) -
 
 
 def _add_leaf(rng: np.random.Generator, scene: Array, shape: Field, texture: Field) -> None:
-    """Cover a part of the scene with one object of the class, which has colours and a surface of its own.
+    """Cover a part of the scene with one object of the class, which has colors and a surface of its own.
 
     Objects that occlude one another, with many small and few large ones, are the dead leaves model of images
     (Lee, Mumford, Huang, "Occlusion models for natural images", 2001).
@@ -110,8 +110,8 @@ def _add_leaf(rng: np.random.Generator, scene: Array, shape: Field, texture: Fie
     inside = np.clip(0.5 + shape(u, v, r, a) * np.float32(radius), 0, 1)
     weave = texture(u, v, r, a)
     first, second = (rng.normal(0, 1) + rng.normal(0, 0.4, (3, 1, 1)) for _ in range(2))
-    colour = second.astype(np.float32) + (first - second).astype(np.float32) * weave
+    color = second.astype(np.float32) + (first - second).astype(np.float32) * weave
     # its surface is that of the opposite place in the scene
     surface = np.float32(0.4) * scene[:, ::-1, ::-1][:, rows, columns]
     part = scene[:, rows, columns]
-    part += inside * (colour + surface - part)
+    part += inside * (color + surface - part)

@@ -1,6 +1,6 @@
 """Procedural pictures: the embedded data set, drawn from a seed without a download.
 
-A class is a shape and the texture on it; a picture holds four objects of one class. Colours, position, size,
+A class is a shape and the texture on it; a picture holds four objects of one class. Colors, position, size,
 rotation and background are nuisance: they are drawn anew for every object and tell nothing about the class.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from fastssl_pipelines.sources.base import ArraySource
 
 Array = np.ndarray
-# A shape is positive inside and about 1 at its centre; a texture lies in [0, 1]. Both see the picture's own
+# A shape is positive inside and about 1 at its center; a texture lies in [0, 1]. Both see the picture's own
 # coordinates u, v (the shape reaches to about 1) and the same point as radius r and angle a.
 Field = Callable[[Array, Array, Array, Array], Array]
 
@@ -92,8 +92,8 @@ def _uniform(rng: np.random.Generator, low: float, high: float, count: int) -> A
     return rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
 
 
-def _colours(rng: np.random.Generator, brightness: Array) -> Array:
-    """[count, 1, 1, 3]: random tints of the given brightness [count], so that grey tells them apart too."""
+def _colors(rng: np.random.Generator, brightness: Array) -> Array:
+    """[count, 1, 1, 3]: random tints of the given brightness [count], so that gray tells them apart too."""
     tint = rng.uniform(-0.3, 0.3, (len(brightness), 1, 1, 3)).astype(np.float32)
     return brightness[:, None, None, None] + tint - tint.mean(-1, keepdims=True)
 
@@ -104,7 +104,7 @@ def _draw(rng: np.random.Generator, shape: Field, texture: Field, count: int, si
     x, y = axis[None, None, :], axis[None, :, None]
     slope = _uniform(rng, 0, 2 * np.pi, count)
     light = 0.15 * (x * np.cos(slope) + y * np.sin(slope))[..., None]
-    picture = _colours(rng, np.full(count, 0.5, np.float32)) + light
+    picture = _colors(rng, np.full(count, 0.5, np.float32)) + light
     for cell_x, cell_y in PLACES:
         angle, scale = _uniform(rng, 0, 2 * np.pi, count), _uniform(rng, *SCALES, count)
         dx = x - cell_x - _uniform(rng, -SHIFT, SHIFT, count)
@@ -116,8 +116,8 @@ def _draw(rng: np.random.Generator, shape: Field, texture: Field, count: int, si
         inside = np.clip(0.5 + shape(u, v, r, a) * scale * (size / 2), 0, 1)[..., None]
         weave = texture(u, v, r, a)[..., None]
         bright = rng.random(count) < 0.5
-        first = _colours(rng, np.where(bright, 0.9, 0.1).astype(np.float32))
-        second = _colours(rng, np.where(bright, 0.1, 0.9).astype(np.float32))
+        first = _colors(rng, np.where(bright, 0.9, 0.1).astype(np.float32))
+        second = _colors(rng, np.where(bright, 0.1, 0.9).astype(np.float32))
         picture += inside * (first * weave + second * (1 - weave) - picture)
     return picture + rng.normal(0, 0.02, picture.shape).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The colours of uint8 images: jitter in each image's own order, greyscale, and what finishes an unblurred image.
+"""The colors of uint8 images: jitter in each image's own order, grayscale, and what finishes an unblurred image.
 
 A program works on a part of one image, whose numbers are scalars to it: what an image does not need is skipped by
 a branch that all its threads take.
@@ -17,8 +17,8 @@ _BRIGHTNESS, _CONTRAST, _SATURATION = tl.constexpr(0), tl.constexpr(1), tl.const
 
 
 @triton.jit
-def grey_of(red, green, blue):
-    """The grey level of each pixel, with torchvision's weights."""
+def gray_of(red, green, blue):
+    """The gray level of each pixel, with torchvision's weights."""
     return red * 0.2989 + green * 0.587 + blue * 0.114
 
 
@@ -40,7 +40,7 @@ def shift_hue(red, green, blue, turns):
     low = tl.minimum(tl.minimum(red, green), blue)
     high = tl.maximum(tl.maximum(red, green), blue)
     chroma = high - low
-    scale = 1.0 / tl.maximum(chroma, _TINY)  # grey pixels: 0 * finite, never NaN
+    scale = 1.0 / tl.maximum(chroma, _TINY)  # gray pixels: 0 * finite, never NaN
     hue = tl.where(high == green, (blue - red) * scale + 2.0, (red - green) * scale + 4.0)
     hue = tl.where(high == red, (green - blue) * scale, hue) + 6.0 * turns
     hue -= 6.0 * tl.floor(hue * (1.0 / 6.0))
@@ -52,7 +52,7 @@ def shift_hue(red, green, blue, turns):
 
 @triton.jit
 def jitter(red, green, blue, order, slots, brightness, contrast, saturation, turns, mean):
-    """Apply the operations in the first `slots` places of the order; `mean`: of the grey image before contrast."""
+    """Apply the operations in the first `slots` places of the order; `mean`: of the gray image before contrast."""
     for slot in range(slots):  # not unrolled: hue alone is most of the code
         operation = tl.load(order + slot)
         if operation == _BRIGHTNESS:
@@ -60,8 +60,8 @@ def jitter(red, green, blue, order, slots, brightness, contrast, saturation, tur
         elif operation == _CONTRAST:
             red, green, blue = blend(red, green, blue, contrast, mean * (1.0 - contrast))
         elif operation == _SATURATION:
-            grey = grey_of(red, green, blue)
-            red, green, blue = blend(red, green, blue, saturation, grey * (1.0 - saturation))
+            gray = gray_of(red, green, blue)
+            red, green, blue = blend(red, green, blue, saturation, gray * (1.0 - saturation))
         elif turns != 0.0:
             red, green, blue = shift_hue(red, green, blue, turns)
     return red, green, blue
@@ -77,21 +77,21 @@ def load_pixels(images, first, mask):
 
 @triton.jit
 def store_finished(result, level, solarize, scale, shift, mask):
-    """Solarise, normalise and round one channel."""
+    """Solarize, normalize and round one channel."""
     if solarize:
         level = tl.where(level >= 128.0, 255.0 - level, level)
     tl.store(result, round_to(level * scale - shift, result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def grey_sum_kernel(
+def gray_sum_kernel(
     images,  # [B, pixels, 3] contiguous uint8
     brightness,  # [B], as all that follow
     contrast,
     saturation,
     hue,
     order,  # [B, 4] int64
-    grey_sum,  # [B, parts]: of the image as it comes to contrast; not written where contrast changes nothing
+    gray_sum,  # [B, parts]: of the image as it comes to contrast; not written where contrast changes nothing
     pixels,
     parts,
     PIXELS: tl.constexpr,
@@ -108,23 +108,23 @@ def grey_sum_kernel(
         red, green, blue, order + image * 4, slots,
         tl.load(brightness + image), 1.0, tl.load(saturation + image), tl.load(hue + image), 0.0,
     )  # fmt: skip
-    total = tl.sum(grey_of(red, green, blue), 0)  # pixels beyond the image are black, whatever the jitter
-    tl.store(grey_sum + tl.program_id(0), total)
+    total = tl.sum(gray_of(red, green, blue), 0)  # pixels beyond the image are black, whatever the jitter
+    tl.store(gray_sum + tl.program_id(0), total)
 
 
 @triton.jit
-def colour_kernel(
+def color_kernel(
     images,  # [B, pixels, 3] contiguous uint8
     brightness,  # [B], as all that follow
     contrast,
     saturation,
     hue,
     order,  # [B, 4] int64
-    grey,
+    grayscale,
     blur_sigma,  # not read unless BLUR
     solarize,
     flip,
-    grey_sum,  # [B, parts]
+    gray_sum,  # [B, parts]
     levels,  # [B, pixels, 3]: of the images to be blurred
     result,  # [B, pixels, 3]: all others
     red_scale,
@@ -148,14 +148,14 @@ def colour_kernel(
     mean = 0.0
     if contrast_factor != 1.0:
         part = tl.arange(0, PARTS)
-        mean = tl.sum(tl.load(grey_sum + image * parts + part, mask=part < parts, other=0.0), 0) / pixels
+        mean = tl.sum(tl.load(gray_sum + image * parts + part, mask=part < parts, other=0.0), 0) / pixels
     red, green, blue = load_pixels(images + base, pixel * 3, mask)
     red, green, blue = jitter(
         red, green, blue, order + image * 4, 4,
         tl.load(brightness + image), contrast_factor, tl.load(saturation + image), tl.load(hue + image), mean,
     )  # fmt: skip
-    if tl.load(grey + image):
-        red = grey_of(red, green, blue)
+    if tl.load(grayscale + image):
+        red = gray_of(red, green, blue)
         green = red
         blue = red
     if BLUR and tl.load(blur_sigma + image) > 0.0:

@@ -1,4 +1,4 @@
-"""Labelled queue read: two accumulators over one share of the queue, for UniCon and SupCon.
+"""Labeled queue read: two accumulators over one share of the queue, for UniCon and SupCon.
 
 PAIRS (UniCon): the negatives, and the negated positives. Otherwise (SupCon): all entries, and the positives
 with equal weights, so that their LSE is the logarithm of their number.
@@ -13,7 +13,7 @@ from .tiles import LOWEST, absorb, dot, load_scaled_query, load_tile, store_part
 
 
 @triton.jit
-def labelled_read_kernel(
+def labeled_read_kernel(
     query,  # [rows, features] contiguous
     queue,  # [entries, features], last stride 1
     query_labels,  # [rows] int64, -1 unknown
@@ -86,7 +86,7 @@ def labelled_read_kernel(
                 tile, positive_shift, positive_total, positive_rounded, positive,
                 ONLINE and PAIRS, ROUNDED and PAIRS, PRECISION,
             )  # fmt: skip
-    if not SKIP_OWN:  # there the views of an unlabelled image are a class below -1
+    if not SKIP_OWN:  # there the views of an unlabeled image are a class below -1
         # A label that is none must be seen; looking on the host would wait for the device.
         wrong = (row_label < -1) | (tl.min(lowest_label, 0) < -1)
         total = tl.where(wrong, float("nan"), total)
