@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fastssl.distributed import gather_rows, world_size
-from fastssl_kernels import QueueRead, assign_groups, queue_read
+from fastssl_kernels import QueueRead, nearest_entry, queue_read
 
 
 def info_nce(
@@ -85,7 +85,7 @@ def sharded_read(query: Tensor, shard: Tensor, *, temperature: float) -> QueueRe
 def largest_product(query: Tensor, shard: Tensor) -> Tensor:
     """The largest product [N] of each row [N, C] of this rank with a key of all shards [K / ranks, C]."""
     everyone = gather_rows(query.to(shard.dtype)).to(query.dtype)
-    nearest = shard[assign_groups(everyone, shard)]
+    nearest = shard[nearest_entry(everyone, shard)]
     return _of_all_shards((everyone * nearest).sum(1)).amax(0)
 
 

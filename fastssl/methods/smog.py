@@ -19,7 +19,7 @@ from fastssl.models.heads import MLPBatchNormHead, ProjectionHead
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.models.queue import KeyQueue
 from fastssl.validation import Count, Decay, Range, Rows, Share, Temperature, Width, require
-from fastssl_kernels import assign_groups, group_cross_entropy, update_groups
+from fastssl_kernels import bank_cross_entropy, nearest_entry, update_groups
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 
@@ -133,13 +133,13 @@ class SMoG(Method):
         losses, moved = [], []
         for head, old in enumerate(self.groups):
             bank = old.to(self.bank_dtype)
-            target = assign_groups(key, bank).unflatten(0, (2, -1)).repeat(1, len(large) + len(small))
+            target = nearest_entry(key, bank).unflatten(0, (2, -1)).repeat(1, len(large) + len(small))
             features = gather_rows_with_gradient(rows[head % BANKS])
-            assignment = assign_groups(features, bank)
+            assignment = nearest_entry(features, bank)
             groups, _ = update_groups(features, old, momentum=self.group_momentum, assignment=assignment)
             moved.append(groups.detach())
             groups = groups if self.config.groups_gradient else groups.detach().to(self.bank_dtype)
-            losses.append(group_cross_entropy(prediction, groups, target, temperature=self.config.temperature))
+            losses.append(bank_cross_entropy(prediction, groups, target, temperature=self.config.temperature))
         return MethodOutput(torch.stack(losses).mean(), {}, (torch.stack(moved), *(row.detach() for row in rows)))
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import ConfigError
-from fastssl_kernels import assign_groups, update_groups
+from fastssl_kernels import nearest_entry, update_groups
 
 
 @torch.no_grad()
@@ -23,6 +23,6 @@ def spherical_kmeans(rows: Tensor, clusters: int, *, rounds: int = 10) -> Tensor
         )
     centers = rows[torch.randperm(len(rows), device=rows.device)[:clusters]].float()
     for _ in range(rounds):
-        assignment = assign_groups(rows, centers.to(rows.dtype))
+        assignment = nearest_entry(rows, centers.to(rows.dtype))
         centers, _ = update_groups(rows, centers, momentum=0.0, assignment=assignment)
     return centers

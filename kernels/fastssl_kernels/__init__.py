@@ -3,7 +3,7 @@
 from . import reference
 from .augment import AugmentParameters, augment
 from .backend import available_backends, use_backend
-from .groups import assign_groups, group_cross_entropy, update_groups
+from .groups import bank_cross_entropy, nearest_entry, update_groups
 from .in_batch import nt_xent
 from .losses import consistency, info_nce, mean_shift, mixco, soft_cross_entropy, sup_con, unicon, unmix
 from .ops import watch_losses
@@ -13,14 +13,14 @@ from .rows import QueueRead
 __all__ = [
     "AugmentParameters",
     "QueueRead",
-    "assign_groups",
     "augment",
     "available_backends",
+    "bank_cross_entropy",
     "consistency",
-    "group_cross_entropy",
     "info_nce",
     "mean_shift",
     "mixco",
+    "nearest_entry",
     "nt_xent",
     "queue_read",
     "reference",

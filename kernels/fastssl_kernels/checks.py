@@ -61,14 +61,14 @@ def check_teacher(query: Tensor, teacher: Tensor, queue: Tensor) -> None:
     check_rows(query=query, teacher=teacher.flatten(0, 1), queue=queue)
 
 
-def check_groups(prediction: Tensor, groups: Tensor, target: Tensor) -> None:
-    """Target [N] or, with T targets a row, [T, N]: int64 numbers of groups."""
-    check_rows(("groups",), prediction=prediction, groups=groups)
+def check_targets(prediction: Tensor, bank: Tensor, target: Tensor) -> None:
+    """Target [N] or, with T targets a row, [T, N]: int64 indices into the bank."""
+    check_rows(("bank",), prediction=prediction, bank=bank)
     _check_integers("target", target, prediction)
     if target.ndim not in (1, 2) or target.numel() == 0 or target.shape[-1] != len(prediction):
         raise ValueError(
             f"target has shape {list(target.shape)}; it must be [{len(prediction)}] or [T, {len(prediction)}], "
-            "one group a row and target"
+            "one entry per row and target"
         )
 
 

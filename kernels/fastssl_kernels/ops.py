@@ -22,7 +22,7 @@ from .checks import check_index_values, check_label_values, check_unit_rows
 from .numerics import accumulation_dtype
 
 _LossRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], accuracy [N] or empty
-_GroupRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], lse [N]
+_BankRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], lse [N]
 _BatchRows = tuple[Tensor, Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], lse [N], 1 / positives [N]
 
 
@@ -178,12 +178,10 @@ def mean_shift(query: Tensor, key: Tensor, queue: Tensor, k: int, backend: str) 
 
 
 @_op
-def group_cross_entropy(
-    prediction: Tensor, groups: Tensor, target: Tensor, temperature: float, backend: str
-) -> _GroupRows:
-    check_unit_rows(prediction=prediction, groups=groups)
-    check_index_values("groups", groups, target=target)
-    return _implementation(backend, groups).group_cross_entropy_rows(prediction, groups, target, temperature)
+def bank_cross_entropy(prediction: Tensor, bank: Tensor, target: Tensor, temperature: float, backend: str) -> _BankRows:
+    check_unit_rows(prediction=prediction, bank=bank)
+    check_index_values("bank", bank, target=target)
+    return _implementation(backend, bank).bank_cross_entropy_rows(prediction, bank, target, temperature)
 
 
 @_op
@@ -252,8 +250,8 @@ def _fake_loss_and_gradient(query: Tensor) -> tuple[Tensor, Tensor]:
     return query.new_empty(len(query), dtype=dtype), query.new_empty(query.shape, dtype=dtype)
 
 
-@group_cross_entropy.register_fake
-def _(prediction: Tensor, groups: Tensor, target: Tensor, temperature: float, backend: str) -> _GroupRows:
+@bank_cross_entropy.register_fake
+def _(prediction: Tensor, bank: Tensor, target: Tensor, temperature: float, backend: str) -> _BankRows:
     loss, gradient = _fake_loss_and_gradient(prediction)
     return loss, gradient, torch.empty_like(loss)
 
@@ -284,29 +282,26 @@ def _(rows: Tensor, bank: Tensor, count: int, backend: str) -> Tensor:
     return rows.new_empty((len(rows), count), dtype=torch.int64)
 
 
-def _keep_groups(ctx: Any, inputs: tuple[Any, ...], output: _GroupRows) -> None:
-    prediction, groups, target, ctx.temperature, ctx.backend = inputs
+def _keep_bank(ctx: Any, inputs: tuple[Any, ...], output: _BankRows) -> None:
+    prediction, bank, target, ctx.temperature, ctx.backend = inputs
     _, gradient, lse = output
     ctx.mark_non_differentiable(gradient, lse)
     ctx.set_materialize_grads(False)
-    # Constant groups are not kept: they may then be overwritten before backward.
-    ctx.save_for_backward(prediction, gradient, *((groups, target, lse) if ctx.needs_input_grad[1] else ()))
+    # A constant bank is not kept: it may then be overwritten before backward.
+    ctx.save_for_backward(prediction, gradient, *((bank, target, lse) if ctx.needs_input_grad[1] else ()))
 
 
-def _group_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _bank_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 5
-    prediction, gradient, *bank = ctx.saved_tensors
+    prediction, gradient, *kept = ctx.saved_tensors
     of_prediction = once((upstream[:, None] * gradient).to(prediction.dtype), prediction)
-    if not bank:
+    if not kept:
         return of_prediction, None, None, None, None
-    groups, target, lse = bank
-    numbers = torch.arange(len(groups), device=groups.device)
-    share = torch.full_like(lse, 1 / len(target))
-    of_groups = bank_gradient(
-        prediction, groups, target, numbers, lse, share, upstream, ctx.temperature, False, ctx.backend
-    )
-    return of_prediction, once(of_groups.to(groups.dtype), groups), None, None, None
+    bank, target, lse = kept
+    own, share = torch.arange(len(bank), device=bank.device), torch.full_like(lse, 1 / len(target))
+    of_bank = bank_gradient(prediction, bank, target, own, lse, share, upstream, ctx.temperature, False, ctx.backend)
+    return of_prediction, once(of_bank.to(bank.dtype), bank), None, None, None
 
 
 def _keep_batch(ctx: Any, inputs: tuple[Any, ...], output: _BatchRows) -> None:
@@ -336,6 +331,6 @@ def _read_gradient(ctx: Any, lse: Tensor, mean: Tensor) -> tuple[Tensor | None, 
     return once(gradient.to(query.dtype), query), None, None, None
 
 
-group_cross_entropy.register_autograd(_group_gradients, setup_context=_keep_groups)
+bank_cross_entropy.register_autograd(_bank_gradients, setup_context=_keep_bank)
 nt_xent.register_autograd(_batch_gradient, setup_context=_keep_batch)
 queue_read.register_autograd(_read_gradient, setup_context=_keep_query)

@@ -160,8 +160,8 @@ def _unmix(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
     )
 
 
-def _group_cross_entropy(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
-    rows = groups.group_cross_entropy(given.query, given.queue, given.target, temperature=temperature, reduction="none")
+def _bank_cross_entropy(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
+    rows = groups.bank_cross_entropy(given.query, given.queue, given.target, temperature=temperature, reduction="none")
     return (rows,)
 
 
@@ -211,7 +211,7 @@ LOSSES: dict[str, Loss] = {
     "consistency+positive": Loss(_pair(losses.consistency, include_positive=True), difference=True),
     "mixco": Loss(_mixco),
     "unmix": Loss(_unmix),
-    "group_cross_entropy": Loss(_group_cross_entropy, gradients=("query", "queue")),
+    "bank_cross_entropy": Loss(_bank_cross_entropy, gradients=("query", "queue")),
     "update_groups": Loss(_update_groups),
     "mean_shift": Loss(_mean_shift),
     "nt_xent": Loss(_nt_xent, gradients=("query", "key"), in_batch=True),

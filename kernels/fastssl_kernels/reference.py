@@ -181,22 +181,22 @@ def unmix(
     return reduce_rows(weight * first + (1 - weight) * second, reduction)
 
 
-def group_cross_entropy(
-    prediction: Tensor, groups: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
+def bank_cross_entropy(
+    prediction: Tensor, bank: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy of the softmax over groups, mean over the targets of a row; gradient to groups too."""
-    checks.check_groups(prediction, groups, target)
+    """Cross-entropy of the softmax over a bank, mean over the targets of a row; gradient to the bank too."""
+    checks.check_targets(prediction, bank, target)
     checks.check_temperature(temperature)
-    checks.check_index_values("groups", groups, target=target)
+    checks.check_index_values("bank", bank, target=target)
     # Not `F.cross_entropy`, to which a target of -100 is a loss of 0.
-    log_softmax = (_similarity(prediction, groups) / float(temperature)).log_softmax(1)
+    log_softmax = (_similarity(prediction, bank) / float(temperature)).log_softmax(1)
     return reduce_rows(-log_softmax.gather(1, stack_targets(target).T).mean(1), reduction)
 
 
-def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
-    """The group nearest to each row."""
-    checks.check_rows(("groups",), features=features, groups=groups)
-    return _similarity(two_rows(features), groups).argmax(1)[: len(features)]
+def nearest_entry(query: Tensor, bank: Tensor) -> Tensor:
+    """The entry nearest to each row."""
+    checks.check_rows(("bank",), query=query, bank=bank)
+    return _similarity(two_rows(query), bank).argmax(1)[: len(query)]
 
 
 def update_groups(
@@ -205,7 +205,7 @@ def update_groups(
     """Assign each row to its nearest group, move the groups toward the mean of their rows."""
     checks.check_rows(features=features, groups=groups)
     checks.check_momentum(features, momentum)
-    assignment = assign_groups(features, groups) if assignment is None else assignment
+    assignment = nearest_entry(features, groups) if assignment is None else assignment
     checks.check_index(features, assignment=assignment)
     checks.check_index_values("groups", groups, assignment=assignment)
     members = F.one_hot(assignment, len(groups)).T.to(accumulation_dtype(features.dtype))

@@ -105,7 +105,7 @@ FUNCTIONS: dict[str, Callable[[Inputs], Any]] = {
         losses.soft_cross_entropy_rows(x.query, x.teachers[:count], x.queue, x.temperature, 0.6 * x.temperature)
         for count in (1, 2)
     ],
-    "group_cross_entropy": lambda x: losses.group_cross_entropy_rows(x.query, x.queue, x.targets, x.temperature),
+    "bank_cross_entropy": lambda x: losses.bank_cross_entropy_rows(x.query, x.queue, x.targets, x.temperature),
     "bank_gradient": lambda x: losses.bank_gradient(
         x.query, x.queue, x.targets, x.bank_labels, x.weight, x.weight, x.upstream, x.temperature, False
     ),
@@ -130,7 +130,7 @@ def training_cases() -> Iterator[Case]:
     for function in FUNCTIONS:
         for size in (TRAINING, ONE):
             yield Case(function, "bf16", size)
-    for function in ("group_cross_entropy", "bank_gradient"):
+    for function in ("bank_cross_entropy", "bank_gradient"):
         yield Case(function, "fp32", TRAINING)
 
 

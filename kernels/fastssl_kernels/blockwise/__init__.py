@@ -3,7 +3,7 @@
 The functions that `ops` calls, by the names that `triton.losses` has too.
 """
 
-from .bank import bank_gradient, group_cross_entropy_rows, nearest, nt_xent_rows, queue_read, queue_read_gradient
+from .bank import bank_cross_entropy_rows, bank_gradient, nearest, nt_xent_rows, queue_read, queue_read_gradient
 from .losses import (
     consistency_rows,
     info_nce_rows,
@@ -16,9 +16,9 @@ from .losses import (
 )
 
 __all__ = [
+    "bank_cross_entropy_rows",
     "bank_gradient",
     "consistency_rows",
-    "group_cross_entropy_rows",
     "info_nce_rows",
     "mean_shift_rows",
     "mixco_rows",

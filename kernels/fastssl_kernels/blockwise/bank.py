@@ -11,14 +11,14 @@ from .reads import covariance_read, dot, labeled_read, read
 from .stream import Bank, Products, by_chunks, in_base_2, matches, row_chunks
 
 
-def group_cross_entropy_rows(
-    prediction: Tensor, groups: Tensor, target: Tensor, temperature: float
+def bank_cross_entropy_rows(
+    prediction: Tensor, bank: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [N], gradient [N, C], LSE [N]; the logit of the targets' mean is the mean of their logits."""
-    rows, bank = in_base_2(prediction, temperature), Bank(prediction, groups)
-    seen = read(rows, bank)
-    wanted = torch.stack([bank.centered(take(groups, numbers)) for numbers in target]).mean(0)
-    return *seen.cross_entropy(dot(rows, wanted), wanted, temperature), seen.lse_above(-dot(rows, bank.center))
+    rows, entries = in_base_2(prediction, temperature), Bank(prediction, bank)
+    seen = read(rows, entries)
+    wanted = torch.stack([entries.centered(take(bank, indices)) for indices in target]).mean(0)
+    return *seen.cross_entropy(dot(rows, wanted), wanted, temperature), seen.lse_above(-dot(rows, entries.center))
 
 
 def nt_xent_rows(rows: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

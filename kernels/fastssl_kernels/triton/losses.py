@@ -21,9 +21,9 @@ from .nearest import nearest
 from .reads import Partials, read_banks, read_labeled
 
 __all__ = [
+    "bank_cross_entropy_rows",
     "bank_gradient",
     "consistency_rows",
-    "group_cross_entropy_rows",
     "info_nce_rows",
     "mean_shift_rows",
     "mixco_rows",
@@ -127,14 +127,14 @@ def mixco_rows(
 
 
 @pad_columns
-def group_cross_entropy_rows(
-    prediction: Tensor, groups: Tensor, target: Tensor, temperature: float
+def bank_cross_entropy_rows(
+    prediction: Tensor, bank: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient to the prediction, LSE; `target` [T, N]."""
-    entries = read_banks(prediction, groups, temperature=temperature)
+    entries = read_banks(prediction, bank, temperature=temperature)
     share = torch.full(target.shape, 1 / len(target), dtype=torch.float32, device=target.device)
     loss, gradient, lse, _, _ = _combine_target(
-        prediction, entries, temperature, "entries", targets=len(target), entries_of=(groups, target, share)
+        prediction, entries, temperature, "entries", targets=len(target), entries_of=(bank, target, share)
     )
     return loss, gradient, lse
 
