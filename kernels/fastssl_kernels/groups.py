@@ -8,42 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, ops, reference
-from .backend import dispatches_to_reference, requested
-from .numerics import accumulation_dtype
-from .rows import float_rows, reduce_rows, stack_targets
+from . import contract, reference
+from .backend import dispatches_to_reference
+from .losses import nearest_entry
+from .rows import accumulation_dtype, float_rows
 
 _MASK_ELEMENTS = 2**20  # of a block of the membership matrix
-
-
-@dispatches_to_reference(reference.bank_cross_entropy)
-def bank_cross_entropy(
-    prediction: Tensor, bank: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
-) -> Tensor:
-    """Cross-entropy of each row's softmax over a bank against its target entry, with a gradient to the bank too.
-
-    Row loss: log(sum over the bank of exp(p.b / t)) - p.b[target] / t. `prediction`: [N, C]. `bank`: [K, C].
-    `target`: int64 [N], or [T, N] for T targets whose losses are averaged. Dtypes, reduction and errors as in
-    `info_nce`. `prediction` gets a gradient, and `bank` if it requires one: backward then reads it again, so it
-    must not be overwritten before. A target outside the bank is an IndexError on a CPU and a NaN on a GPU, where
-    checking would wait for the device.
-    """
-    checks.check_targets(prediction, bank, target)
-    checks.check_temperature(temperature)
-    loss, _, _ = ops.bank_cross_entropy(prediction, bank, stack_targets(target), float(temperature), requested())
-    return reduce_rows(loss, reduction)
-
-
-@dispatches_to_reference(reference.nearest_entry)
-def nearest_entry(query: Tensor, bank: Tensor) -> Tensor:
-    """Index of the bank entry with the largest dot product with each row: int64 [N]; the first of equal ones.
-
-    Products count as computed: a matrix product may round those of two equal entries differently. A NaN counts as
-    the largest product: a row of NaN gets entry 0, and every row gets the first entry of NaN.
-    `query`: [N, C]. `bank`: [K, C]. Neither gets a gradient. Dtypes and errors as in `info_nce`.
-    """
-    checks.check_rows(("bank",), query=query, bank=bank)
-    return ops.nearest(query.detach(), bank.detach(), 1, requested())[:, 0]
 
 
 @dispatches_to_reference(reference.update_groups)
@@ -59,11 +29,11 @@ def update_groups(
     Returns unit groups [G, C] in float32 (float64 for float64), differentiable in `features`, and the
     assignment to the old groups, int64 [N].
     """
-    checks.check_rows(features=features, groups=groups)
-    checks.check_momentum(features, momentum)
+    contract.check_rows(features=features, groups=groups)
+    contract.check_momentum(features, momentum)
     if assignment is None:
         assignment = nearest_entry(features, groups)
-    checks.check_index(features, assignment=assignment)
+    contract.check_index(features, assignment=assignment)
     sums, members = _group_sums(features, assignment, len(groups))
     old = float_rows(groups, features)
     momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
@@ -76,7 +46,7 @@ def _group_sums(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tens
     """Sum of the rows of each group, and their number; a matrix product, because `index_add_` is not deterministic."""
     dtype = accumulation_dtype(features.dtype)
     sums, members = features.new_zeros(groups, features.shape[1], dtype=dtype), features.new_zeros(groups, dtype=dtype)
-    checks.check_index_values("groups", sums, assignment=assignment)
+    contract.check_index_values("groups", sums, assignment=assignment)
     numbers = torch.arange(groups, device=features.device)[:, None]
     size = max(1, _MASK_ELEMENTS // groups)
     with torch.autocast(features.device.type, enabled=False):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .autograd import keep_gradient, once, scale_gradient
 from .backend import resolve
-from .checks import check_index_values, check_label_values, check_unit_rows
-from .numerics import accumulation_dtype
+from .contract import check_index_values, check_label_values, check_unit_rows
+from .rows import accumulation_dtype
 
 _LossRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], accuracy [N] or empty
 _BankRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], lse [N]
@@ -240,7 +240,7 @@ def _implementation(backend: str, *banks: Tensor) -> ModuleType:
         from .triton import losses  # Triton exists on Linux only
 
         return losses
-    from . import blockwise
+    from .blockwise import losses as blockwise
 
     return blockwise
 

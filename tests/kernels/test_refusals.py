@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastssl_kernels as fk
-from fastssl_kernels import checks, use_backend
+from fastssl_kernels import contract, use_backend
 from tests.kernels.test_augment import drawn, pictures
 
 Arguments = Callable[..., dict[str, Any]]
@@ -163,7 +163,7 @@ def test_any_real_number_is_taken(name: str, backend: str, arguments: Arguments)
             assert torch.equal(fk.mean_shift(**given | {"k": np.int64(5)}), fk.mean_shift(**given))
 
 
-@pytest.mark.parametrize("temperature", checks.TEMPERATURES)
+@pytest.mark.parametrize("temperature", contract.TEMPERATURES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("nearest_entry", "update_groups")])

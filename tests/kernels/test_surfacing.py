@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import fastssl_kernels as fk
-from fastssl_kernels import blockwise, parity, reference, use_backend
+from fastssl_kernels import parity, reference, use_backend
+from fastssl_kernels.blockwise import losses as blockwise
 
 Arguments = Callable[..., dict[str, Any]]
 T = 0.2

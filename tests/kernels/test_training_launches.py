@@ -19,7 +19,7 @@ from fastssl.models.encoders import Encoder
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.presets import PRESETS, load
 from fastssl_kernels import aot, ops
-from fastssl_kernels.triton import bank_gradient, consistency, losses, nearest, reads
+from fastssl_kernels.triton import bank_gradient, consistency, losses, nearest, read
 from fastssl_kernels.triton.configuration import Configuration, launched
 from fastssl_kernels.triton.launch import H100_PROCESSORS, noted_launches
 from fastssl_pipelines.batch import Batch
@@ -71,7 +71,7 @@ class Averages(Encoder):
 @pytest.fixture(autouse=True)
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_implementation", lambda *_: losses)
-    for module in (bank_gradient, consistency, nearest, reads):
+    for module in (bank_gradient, consistency, nearest, read):
         monkeypatch.setattr(module, "processors", lambda _: H100_PROCESSORS)
     monkeypatch.setattr(smog, "spherical_kmeans", partial(spherical_kmeans, rounds=1))
 

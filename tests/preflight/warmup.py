@@ -25,8 +25,8 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastssl_kernels import AugmentParameters
 from fastssl_kernels.aot import SHARED_BYTES
-from fastssl_kernels.augment import AugmentParameters
 from fastssl_kernels.triton import augment, losses
 from tests.preflight.driver import installed
 from tests.preflight.fake_cuda import DEVICE, fake_cuda

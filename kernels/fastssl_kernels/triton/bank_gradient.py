@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..numerics import LOG2_E
+from ..rows import LOG2_E
 from .configuration import Configuration, configure, every_input
 from .launch import Plan, Tiles, launch, make_plan, pad_columns, processors
-from .reads import with_unit_stride
+from .read import with_unit_stride
 from .tiles import dot, load_tile, round_to, rounded_weights
 
 _LOG2_E = tl.constexpr(LOG2_E)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..numerics import LOG2_E
+from ..rows import LOG2_E
 from .color import store_finished
 from .tiles import dot
 

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import LOG2_E
-from ..rows import Rows
+from ..rows import LOG2_E, Rows
 from .bank_gradient import bank_gradient
-from .combine_pairs import combine_pairs_kernel
-from .combine_target import combine_target_kernel
+from .combine import combine_pairs_kernel, combine_target_kernel
 from .configuration import Configuration, configure
 from .consistency import consistency_rows, queue_read_gradient
 from .launch import launch, pad_columns, pad_features, splits_at_once
 from .nearest import nearest
-from .reads import Partials, read_banks, read_labeled
+from .read import Partials, read_banks, read_labeled
 
 __all__ = [
     "bank_cross_entropy_rows",

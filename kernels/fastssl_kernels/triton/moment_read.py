@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..numerics import LOG2_E
+from ..rows import LOG2_E
 from .tiles import LOWEST, dot, load_tile, round_to
 
 _LOG2_E = tl.constexpr(LOG2_E)

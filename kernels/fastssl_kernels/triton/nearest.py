@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .configuration import Configuration, configure, every_input
 from .launch import Tiles, launch, make_plan, pad_columns, processors
-from .reads import with_unit_stride
+from .read import with_unit_stride
 from .tiles import dot, load_tile, round_to
 
 _AT_ONCE = 16  # entries found in one read of the bank: more would not stay in registers

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl_kernels.augment import AugmentParameters, augment
+from fastssl_kernels import AugmentParameters, augment
 from fastssl_pipelines.executors.transfer import to_device
 from fastssl_pipelines.plan import BatchPlan, ViewPlan
 

@@ -1,4 +1,4 @@
-"""What rows see in a bank, in one pass over it: the sums of which the losses are closed forms.
+"""Sums over a bank in one pass: the losses are closed forms of them.
 
 `rows`: [N, C], scaled `in_base_2`. Labels: int64; -1 in `labels` is none. Logits and entries are those of the
 bank, that is with the entries less its center.
@@ -13,9 +13,62 @@ import torch
 from torch import Tensor
 
 from ..rows import wrong_labels
-from .stream import Bank, MomentSums, Products, Sums, by_chunks, empty_sums, matches
+from .stream import Bank, Products, by_chunks, matches
 
 _ATTENTION_ROWS = 64  # that a thread of torch's attention takes at a time
+
+
+class Sums:
+    """Per row, over the blocks added so far: the largest logit, and sums relative to its exponential."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._weighted = empty_sums(rows)
+        # Finite, so that the difference of two empty rows' largest is 0 and not NaN.
+        self.largest = torch.full_like(self._weighted[0], -1e30)
+        """[N], in base 2."""
+        self.total = torch.zeros_like(self.largest)
+        """[N]: sum of 2**(logit - largest)."""
+
+    def add(self, logits: Tensor, block: Tensor) -> None:
+        """Overwrites `logits` by their terms of `total`."""
+        largest = torch.maximum(self.largest, logits.amax(0))
+        self._rescale(torch.exp2(self.largest - largest))
+        self.largest = largest
+        logits.sub_(largest).exp2_()
+        self.total += logits.sum(0)
+        self._weighted.addmm_(block.T, logits)
+
+    def mean(self) -> Tensor:
+        """[N, C]: the entries' mean, weighted by the softmax of the logits; 0 for a row without entries."""
+        return self._mean_of(self._weighted)
+
+    def _rescale(self, factor: Tensor) -> None:
+        self.total *= factor
+        self._weighted *= factor
+
+    def _mean_of(self, weighted: Tensor) -> Tensor:
+        return (weighted / torch.where(self.total > 0, self.total, 1)).T.contiguous()
+
+
+class MomentSums(Sums):
+    """`Sums` that weight entries also by a factor of their own."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__(rows)
+        self._moment = empty_sums(rows)
+
+    def add_with(self, factor: Tensor, logits: Tensor, block: Tensor) -> None:
+        """`add`; overwrites `factor` too."""
+        self.add(logits, block)
+        self._moment.addmm_(block.T, factor.mul_(logits))
+
+    def moment(self) -> Tensor:
+        """[N, C]: the mean of factor times entry."""
+        return self._mean_of(self._moment)
+
+    def _rescale(self, factor: Tensor) -> None:
+        super()._rescale(factor)
+        self._moment *= factor
 
 
 class Read(NamedTuple):
@@ -166,3 +219,8 @@ def _without_unknown(rows: Tensor, labels: Tensor, bank_labels: Tensor) -> tuple
     """Unknown labels replaced by one that no entry has, and rows by NaN where a label is no label."""
     known = labels.masked_fill(labels == -1, torch.iinfo(labels.dtype).min)
     return rows.masked_fill(wrong_labels(labels, bank_labels)[:, None], torch.nan), known
+
+
+def empty_sums(rows: Tensor) -> Tensor:
+    """Zeros, [features, rows]."""
+    return torch.zeros_like(rows.T, memory_format=torch.contiguous_format)

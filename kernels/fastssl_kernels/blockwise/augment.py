@@ -1,4 +1,4 @@
-"""Step 3 of the walk of a batch: color, blur, flip and normalization of uint8 views."""
+"""Color, blur, flip and normalization of uint8 views in plain torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .augment_parameters import BLUR_RADIUS, AugmentParameters, check
-from .backend import choose, requested
-
-__all__ = ["BLUR_RADIUS", "AugmentParameters", "augment"]
+from ..augment_parameters import BLUR_RADIUS, AugmentParameters
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights; they sum to 0.9999
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3  # values in `AugmentParameters.order`; 0 is brightness
@@ -22,27 +19,8 @@ _CHUNK_PIXELS = 2**16  # on a CPU: 768 KB of levels, about a core's L2 cache; ha
 _LOST = 2**-24  # a tap below it is lost in the rounding of the sum
 
 
-def augment(images: Tensor, parameters: AugmentParameters, *, out_dtype: torch.dtype) -> Tensor:
-    """Augment and normalize a batch of uint8 images, each with its own parameters.
-
-    `images`: uint8 [B, H, W, 3] of any strides. Returns [B, 3, H, W] in `out_dtype` (float32, bfloat16 or
-    float16), channels_last, on the images' device.
-
-    In this order: brightness, contrast, saturation and hue as `order` says; grayscale; Gaussian blur of 13
-    taps (fewer where the short side is under 7 pixels); solarize at level 128; horizontal flip; normalize.
-    Each is the function of torchvision.transforms.v2.functional on float images, with no rounding in between.
-    `use_backend` decides whether the Triton kernels run, or this file.
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device, and RuntimeError where the
-    backend "triton" was named and cannot run.
-    """
-    check(images, parameters, out_dtype)
-    backend = requested()
-    if backend == "auto" and torch.compiler.is_compiling():
-        backend = "blockwise"  # the compiler fuses plain operations by itself
-    if choose(backend, images.device) == "triton":
-        from .triton import augment as fused  # Triton exists on Linux only
-
-        return fused.augment(images, parameters, out_dtype)
+def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype) -> Tensor:
+    """`fastssl_kernels.augment` in plain torch; the arguments are already checked."""
     numbers = _Numbers(
         blends=_blends(parameters),
         turns=_per_image(parameters.hue),
