@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import kind
 from .tiles import LOWEST
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -95,23 +96,23 @@ def sigmoid(x):
 
 @triton.jit
 def combine_pairs_kernel(
-    query,  # [rows, features] contiguous, as are the keys: unrounded, for the positive pair
-    key,
-    second_key,  # not read unless MIXED
-    weight,  # [rows], of the first key; not read unless MIXED
-    negative_lse,  # [splits, rows], base 2
-    negative_mean,  # [splits, rows, features]
-    positive_lse,  # of the negated logits; not read unless LABELED
-    positive_mean,
-    largest,  # [splits, rows]; not read unless ACCURACY
-    loss,  # [rows]
-    gradient,  # [rows, features]
-    accuracy,  # [rows]; not written unless ACCURACY
-    scale,
-    inverse_temperature,
-    rows,
-    features,
-    splits,
+    query: kind.Floats,  # [rows, features] contiguous, as are the keys: unrounded, for the positive pair
+    key: kind.Floats,
+    second_key: kind.Floats,  # not read unless MIXED
+    weight: kind.Floats,  # [rows], of the first key; not read unless MIXED
+    negative_lse: kind.Floats,  # [splits, rows], base 2
+    negative_mean: kind.Floats,  # [splits, rows, features]
+    positive_lse: kind.Floats,  # of the negated logits; not read unless LABELED
+    positive_mean: kind.Floats,
+    largest: kind.Floats,  # [splits, rows]; not read unless ACCURACY
+    loss: kind.Floats,  # [rows]
+    gradient: kind.Floats,  # [rows, features]
+    accuracy: kind.Floats,  # [rows]; not written unless ACCURACY
+    scale: kind.Factor,
+    inverse_temperature: kind.Factor,
+    rows: kind.Count,
+    features: kind.Multiple,
+    splits: kind.Count,
     SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
     LABELED: tl.constexpr,
@@ -151,28 +152,28 @@ def combine_pairs_kernel(
 
 @triton.jit
 def combine_target_kernel(
-    query,  # [rows, features] contiguous, unrounded
-    key,  # [rows, features] contiguous; not read unless OWN
-    bank,  # [*, features] contiguous; TARGET "entries": where the targets lie
-    index,  # [targets, rows] int64, rows of `bank`
-    weight,  # [targets, rows]
-    lse,  # [splits, stacked], base 2; the rows from `rows` on are those of the teachers
-    mean,  # [splits, stacked, features]
-    positive_lse,  # [splits, rows]; TARGET "positives": logarithm of their number
-    positive_mean,
-    largest,  # [splits, rows]; not read unless ACCURACY
-    loss,  # [rows]
-    gradient,  # [rows, features]
-    natural_lse,  # [rows]
-    inverse_count,  # [rows]: 1 / positives; not written unless TARGET is "positives"
-    accuracy,  # [rows]; not written unless ACCURACY
-    scale,
-    inverse_temperature,
-    rows,
-    bank_rows,
-    features,
-    splits,
-    targets,  # per row: teachers or entries
+    query: kind.Floats,  # [rows, features] contiguous, unrounded
+    key: kind.Floats,  # [rows, features] contiguous; not read unless OWN
+    bank: kind.Elements,  # [*, features] contiguous; TARGET "entries": where the targets lie
+    index: kind.Longs,  # [targets, rows] int64, rows of `bank`
+    weight: kind.Floats,  # [targets, rows]
+    lse: kind.Floats,  # [splits, stacked], base 2; the rows from `rows` on are those of the teachers
+    mean: kind.Floats,  # [splits, stacked, features]
+    positive_lse: kind.Floats,  # [splits, rows]; TARGET "positives": logarithm of their number
+    positive_mean: kind.Floats,
+    largest: kind.Floats,  # [splits, rows]; not read unless ACCURACY
+    loss: kind.Floats,  # [rows]
+    gradient: kind.Floats,  # [rows, features]
+    natural_lse: kind.Floats,  # [rows]
+    inverse_count: kind.Floats,  # [rows]: 1 / positives; not written unless TARGET is "positives"
+    accuracy: kind.Floats,  # [rows]; not written unless ACCURACY
+    scale: kind.Factor,
+    inverse_temperature: kind.Factor,
+    rows: kind.Count,
+    bank_rows: kind.Count,
+    features: kind.Multiple,
+    splits: kind.Count,
+    targets: kind.Count,  # per row: teachers or entries
     SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
     TARGET: tl.constexpr,

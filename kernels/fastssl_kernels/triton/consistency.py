@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import LOG2_E, Rows
+from . import kind
 from .combine import load_row, store_row
 from .configuration import Configuration, configure, every_input
 from .launch import Plan, Tiles, launch, make_plan, pad_columns, pad_features, processors, splits_at_once
@@ -55,20 +56,20 @@ def log_one_plus(x):
 
 @triton.jit
 def combine_moments_kernel(
-    query,  # [rows, features] contiguous, as is key: unrounded, for the positive pair
-    key,
-    moments,  # [4 or 7, splits, rows], as moment_read_kernel writes them
-    loss,  # [rows]
-    lse,  # [rows], base 2, less log2(weight_scale); the next three are read by moment_gradient_kernel
-    bias,
-    tilt,
-    pair,  # [rows]: the factor of the key in the gradient; not written unless POSITIVE
-    scale,
-    inverse_temperature,
-    weight_scale,
-    rows,
-    features,
-    splits,
+    query: kind.Floats,  # [rows, features] contiguous, as is key: unrounded, for the positive pair
+    key: kind.Floats,
+    moments: kind.Floats,  # [4 or 7, splits, rows], as moment_read_kernel writes them
+    loss: kind.Floats,  # [rows]
+    lse: kind.Floats,  # [rows], base 2, less log2(weight_scale); the next three are read by moment_gradient_kernel
+    bias: kind.Floats,
+    tilt: kind.Floats,
+    pair: kind.Floats,  # [rows]: the factor of the key in the gradient; not written unless POSITIVE
+    scale: kind.Factor,
+    inverse_temperature: kind.Factor,
+    weight_scale: kind.Factor,
+    rows: kind.Count,
+    features: kind.Multiple,
+    splits: kind.Count,
     SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
     POSITIVE: tl.constexpr,
@@ -112,17 +113,17 @@ def combine_moments_kernel(
 
 @triton.jit
 def combine_gradients_kernel(
-    query,  # [rows, features] contiguous, as is key
-    key,
-    partial,  # [splits, rows, features], as moment_gradient_kernel writes them
-    pair,  # [rows]; not read unless POSITIVE
-    loss,  # [rows], corrected in place
-    gradient,  # [rows, features]
-    scale,
-    inverse_scale,
-    rows,
-    features,
-    splits,
+    query: kind.Floats,  # [rows, features] contiguous, as is key
+    key: kind.Floats,
+    partial: kind.Floats,  # [splits, rows, features], as moment_gradient_kernel writes them
+    pair: kind.Floats,  # [rows]; not read unless POSITIVE
+    loss: kind.Floats,  # [rows], corrected in place
+    gradient: kind.Floats,  # [rows, features]
+    scale: kind.Factor,
+    inverse_scale: kind.Factor,
+    rows: kind.Count,
+    features: kind.Multiple,
+    splits: kind.Count,
     SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
     DTYPE: tl.constexpr,  # of the queue

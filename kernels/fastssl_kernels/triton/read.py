@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import LOG2_E
+from . import kind
 from .configuration import Configuration, configure, every_input
 from .launch import TILES, launch, make_plan, processors
 from .tiles import LOWEST, absorb, dot, load_scaled_query, load_stacked_rows, load_tile, store_partial
@@ -19,20 +20,20 @@ from .tiles import LOWEST, absorb, dot, load_scaled_query, load_stacked_rows, lo
 
 @triton.jit
 def read_kernel(
-    query,  # [boundary, features] contiguous
-    teacher,  # [rows - boundary, features] contiguous: the rows from `boundary` on
-    queue,  # [entries, features], last stride 1
-    lse,  # [splits, rows], base 2
-    mean,  # [splits, rows, features]
-    largest,  # [splits, rows]: the largest logit, base 2; not written unless ACCURACY
-    scale,
-    teacher_scale,
-    boundary,
-    rows,
-    entries,
-    features,
-    queue_stride,
-    share,  # entries per split, a multiple of ENTRIES
+    query: kind.Floats,  # [boundary, features] contiguous
+    teacher: kind.Floats,  # [rows - boundary, features] contiguous: the rows from `boundary` on
+    queue: kind.Elements,  # [entries, features], last stride 1
+    lse: kind.Floats,  # [splits, rows], base 2
+    mean: kind.Floats,  # [splits, rows, features]
+    largest: kind.Floats,  # [splits, rows]: the largest logit, base 2; not written unless ACCURACY
+    scale: kind.Factor,
+    teacher_scale: kind.Factor,
+    boundary: kind.Count,
+    rows: kind.Count,
+    entries: kind.Entries,
+    features: kind.Multiple,
+    queue_stride: kind.Multiple,
+    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -73,21 +74,21 @@ def read_kernel(
 
 @triton.jit
 def labeled_read_kernel(
-    query,  # [rows, features] contiguous
-    queue,  # [entries, features], last stride 1
-    query_labels,  # [rows] int64, -1 unknown
-    queue_labels,  # [entries] int64, -1 unknown
-    first_lse,  # [splits, rows], base 2: of the negatives or of all
-    first_mean,  # [splits, rows, features]
-    positive_lse,
-    positive_mean,
-    largest,  # [splits, rows]: the largest logit, base 2; not written unless ACCURACY
-    scale,
-    rows,
-    entries,
-    features,
-    queue_stride,
-    share,  # entries per split, a multiple of ENTRIES
+    query: kind.Floats,  # [rows, features] contiguous
+    queue: kind.Elements,  # [entries, features], last stride 1
+    query_labels: kind.Longs,  # [rows] int64, -1 unknown
+    queue_labels: kind.Longs,  # [entries] int64, -1 unknown
+    first_lse: kind.Floats,  # [splits, rows], base 2: of the negatives or of all
+    first_mean: kind.Floats,  # [splits, rows, features]
+    positive_lse: kind.Floats,
+    positive_mean: kind.Floats,
+    largest: kind.Floats,  # [splits, rows]: the largest logit, base 2; not written unless ACCURACY
+    scale: kind.Factor,
+    rows: kind.Count,
+    entries: kind.Entries,
+    features: kind.Multiple,
+    queue_stride: kind.Multiple,
+    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
