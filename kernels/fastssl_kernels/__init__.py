@@ -1,4 +1,4 @@
-"""Fused losses over a queue, and the augmentation of a batch: knows torch and Triton only."""
+"""Fused losses over a queue, and batch augmentation; depends on torch and Triton only."""
 
 from . import reference
 from .augment_images import augment

@@ -99,9 +99,9 @@ def register_loss(
 
     `gradients`: the fields of `Inputs` that get a gradient. `backends`: "blockwise" for plain torch, "triton" for a
     function that `use_backend("triton")` runs on Triton kernels. `difference`: the loss is a difference of two
-    softmaxes' means, which rounding hurts more. `in_batch`: the rows are the bank, and have its dtype. `tolerances`:
-    relative errors allowed of loss and gradient, by dtype of the queue, in place of `parity.tolerances`. `timed`:
-    False where `arguments` takes longer than the loss.
+    softmaxes' means, which rounding hurts more. `in_batch`: the rows are the bank, and have its dtype.
+    `tolerances`: relative errors allowed of loss and gradient, by dtype of the queue, in place of
+    `parity.tolerances`. `timed`: False where `arguments` takes longer than the loss.
 
     Raises ValueError if the name is taken, or for an unknown field or backend.
     """

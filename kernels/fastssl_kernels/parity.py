@@ -1,6 +1,6 @@
-"""How far a backend is from the definition in float64: the cases, the errors, what is tolerated.
+"""Errors of a backend against the float64 definition: inputs, evaluation and tolerances.
 
-Tests, `fastssl verify` and the benchmarks' accuracy columns all measure with this module.
+Used by the tests, `fastssl verify` and the accuracy columns of the benchmarks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .registered_losses import LOSSES
 
 
 def make_inputs(rows: int, entries: int, features: int, seed: int = 0) -> Inputs:
-    """float64 inputs in which queue entries are about as near to a query as its key, so that no loss is tiny.
+    """float64 inputs whose queue entries are about as near to a query as its key, so that no loss is tiny.
 
-    Queries are near each other too. There are three classes, and a third of all labels is unknown.
+    Queries are near each other too. There are three classes; a third of the labels are unknown.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -65,9 +65,9 @@ class Errors(NamedTuple):
 
 
 def tolerances(loss: str, dtype: torch.dtype) -> Errors:
-    """The errors that are tolerated with a queue of `dtype`, inputs of `make_inputs` and a temperature of 0.07 or more.
+    """Errors allowed for a queue of `dtype`, inputs from `make_inputs` and a temperature of 0.07 or more.
 
-    They follow from rounding the queue's products (design/methods.md, 13.4), and a gradient returned in 16 bits.
+    They follow from rounding the queue's products and, in 16 bits, the gradient returned to a bank.
     """
     entry = LOSSES[loss]
     if dtype in entry.tolerances:
@@ -81,27 +81,27 @@ def tolerances(loss: str, dtype: torch.dtype) -> Errors:
 
 
 def prepare(loss: str, inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-    """`inputs` as a training step has them: the bank in `dtype`, other rows in float32 or, with float64, in it."""
+    """`inputs` as in a training step: the bank in `dtype`, other rows in float32 (float64 with a float64 bank)."""
     rows = dtype if LOSSES[loss].in_batch or dtype == torch.float64 else torch.float32
     return inputs.to(rows, dtype, device)
 
 
 def why_not(loss: str, backend: str) -> str | None:
-    """Why a backend does not run a loss, or None; whether this machine runs the backend is another question."""
+    """Why a loss does not support a backend, or None; see `available_backends` for this machine."""
     has = LOSSES[loss].backends
-    return None if backend in ("reference", *has) else f"it is registered for {' and '.join(has)} alone"
+    return None if backend in ("reference", *has) else f"it is registered for {' and '.join(has)} only"
 
 
 def evaluate_truth(loss: str, given: Inputs, temperature: float) -> Result:
-    """The definition in float64 of what `given`, rounded as it is, holds."""
+    """Evaluate the definition in float64 on `given`, rounded as it is."""
     return evaluate(loss, given.to(torch.float64, torch.float64, given.query.device), temperature, "reference")
 
 
 def evaluate(loss: str, given: Inputs, temperature: float, backend: str) -> Result:
-    """Rows of the loss, and gradients of their sum with random weights of either sign."""
+    """Evaluate the rows of a loss, and the gradients of their sum with random weights of either sign."""
     entry = LOSSES[loss]
     if reason := why_not(loss, backend):
-        raise ValueError(f"{loss} was asked of backend {backend}, but {reason}")
+        raise ValueError(f"{loss} was evaluated on {backend}, but {reason}; choose another backend")
     leaves = {name: getattr(given, name).detach().requires_grad_() for name in entry.gradients}
     with use_backend(backend):
         run = entry.define if backend == "reference" else entry.call
@@ -114,12 +114,12 @@ def evaluate(loss: str, given: Inputs, temperature: float, backend: str) -> Resu
 
 
 def errors(result: Result, truth: Result) -> Errors:
-    """How far `result` is from `truth`."""
+    """Errors of `result` against `truth`."""
     return Errors(*(_error(given, expected) for given, expected in zip(result, truth, strict=True)))
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Within, matrix products round operands and result to `dtype`: plain torch code as autocast runs it."""
+    """Mode in which matrix products round operands and result to `dtype`, as under autocast."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -136,6 +136,6 @@ def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def _error(given: Tensor, expected: Tensor) -> float:
-    """Relative; where zeros are expected, the norm itself."""
+    """Relative error; the absolute norm if zeros are expected."""
     norm = expected.norm().item()
     return (given - expected).norm().item() / (norm if norm > 0 else 1.0)

@@ -79,7 +79,7 @@ def _neighbors(given: Inputs, _: float) -> dict[str, Any]:
 
 
 def _settled(rows: Tensor, bank: Tensor, count: int) -> Tensor:
-    """`rows`, with the clearest one in place of each whose `count` nearest entries may change by rounding to 16 bits.
+    """`rows`, replacing each whose `count` nearest entries depend on rounding to 16 bits by the least ambiguous row.
 
     The loss of such a row jumps within rounding, so its error says nothing about the implementation.
     """
@@ -88,7 +88,7 @@ def _settled(rows: Tensor, bank: Tensor, count: int) -> Tensor:
     similarities = (rows.detach().double() @ bank.double().T).topk(count + 1, dim=1).values
     gap = similarities[:, -2] - similarities[:, -1]
     own = torch.arange(len(rows), device=rows.device)
-    # Rounding one side of two products of unit rows to bfloat16 changes their difference by 0.002 / sqrt(C).
+    # Rounding one side of two products of unit rows to bfloat16 changes their difference by 0.002 / sqrt(C)
     return rows[torch.where(gap > 2**-6 / rows.shape[1] ** 0.5, own, gap.argmax())]
 
 

@@ -93,12 +93,12 @@ def test_verify_says_which_backend_a_plug_in_lacks(
     registered(decoupled)
     assert main(["verify", "decoupled", "--device", "cpu", "--dtype", "float32"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "decoupled: triton skipped, because it is registered for blockwise alone" in printed
+    assert "decoupled: triton skipped, because it is registered for blockwise only" in printed
 
 
 def test_a_backend_that_a_loss_lacks_is_refused(registered: Callable[..., str]) -> None:
     name = registered(decoupled)
-    with pytest.raises(ValueError, match="decoupled was asked of backend triton, but it is registered for blockwise"):
+    with pytest.raises(ValueError, match="decoupled was evaluated on triton, but it is registered for blockwise only"):
         parity.evaluate(name, make_inputs(3, 5, 8), T, "triton")
 
 
