@@ -1,4 +1,4 @@
-"""What the tests of the losses share: where a backend's tensors lie, and every loss's named arguments."""
+"""Fixtures of the loss tests: the device of a backend, and named arguments for every loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from fastssl_kernels.parity import make_inputs
 
 @pytest.fixture
 def device(backend: str) -> str:
-    """The GPU for Triton kernels where there is one, else the CPU."""
+    """The GPU for Triton kernels if there is one, else the CPU."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The kernels compile for real GPUs, also where there is none, and keep their tiles in registers."""
+"""The kernels compile for real GPUs, even without one, and keep their tiles in registers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ slow = pytest.mark.slow
 
 
 def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: this one may interpret kernels, and that cannot be undone."""
+    """Run the command in a new process: this one may interpret kernels, which cannot be undone."""
     command = [sys.executable, "-m", "fastssl_kernels.aot", *arguments]
     return subprocess.run(command, env=environment() | changes, capture_output=True, text=True)
 
@@ -57,7 +57,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def usages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every kernel once for sm_90, the reads for all targets; `.ci/tools` compiles all configurations for all."""
+    """Every kernel once for sm_90, the reads for all targets; `.ci/tools` compiles everything for all targets."""
     script = tmp_path_factory.mktemp("aot") / "sample.py"
     script.write_text(SAMPLE.replace("TARGETS", repr(TARGETS)))
     done = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True)
@@ -66,7 +66,7 @@ def usages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def every_kernel() -> dict[str, Any]:
-    """By name, from all modules."""
+    """All kernels of all modules, by name."""
     modules = pkgutil.iter_modules(triton.__path__, f"{triton.__name__}.")
     found = [vars(importlib.import_module(module.name)) for module in modules]
     return {name: kernel for names in found for name, kernel in names.items() if name.endswith("_kernel")}
@@ -104,7 +104,7 @@ def test_no_limit_is_broken(usages: list[dict[str, Any]]) -> None:
 
 
 @slow
-def test_wide_products_have_instructions_of_their_own_on_newer_gpus(usages: list[dict[str, Any]]) -> None:
+def test_wide_products_use_the_tensor_cores_of_newer_gpus(usages: list[dict[str, Any]]) -> None:
     expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
     reads = [use for use in usages if use["kernel"] == "read_kernel" and use["config"].startswith("bf16 C=128 full")]
     assert {(usage["target"], *usage["tensor_cores"]) for usage in reads} == set(expected.items())
@@ -174,15 +174,15 @@ def test_each_broken_limit_is_a_sentence(change: dict[str, Any], words: list[str
     assert [word in fault for word, fault in zip(words, faults, strict=True)] == [True] * len(words)
 
 
-def test_main_loop_is_the_one_with_the_products() -> None:
+def test_main_loop_contains_the_products() -> None:
     loop = ["MOV", "HMMA", "HMMA", "BRA 0x10"]
-    far = ["MOV", "MOV", "BRA 0x20"]  # a block moved out of the loop, which jumps back into it
+    far = ["MOV", "MOV", "BRA 0x20"]  # A block moved out of the loop that jumps back into it
     code = [(f"{at * 16:04x}", *line.partition(" ")[::2]) for at, line in enumerate(["MOV", *loop, *far, "EXIT"])]
     assert sass._main_loop(code) == len(loop)
     assert sass._main_loop([line for line in code if line[1] != "BRA"]) == 0
 
 
-def test_spills_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spills_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "cuobjdump"
     tool.write_text(
         "#!/bin/sh\ncat <<'TEXT'\n REG:40 STACK:8 SHARED:0\n"
