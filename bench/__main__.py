@@ -9,15 +9,15 @@ from fastssl.commands import bench_input
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl_pipelines.errors import DataError
 
-from . import learning, load, losses, step
-from .gpu import command as gpu
+from . import learning, load, losses, training_step
+from .gpu import proof
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "losses": losses.main,
     "learning": learning.main,
-    "step": step.main,
+    "step": training_step.main,
     "load": load.main,
-    "gpu": gpu.main,
+    "gpu": proof.main,
     "input": bench_input.main,
 }
 USAGE = """\

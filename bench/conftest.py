@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import report
+from bench import run_record
 from bench.micro.sizes import CPU, GPU, TINY, Sizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    facts = report.environment([], DEVICE)
+    facts = run_record.environment([], DEVICE)
     machine_info |= {name: facts[name] for name in ("device", "versions", "float32_matmul_precision")}
     # It changes from call to call, and every comparison would warn of another machine.
     machine_info["cpu"] = {name: value for name, value in machine_info["cpu"].items() if not name.startswith("hz_")}

@@ -10,8 +10,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.micro.sizes import Cut, Sizes
+from bench.moco_steps import IMPLEMENTATIONS, SETTINGS, Setting
 from bench.peers import Unavailable
-from bench.sides import IMPLEMENTATIONS, SETTINGS, Setting
 from fastssl.benchmark.step_variants import as_training, synthetic_batches
 from fastssl.config import Config
 from fastssl.methods import METHODS

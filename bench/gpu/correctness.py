@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench import report
+from bench import run_record
 from fastssl import cli
 from fastssl.benchmark.step_variants import NO_END, as_training, synthetic_batches
 from fastssl.commands import doctor
@@ -26,7 +26,7 @@ from fastssl.methods import TrainProgress
 from fastssl.presets import load
 from fastssl.train.build import build_method, build_step
 
-from .task import Failed, Skipped, Task
+from .part_context import Failed, PartContext, Skipped
 
 ROOT = Path(__file__).parents[2]
 GPU_FACTS = (
@@ -37,15 +37,15 @@ MOST_STEPS = 20  # in fp16 until a weight moves
 HELPFUL = ("tyro", "rich", "nvidia.dali", "lightly", "pytest", "xdist", "hypothesis", "timm", "matplotlib")
 
 
-def environment(task: Task) -> None:
+def environment(context: PartContext) -> None:
     """What all other numbers depend on."""
-    task.once("facts", lambda: report.environment(["python -m bench gpu"], task.device))
-    task.once("cores", os.cpu_count)
-    task.once("memory GiB", lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
-    task.once("packages", lambda: {name: _is_there(name) for name in HELPFUL})
-    if not task.rehearsal:
-        task.once("gpu", _gpu)
-    task.once("doctor", lambda: {title: dict(rows) for title, rows in doctor.report()})
+    context.once("facts", lambda: run_record.environment(["python -m bench gpu"], context.device))
+    context.once("cores", os.cpu_count)
+    context.once("memory GiB", lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+    context.once("packages", lambda: {name: _is_there(name) for name in HELPFUL})
+    if not context.rehearsal:
+        context.once("gpu", _gpu)
+    context.once("doctor", lambda: {title: dict(rows) for title, rows in doctor.report()})
 
 
 def _is_there(module: str) -> bool:
@@ -61,26 +61,26 @@ def _gpu() -> dict[str, str]:
     return dict(zip(GPU_FACTS, run.stdout.splitlines()[0].split(", "), strict=True))
 
 
-def tests(task: Task) -> None:
+def tests(context: PartContext) -> None:
     """Those marked gpu; on a CPU they are collected and skipped."""
     if not _is_there("pytest"):
         raise Skipped("pytest is not installed")
-    task.once("tests", lambda: _tests(task))
+    context.once("tests", lambda: _tests(context))
 
 
-def _tests(task: Task) -> dict[str, Any]:
+def _tests(context: PartContext) -> dict[str, Any]:
     # not the others: an import that fails somewhere else would end the run
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    results = task.folder / "tests.xml"
+    results = context.folder / "tests.xml"
     options = ["-m", "gpu", "-q", "-o", "addopts=--strict-markers --import-mode=importlib", f"--junitxml={results}"]
-    options += ["-p", "bench.gpu.reporter"]
-    processes = ["-n", "8"] if _is_there("xdist") and not task.rehearsal else []
+    options += ["-p", "bench.gpu.pytest_failures"]
+    processes = ["-n", "8"] if _is_there("xdist") and not context.rehearsal else []
     subprocess.run([sys.executable, "-m", "pytest", *options, *processes, *map(str, files)], cwd=ROOT, check=False)
     suite = next(ElementTree.parse(results).getroot().iter("testsuite"))
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     bad = [f"{case.get('classname')}::{case.get('name')}" for case in suite.iter("testcase") if _is_bad(case)]
     if bad or not counts["tests"]:
-        task.numbers["counts"], task.numbers["failed"] = counts, bad
+        context.numbers["counts"], context.numbers["failed"] = counts, bad
         raise Failed(f"{len(bad)} of {counts['tests']} failed, the first of them {bad[0] if bad else 'none'}")
     return counts
 
@@ -89,17 +89,17 @@ def _is_bad(case: ElementTree.Element) -> bool:
     return case.find("failure") is not None or case.find("error") is not None
 
 
-def verify(task: Task) -> None:
+def verify(context: PartContext) -> None:
     """`fastssl verify`, a dtype at a time; on a CPU of one loss."""
     for name in reversed(DTYPES):  # those that training takes first
-        task.once(name, partial(_verified, task, name))
+        context.once(name, partial(_verified, context, name))
 
 
-def _verified(task: Task, dtype: str) -> str:
-    loss = "info_nce" if task.rehearsal else "all"
+def _verified(context: PartContext, dtype: str) -> str:
+    loss = "info_nce" if context.rehearsal else "all"
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        code = cli.main(["verify", loss, "--device", task.device.type, "--dtype", dtype])
+        code = cli.main(["verify", loss, "--device", context.device.type, "--dtype", dtype])
     print(shown.getvalue())
     lines = [line.strip() for line in shown.getvalue().splitlines() if line.strip()]
     if code:
@@ -108,10 +108,10 @@ def _verified(task: Task, dtype: str) -> str:
     return lines[-1]
 
 
-def fp16(task: Task) -> None:
+def fp16(context: PartContext) -> None:
     """An overflow at the first step leaves momentum and weights as they were, and halves the scale."""
     for optimizer in ("sgd", "lars"):
-        task.once(optimizer, partial(_overflow, task.device, optimizer))
+        context.once(optimizer, partial(_overflow, context.device, optimizer))
 
 
 def _overflow(device: torch.device, optimizer: Literal["sgd", "lars"]) -> dict[str, float]:

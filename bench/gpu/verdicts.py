@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .plan import FAILED, PARTS, SKIPPED, TIMEOUT
+from .parts import FAILED, PARTS, SKIPPED, TIMEOUT
 from .targets import TARGETS, Target
 
 Record = Mapping[str, Any]

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
-from bench.gpu import command, runner, summary
-from bench.gpu.plan import PARTS, Part, left_to_do, seconds_for
-from bench.gpu.small import compared
+from bench.gpu import part_runner, proof, verdicts
+from bench.gpu.part_context import Failed, PartContext, Skipped
+from bench.gpu.parts import PARTS, Part, left_to_do, seconds_for
+from bench.gpu.small_images import compared
 from bench.gpu.speed import ratios
 from bench.gpu.targets import SMALL, TARGETS
-from bench.gpu.task import Failed, Skipped, Task
 
 ROOT = Path(__file__).parents[2]
 FAKES = """
@@ -61,13 +61,13 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that take no time, in place of the real ones."""
     names = ("good", "bad", "absent", "slow", "good2")
     parts = tuple(part(name.removesuffix("2")) if name != "good2" else part("good2") for name in names)
-    for module in ("plan", "command", "summary"):
+    for module in ("parts", "proof", "verdicts"):
         monkeypatch.setattr(f"bench.gpu.{module}.PARTS", parts)
-    run = runner.run_part
-    monkeypatch.setattr(runner, "run_part", lambda *given, **options: run(*given, **options, command=fake_command))
-    monkeypatch.setattr(command, "AROUND_S", 0.0)
-    monkeypatch.setattr(command, "LEAST_S", 0.5)
-    monkeypatch.setattr(runner, "GRACE_S", 0.2)
+    run = part_runner.run_part
+    monkeypatch.setattr(part_runner, "run_part", lambda *given, **options: run(*given, **options, command=fake_command))
+    monkeypatch.setattr(proof, "AROUND_S", 0.0)
+    monkeypatch.setattr(proof, "LEAST_S", 0.5)
+    monkeypatch.setattr(part_runner, "GRACE_S", 0.2)
 
 
 def call(out: Path, *more: str, minutes: float = 0.1) -> int:
@@ -112,12 +112,12 @@ def test_a_second_call_tries_again_what_did_not_pass(fakes: None, tmp_path: Path
 def test_what_has_no_time_left_is_run_by_the_next_call(
     fakes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "LEAST_S", 100.0)
+    monkeypatch.setattr(proof, "LEAST_S", 100.0)
     call(tmp_path)
     assert statuses(tmp_path) == {}
     assert "call again to go on with good" in capsys.readouterr().out
     assert "| the good one | not run |" in (tmp_path / "summary.md").read_text()
-    monkeypatch.setattr(command, "LEAST_S", 0.0)
+    monkeypatch.setattr(proof, "LEAST_S", 0.0)
     call(tmp_path, "--only", "good", "absent")
     assert statuses(tmp_path) == {"good": "passed", "absent": "skipped"}
 
@@ -156,9 +156,9 @@ def is_gone(process: int) -> bool:
 
 @pytest.mark.parametrize("kind", ["slow", "deaf"])
 def test_nothing_outlasts_its_time(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "GRACE_S", 0.3)
+    monkeypatch.setattr(part_runner, "GRACE_S", 0.3)
     started = time.monotonic()
-    record = runner.run_part(part(kind), "cpu", None, seconds=2.0, command=fake_command)
+    record = part_runner.run_part(part(kind), "cpu", None, seconds=2.0, command=fake_command)
     assert (record["status"], record["exit_code"], record["numbers"]) == ("timeout", None, {"tries": 1})
     assert time.monotonic() - started < 4
     for sleeper in re.findall(r"sleeper (\d+)", record["tail"]):
@@ -168,13 +168,13 @@ def test_nothing_outlasts_its_time(kind: str, tmp_path: Path, monkeypatch: pytes
 
 def test_sigterm_ends_the_part_and_keeps_what_there_is(tmp_path: Path) -> None:
     script = (
-        "import sys; from tests.bench import test_gpu_command as t\n"
-        "from bench.gpu import command, plan, runner, summary\n"
-        "parts = (t.part('good'), t.part('slow', 100.0))\n"
-        "plan.PARTS = command.PARTS = summary.PARTS = parts\n"
-        "run = runner.run_part\n"
-        "runner.run_part = lambda *given, **options: run(*given, **options, command=t.fake_command)\n"
-        f"sys.exit(command.main(['--device', 'cpu', '--out', {str(tmp_path)!r}]))"
+        "import sys; from tests.bench import test_gpu_proof as t\n"
+        "from bench.gpu import part_runner, parts, proof, verdicts\n"
+        "replaced = (t.part('good'), t.part('slow', 100.0))\n"
+        "parts.PARTS = proof.PARTS = verdicts.PARTS = replaced\n"
+        "run = part_runner.run_part\n"
+        "part_runner.run_part = lambda *given, **options: run(*given, **options, command=t.fake_command)\n"
+        f"sys.exit(proof.main(['--device', 'cpu', '--out', {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -240,14 +240,14 @@ LOSSES: dict[str, Any] = {
 STEP = {"resnet50": {"of supervised": 0.70, "beside": 3.3}}
 
 
-def verdicts(**numbers: Any) -> dict[str, str]:
+def words_by_target(**numbers: Any) -> dict[str, str]:
     records = {name: {"status": "passed", "device": "cuda", "numbers": given} for name, given in numbers.items()}
-    return {found["target"]: found["verdict"] for found in summary.verdicts(records, "cuda")}
+    return {found["target"]: found["verdict"] for found in verdicts.verdicts(records, "cuda")}
 
 
 def test_targets_are_met_or_missed_by_how_much() -> None:
     small = {"end to end": {"times faster": 8.0}}
-    assert list(verdicts(losses=LOSSES, step=STEP, small=small).values()) == [
+    assert list(words_by_target(losses=LOSSES, step=STEP, small=small).values()) == [
         "met, 10% better",  # 19.8 of 22 us
         "met, 25% better",  # 75 of 60 %
         "met, 20% better",  # 18 of 15
@@ -266,17 +266,17 @@ def test_the_worst_of_the_large_shapes_counts() -> None:
         row(shape, "fastssl", median_ms=4 * 0.04295 / 0.5, memory_bytes=10e6),
         row(shape, "eager-autocast", ratio_to_ours=10.5),
     ]
-    found = verdicts(losses={**LOSSES, shape: {"matmul_tflops": 800.0, "rows": slower}})
+    found = words_by_target(losses={**LOSSES, shape: {"matmul_tflops": 800.0, "rows": slower}})
     assert found["share of the measured matmul rate, N >= 1024"] == "missed by 17%"
     assert found["faster than eager autocast, N >= 1024"] == "missed by 30%"
     assert found["faster than torch.compile, N >= 1024"] == "missed by 20%"
 
 
 def test_what_was_not_measured_says_why() -> None:
-    found = verdicts(losses={SMALL: LOSSES[SMALL]})
+    found = words_by_target(losses={SMALL: LOSSES[SMALL]})
     assert found["share of the measured matmul rate, N >= 1024"] == "not measured: part losses passed"
     assert found["images/s of the supervised ResNet-50 step"] == "not measured: part step has not run"
-    on_cpu = summary.verdicts({"losses": {"status": "passed", "device": "cpu", "numbers": LOSSES}}, "cpu")
+    on_cpu = verdicts.verdicts({"losses": {"status": "passed", "device": "cpu", "numbers": LOSSES}}, "cpu")
     assert {target["verdict"] for target in on_cpu} == {"needs a GPU"}
     assert len(on_cpu) == len(TARGETS)
 
@@ -314,7 +314,7 @@ def test_ours_at_its_best_is_compared_with_the_other_loop() -> None:
 def test_a_measurement_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     import torch
 
-    task = Task(torch.device("cpu"), tmp_path, None, numbers={"done": 3})
+    context = PartContext(torch.device("cpu"), tmp_path, None, numbers={"done": 3})
 
     def bad() -> None:
         raise Failed("it must be 4")
@@ -325,32 +325,36 @@ def test_a_measurement_that_fails_does_not_stop_the_others(tmp_path: Path) -> No
     def absent() -> None:
         raise Skipped("not here")
 
-    task.once("done", bad)
-    task.once("bad", bad)
-    task.once("broken", broken)
-    task.once("good", lambda: 5)
+    context.once("done", bad)
+    context.once("bad", bad)
+    context.once("broken", broken)
+    context.once("good", lambda: 5)
     written = json.loads((tmp_path / "numbers.json").read_text())
     assert written["numbers"] == {"done": 3, "good": 5}
     assert written["errors"] == {"bad": "it must be 4", "broken": "ValueError: line"}
     with pytest.raises(Skipped):
-        task.once("absent", absent)
+        context.once("absent", absent)
 
 
 def test_a_failure_is_told_by_the_process_of_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.gpu import checks, process
+    from bench.gpu import correctness, part_process
 
     def part_with(outcome: Exception | None) -> Any:
-        def run(task: Task) -> None:
+        def run(context: PartContext) -> None:
             if isinstance(outcome, Skipped):
                 raise outcome
             if outcome:
-                task.errors["it"] = str(outcome)
+                context.errors["it"] = str(outcome)
 
         return run
 
-    for outcome, code in [(None, 0), (Failed("no"), process.EXIT_FAILED), (Skipped("why"), process.EXIT_SKIPPED)]:
-        monkeypatch.setattr(checks, "fp16", part_with(outcome))
-        assert process.main(["checks.fp16", "--folder", str(tmp_path), "--device", "cpu"]) == code
+    for outcome, code in [
+        (None, 0),
+        (Failed("no"), part_process.EXIT_FAILED),
+        (Skipped("why"), part_process.EXIT_SKIPPED),
+    ]:
+        monkeypatch.setattr(correctness, "fp16", part_with(outcome))
+        assert part_process.main(["correctness.fp16", "--folder", str(tmp_path), "--device", "cpu"]) == code
     assert json.loads((tmp_path / "numbers.json").read_text())["skipped"] == "why"
 
 
@@ -365,14 +369,14 @@ def test_every_part_has_a_function() -> None:
 def test_momentum_that_is_left_unwritten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from bench.gpu import checks
+    from bench.gpu import correctness
     from fastssl.train import optim
 
-    assert checks._overflow(torch.device("cpu"), "sgd")["after"] == 32768
+    assert correctness._overflow(torch.device("cpu"), "sgd")["after"] == 32768
     monkeypatch.setattr(optim, "_with_fixed_state", lambda optimizer: optimizer)
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, 3e11, **options))
     with pytest.raises(Failed, match="momentum"):
-        checks._overflow(torch.device("cpu"), "sgd")
+        correctness._overflow(torch.device("cpu"), "sgd")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ class Failed(Exception):
 
 
 @dataclass
-class Task:
+class PartContext:
     """What a part is given, and where it leaves its numbers. On a CPU it is a rehearsal, with small sizes."""
 
     device: torch.device

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from bench import step
+from bench import training_step
 from bench.__main__ import main
-from bench.sides import IMPLEMENTATIONS, SETTINGS, Setting
-from bench.step import Options, Row
+from bench.moco_steps import IMPLEMENTATIONS, SETTINGS, Setting
+from bench.training_step import Options, Row
 from fastssl.benchmark.step_variants import as_training, synthetic_batches
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ FP32, BF16 = SETTINGS
 
 
 def losses(side: str, setting: Setting = FP32, steps: int = 6) -> list[float]:
-    config = step.configuration(TINY)
+    config = training_step.configuration(TINY)
     batches = [as_training(batch, setting.dtype, setting.layout) for batch in synthetic_batches(config, CPU)]
     run = IMPLEMENTATIONS[side](config, CPU, setting)
     return [run(batches[number % len(batches)]).item() for number in range(steps)]
@@ -56,10 +56,10 @@ def test_a_run_has_all_sides_and_a_missing_peer_leaves_a_note(tmp_path, monkeypa
     written, table = json.loads(path.read_text()), capsys.readouterr().out
     rows = written["rows"]
     assert [(row["name"], row["setting"]) for row in rows] == [
-        (step.BEST, "chosen"),
+        (training_step.BEST, "chosen"),
         ("fastssl", "fp32"),
         ("plain loop", "fp32"),
-        (step.SHIPPED, "fp32"),
+        (training_step.SHIPPED, "fp32"),
         ("fastssl", "bf16"),
         ("plain loop", "bf16"),
         ("lightly", "bf16"),
@@ -67,7 +67,7 @@ def test_a_run_has_all_sides_and_a_missing_peer_leaves_a_note(tmp_path, monkeypa
     for row in rows:
         missing = "lightly" in row["name"]
         assert len(row["images_per_s"]) == (0 if missing else 2)
-        assert len(row["losses"]) == (0 if missing else step.FIRST_STEPS)
+        assert len(row["losses"]) == (0 if missing else training_step.FIRST_STEPS)
         assert ('the extra "peers" installs it' in row["note"]) == missing
     assert 'the extra "peers" installs it' in table
     assert rows[0]["slower_than_best"] == [1, 1]
@@ -77,20 +77,20 @@ def test_a_run_has_all_sides_and_a_missing_peer_leaves_a_note(tmp_path, monkeypa
 
 def test_ratios_are_taken_round_by_round() -> None:
     rows = [
-        Row(step.BEST, "chosen", images_per_s=[80.0, 40.0, 80.0]),
+        Row(training_step.BEST, "chosen", images_per_s=[80.0, 40.0, 80.0]),
         Row("fastssl", "fp32", images_per_s=[30.0, 15.0, 30.0]),
-        Row(step.SHIPPED, "fp32", images_per_s=[20.0, 10.0, 15.0]),
+        Row(training_step.SHIPPED, "fp32", images_per_s=[20.0, 10.0, 15.0]),
         Row("plain loop", "fp32", images_per_s=[31.0, 15.5, 31.0]),
         Row("lightly", "bf16", note="missing"),
     ]
-    step._compare(rows)
+    training_step._compare(rows)
     assert [row.slower_than_best for row in rows[2:]] == [
         [4, 4, 80 / 15],
         pytest.approx([80 / 31, 40 / 15.5, 80 / 31]),
         [],
     ]
     assert [row.slower_than_equal for row in rows[:3]] == [[], [1, 1, 1], [1.5, 1.5, 2]]
-    assert step.targets(rows) == [
+    assert training_step.targets(rows) == [
         "4 times the speed of lightly as shipped: met, 4 times (p20 4, p80 4.8)",
         "not slower than lightly as shipped in fp32: met, 1.5 times (p20 1.5, p80 1.8)",
         "not slower than plain loop in fp32: missed, 0.968 times (p20 0.968, p80 0.968)",

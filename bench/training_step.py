@@ -26,9 +26,9 @@ from fastssl.presets import load
 from fastssl.validation import Count, Images, Range, Rows, Threads, check
 from fastssl_pipelines.batch import Batch
 
-from . import report
+from . import run_record
+from .moco_steps import IMPLEMENTATIONS, LR, MOMENTUM, SETTINGS, TEMPERATURE, Setting, Step, ours
 from .peers import Unavailable
-from .sides import IMPLEMENTATIONS, LR, MOMENTUM, SETTINGS, TEMPERATURE, Setting, Step, ours
 
 BEST, SHIPPED = "fastssl, at its best", "lightly as shipped"
 FIRST_STEPS = 3  # whose losses are shown; they are not timed
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     device = choose_device(config.train)
     torch.backends.cudnn.benchmark = True  # for all sides; TF32 stays as torch has it
     with torch_threads(options.threads):
-        facts = report.environment(["python", "-m", "bench", "step", *arguments], device)
+        facts = run_record.environment(["python", "-m", "bench", "step", *arguments], device)
         rows = measure(config, device, options)
     facts |= {"settings": asdict(options), "targets": targets(rows)}
     show(facts, rows)

@@ -18,13 +18,13 @@ from fastssl.errors import ConfigError
 from fastssl.validation import Checked, Range
 from fastssl_pipelines.files import write_whole
 
-from . import runner, summary
-from .plan import FAILED, PARTS, Part, chosen, left_to_do, seconds_for
+from . import part_runner, verdicts
+from .parts import FAILED, PARTS, Part, chosen, left_to_do, seconds_for
 
 EXIT_FAILED = 1
 LEAST_S = 3.0  # a part that gets less has no chance
 AROUND_S = 4.0  # of the budget, for the import of torch before and the files after
-Records = dict[str, runner.Record]
+Records = dict[str, part_runner.Record]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     parts, device = chosen(options.only), _device(options.device)
     records = _read(options.out)
     deadline = started + 60 * options.budget_minutes - AROUND_S
-    with runner.ended_by_sigterm():
+    with part_runner.ended_by_sigterm():
         _run(left_to_do(parts, records, device), records, options, device, deadline)
-    print(summary.targets_as_text(records, device))
+    print(verdicts.targets_as_text(records, device))
     print(f"written: {options.out / 'summary.md'}")
     return (
         EXIT_FAILED
@@ -74,10 +74,12 @@ def _run(todo: list[Part], records: Records, options: Options, device: str, dead
         print(f"{part.name}: {part.title}, {seconds:.0f} s at most", file=sys.stderr, flush=True)
         earlier = records.get(part.name)
         same = earlier if earlier and earlier["device"] == device else None
-        record = runner.run_part(part, device, options.data, seconds=seconds, earlier=same)
+        record = part_runner.run_part(part, device, options.data, seconds=seconds, earlier=same)
         records[part.name] = record
         _write(options.out, records, device)
-        print(f"{part.name:<12} {record['status']:<8} {record['seconds']:6.1f} s  {summary.remark(record)}", flush=True)
+        print(
+            f"{part.name:<12} {record['status']:<8} {record['seconds']:6.1f} s  {verdicts.remark(record)}", flush=True
+        )
 
 
 def _device(name: str) -> str:
@@ -97,11 +99,11 @@ def _write(out: Path, records: Records, device: str) -> None:
     """All of it again: the file of each part, results.json with all of them, and the summary."""
     in_order = [records[part.name] for part in PARTS if part.name in records]
     files: dict[str, Any] = {f"parts/{record['part']}.json": record for record in in_order}
-    files["results.json"] = {"device": device, "targets": summary.verdicts(records, device), "parts": in_order}
+    files["results.json"] = {"device": device, "targets": verdicts.verdicts(records, device), "parts": in_order}
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_whole(out / name, json.dumps(content, indent=1).encode())
-        write_whole(out / "summary.md", summary.markdown(in_order, device).encode())
+        write_whole(out / "summary.md", verdicts.markdown(in_order, device).encode())
     except OSError as error:
         raise ConfigError(f"{out} cannot be written to ({error.strerror}); give another folder with --out") from None

@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from .plan import FAILED, PASSED, SKIPPED, TIMEOUT, Part
-from .process import EXIT_SKIPPED
-from .task import NUMBERS
+from .part_context import NUMBERS
+from .part_process import EXIT_SKIPPED
+from .parts import FAILED, PASSED, SKIPPED, TIMEOUT, Part
 
 Record = dict[str, Any]
 
@@ -26,7 +26,7 @@ TAIL = 6000  # characters of the output that are kept
 
 def command(part: Part, folder: Path, device: str, data: Path | None) -> list[str]:
     """The process of a part."""
-    words = [sys.executable, "-m", "bench.gpu.process", part.function, "--folder", str(folder), "--device", device]
+    words = [sys.executable, "-m", "bench.gpu.part_process", part.function, "--folder", str(folder), "--device", device]
     return [*words, *(["--data", str(data)] if data else [])]
 
 

@@ -22,18 +22,18 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("environment", "device, clocks, versions, `fastssl doctor`", "checks.environment", 25),
-    Part("tests", "tests that need a GPU", "checks.tests", 110),
-    Part("verify", "`fastssl verify` in all dtypes", "checks.verify", 60),
-    Part("fp16", "an overflow at the first step in fp16", "checks.fp16", 30),
-    Part("resume", "quickstart, kill -9 and bit-equal resume", "runs.resume", 60),
+    Part("environment", "device, clocks, versions, `fastssl doctor`", "correctness.environment", 25),
+    Part("tests", "tests that need a GPU", "correctness.tests", 110),
+    Part("verify", "`fastssl verify` in all dtypes", "correctness.verify", 60),
+    Part("fp16", "an overflow at the first step in fp16", "correctness.fp16", 30),
+    Part("resume", "quickstart, kill -9 and bit-equal resume", "training_runs.resume", 60),
     Part("captures", "20 captures beside a prefetching input", "captures.captures", 45),
     Part("losses", "loss and gradient beside every peer", "speed.losses", 80),
     Part("step", "training step of a ResNet-50 beside the supervised one", "speed.step", 80),
-    Part("small", "ResNet-18 at 32 px beside lightly's loop", "small.small", 60),
+    Part("small", "ResNet-18 at 32 px beside lightly's loop", "small_images.small", 60),
     Part("input", "images/s of the input pipelines", "speed.inputs", 40),
     Part("collectives", "collectives of one rank", "collectives.collectives", 25),
-    Part("learning", "a short run on photographs", "runs.learning", 50),
+    Part("learning", "a short run on photographs", "training_runs.learning", 50),
 )
 
 
