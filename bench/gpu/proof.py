@@ -77,9 +77,8 @@ def _run(todo: list[Part], records: Records, options: Options, device: str, dead
         record = part_runner.run_part(part, device, options.data, seconds=seconds, earlier=same)
         records[part.name] = record
         _write(options.out, records, device)
-        print(
-            f"{part.name:<12} {record['status']:<8} {record['seconds']:6.1f} s  {verdicts.remark(record)}", flush=True
-        )
+        outcome = f"{record['status']:<8} {record['seconds']:6.1f} s  {verdicts.remark(record)}"
+        print(f"{part.name:<12} {outcome}", flush=True)
 
 
 def _device(name: str) -> str:

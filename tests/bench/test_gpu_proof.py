@@ -348,11 +348,8 @@ def test_a_failure_is_told_by_the_process_of_its_part(tmp_path: Path, monkeypatc
 
         return run
 
-    for outcome, code in [
-        (None, 0),
-        (Failed("no"), part_process.EXIT_FAILED),
-        (Skipped("why"), part_process.EXIT_SKIPPED),
-    ]:
+    failed, skipped = part_process.EXIT_FAILED, part_process.EXIT_SKIPPED
+    for outcome, code in [(None, 0), (Failed("no"), failed), (Skipped("why"), skipped)]:
         monkeypatch.setattr(correctness, "fp16", part_with(outcome))
         assert part_process.main(["correctness.fp16", "--folder", str(tmp_path), "--device", "cpu"]) == code
     assert json.loads((tmp_path / "numbers.json").read_text())["skipped"] == "why"
