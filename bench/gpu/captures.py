@@ -1,4 +1,4 @@
-"""Part: CUDA graphs are captured again and again while an input prepares batches on the same GPU."""
+"""Part: capture CUDA graphs repeatedly while an input pipeline prepares batches on the same GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CAPTURES, STEPS = 20, 3
 
 
 def captures(context: PartContext) -> None:
-    """Any call of another thread that is not allowed during a capture would end it."""
+    """Check that no thread of the input makes a call that would break a capture."""
     photographs = context.folder / "photographs"
     write_photographs(photographs, 20 if context.rehearsal else 256, seed=0, workers=8)
     for pipeline in ("resident", "torchvision"):
@@ -39,10 +39,10 @@ def _captured(context: PartContext, pipeline: Literal["resident", "torchvision"]
         for _ in range(2 if context.rehearsal else CAPTURES):
             method = build_method(config, ends.device)
             step = build_step(config, method, device=ends.device, dtype=ends.numerics.dtype)
-            for number, batch in enumerate(islice(batches, STEPS)):
-                output = step(batch, TrainProgress(number, 2**20, 2**10), config.optim.lr)
+            for index, batch in enumerate(islice(batches, STEPS)):
+                output = step(batch, TrainProgress(index, 2**20, 2**10), config.optim.lr)
             losses.append(output.loss.item())
-    if not all(abs(loss) < 1e3 for loss in losses):  # also NaN
+    if not all(abs(loss) < 1e3 for loss in losses):  # Also true for NaN
         raise Failed(f"the losses after {STEPS} steps were {losses}")
     return {"captures": len(losses), "least loss": min(losses), "largest": max(losses)}
 

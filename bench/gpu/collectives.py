@@ -1,4 +1,4 @@
-"""Part: the collectives that several ranks use, by one rank, so that NCCL is seen to take each dtype."""
+"""Part: run the collectives of several ranks with one rank, to check that NCCL accepts each dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8
 
 
 def collectives(context: PartContext) -> None:
-    """In the process group that a run of several ranks has: NCCL on a GPU, gloo on a CPU."""
+    """Use the process group of a run with several ranks: NCCL on a GPU, gloo on a CPU."""
     backend = "gloo" if context.rehearsal else "cpu:gloo,cuda:nccl"
     device = choose_device(TrainConfig(device=context.device.type))  # type: ignore[arg-type]
     if device.type == "cuda":
@@ -61,7 +61,7 @@ def _exchanged(rows: torch.Tensor) -> str:
 
 
 def _of_fastssl(rows: torch.Tensor) -> str:
-    """What methods call; of one rank each is the identity."""
+    """Call the functions that methods use; each is the identity for one rank."""
     for collective in (distributed.gather_rows, distributed.gather_uneven_rows, distributed.mean_over_ranks):
         _equal(collective(rows), rows)
     return _equal(distributed.gather_rows_with_gradient(rows), rows)
@@ -69,5 +69,5 @@ def _of_fastssl(rows: torch.Tensor) -> str:
 
 def _equal(given: torch.Tensor, expected: torch.Tensor) -> str:
     if not torch.equal(given, expected):
-        raise Failed("what came back differs from what was sent")
+        raise Failed("the received tensor differs from the one sent")
     return "equal"

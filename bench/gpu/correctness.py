@@ -1,4 +1,4 @@
-"""Parts that check: what machine this is, tests, losses against their definitions, and an overflow in fp16."""
+"""Parts that check: the machine, the GPU tests, losses against their definitions, and an overflow in fp16."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ GPU_FACTS = (
     *("name", "driver_version", "memory.total", "memory.used", "utilization.gpu", "temperature.gpu", "power.draw"),
     *("power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "mig.mode.current"),
 )
-MOST_STEPS = 20  # in fp16 until a weight moves
+MOST_STEPS = 20  # In fp16 until a weight changes
 HELPFUL = ("tyro", "rich", "nvidia.dali", "lightly", "pytest", "xdist", "hypothesis", "timm", "matplotlib")
 
 
 def environment(context: PartContext) -> None:
-    """What all other numbers depend on."""
+    """Record what all results depend on."""
     context.once("facts", lambda: run_record.environment(["python -m bench gpu"], context.device))
     context.once("cores", os.cpu_count)
     context.once("memory GiB", lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
@@ -51,7 +51,7 @@ def environment(context: PartContext) -> None:
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in
+    except ModuleNotFoundError:  # The package that would contain it
         return False
 
 
@@ -62,14 +62,14 @@ def _gpu() -> dict[str, str]:
 
 
 def tests(context: PartContext) -> None:
-    """Those marked gpu; on a CPU they are collected and skipped."""
+    """Run the tests marked gpu; on a CPU they are collected and skipped."""
     if not _is_there("pytest"):
         raise Skipped("pytest is not installed")
     context.once("tests", lambda: _tests(context))
 
 
 def _tests(context: PartContext) -> dict[str, Any]:
-    # not the others: an import that fails somewhere else would end the run
+    # Other files are left out, as a failing import there would end the run
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     results = context.folder / "tests.xml"
     options = ["-m", "gpu", "-q", "-o", "addopts=--strict-markers --import-mode=importlib", f"--junitxml={results}"]
@@ -90,8 +90,8 @@ def _is_bad(case: ElementTree.Element) -> bool:
 
 
 def verify(context: PartContext) -> None:
-    """`fastssl verify`, a dtype at a time; on a CPU of one loss."""
-    for name in reversed(DTYPES):  # those that training takes first
+    """Run `fastssl verify` one dtype at a time; on a CPU for one loss."""
+    for name in reversed(DTYPES):  # The dtypes of training first
         context.once(name, partial(_verified, context, name))
 
 
@@ -109,14 +109,14 @@ def _verified(context: PartContext, dtype: str) -> str:
 
 
 def fp16(context: PartContext) -> None:
-    """An overflow at the first step leaves momentum and weights as they were, and halves the scale."""
+    """Check that an overflow at the first step keeps momentum and weights and halves the scale."""
     for optimizer in ("sgd", "lars"):
         context.once(optimizer, partial(_overflow, context.device, optimizer))
 
 
 def _overflow(device: torch.device, optimizer: Literal["sgd", "lars"]) -> dict[str, float]:
     preset = load("quickstart")
-    # convolutions in fp16 are slow on a CPU
+    # Few images, as convolutions in fp16 are slow on a CPU
     train = replace(preset.train, batch_size=8, precision="fp16", compile="off")
     config = replace(preset, optim=OptimConfig(optimizer=optimizer, lr=0.03, momentum=0.9), train=train)
     method = build_method(config, device)
@@ -125,7 +125,7 @@ def _overflow(device: torch.device, optimizer: Literal["sgd", "lars"]) -> dict[s
     weights = [p for p in method.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in weights]
 
-    def furthest_move() -> float:
+    def largest_change() -> float:
         return max((p - old).abs().max().item() for p, old in zip(weights, before, strict=True))
 
     scale = step.scaler.get_scale()
@@ -135,18 +135,18 @@ def _overflow(device: torch.device, optimizer: Literal["sgd", "lars"]) -> dict[s
     halved = step.scaler.get_scale()
     if halved != scale / 2:
         raise Failed(f"the scale went from {scale:g} to {halved:g}; an overflow must halve it")
-    if furthest_move() != 0:
-        raise Failed("the step with the overflow moved weights")
+    if largest_change() != 0:
+        raise Failed("the step with the overflow changed weights")
     states = step.optimizer.state.values()
     momenta = [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
     if not all(bool(torch.all(momentum == 0)) for momentum in momenta):
-        raise Failed("the step with the overflow left momentum that is not 0, which the next step takes as real")
+        raise Failed("the step with the overflow left a momentum other than 0, which the next step would apply")
 
-    done = 1
-    while furthest_move() == 0 and done < MOST_STEPS:  # the scale may have to fall further
-        output = step(batch, TrainProgress(done, NO_END, NO_END), config.optim.lr)
-        done += 1
-    moved = furthest_move()
+    steps = 1
+    while largest_change() == 0 and steps < MOST_STEPS:  # The scale may have to fall further
+        output = step(batch, TrainProgress(steps, NO_END, NO_END), config.optim.lr)
+        steps += 1
+    moved = largest_change()
     if not 0 < moved < 10 or not output.loss.isfinite():
-        raise Failed(f"after {done} steps the furthest move of a weight is {moved:g} and the loss {output.loss:g}")
-    return {"scale before": scale, "after": halved, "steps": done, "furthest move of a weight": moved}
+        raise Failed(f"after {steps} steps the largest change of a weight is {moved:g} and the loss {output.loss:g}")
+    return {"scale before": scale, "after": halved, "steps": steps, "furthest move of a weight": moved}

@@ -21,7 +21,7 @@ EXIT_FAILED, EXIT_SKIPPED = 1, 77
 
 @dataclass(frozen=True)
 class Options:
-    """Runs one part; its numbers go into numbers.json of the folder, each as soon as it is there."""
+    """Run one part; each result is saved to numbers.json in the folder at once."""
 
     function: Annotated[str, Positional]
     folder: Path
@@ -30,7 +30,7 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the part; EXIT_FAILED if something of it did."""
+    """Run the part; EXIT_FAILED if any measurement failed."""
     options = parse(Options, arguments, prog="python -m bench.gpu.part_process")
     module, _, name = options.function.partition(".")
     context = PartContext(torch.device(options.device), options.folder, options.data)

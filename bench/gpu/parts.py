@@ -1,4 +1,4 @@
-"""The parts of the proof, in order of worth, and how much of the time each may take."""
+"""The parts of the proof, most valuable first, and how much of the time each may take."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PASSED, FAILED, TIMEOUT, SKIPPED = "passed", "failed", "timeout", "skipped"
 
 
 class Part(NamedTuple):
-    """A process of its own, that runs `function` of a module of this package."""
+    """One part: a function of this package that runs in its own process."""
 
     name: str
     title: str
     function: str
     """As module.function."""
     share: float
-    """Of the time, in units of the others' shares: about the seconds that it may take on a GPU."""
+    """Weight in the division of the time: about the seconds that it takes on a GPU."""
 
 
 PARTS = (
@@ -27,10 +27,10 @@ PARTS = (
     Part("verify", "`fastssl verify` in all dtypes", "correctness.verify", 60),
     Part("fp16", "an overflow at the first step in fp16", "correctness.fp16", 30),
     Part("resume", "quickstart, kill -9 and bit-equal resume", "training_runs.resume", 60),
-    Part("captures", "20 captures beside a prefetching input", "captures.captures", 45),
-    Part("losses", "loss and gradient beside every peer", "speed.losses", 80),
-    Part("step", "training step of a ResNet-50 beside the supervised one", "speed.step", 80),
-    Part("small", "ResNet-18 at 32 px beside lightly's loop", "small_images.small", 60),
+    Part("captures", "20 captures next to a prefetching input", "captures.captures", 45),
+    Part("losses", "loss and gradient next to every peer", "speed.losses", 80),
+    Part("step", "training step of a ResNet-50 next to the supervised one", "speed.step", 80),
+    Part("small", "ResNet-18 at 32 px next to lightly's loop", "small_images.small", 60),
     Part("input", "images/s of the input pipelines", "speed.inputs", 40),
     Part("collectives", "collectives of one rank", "collectives.collectives", 25),
     Part("learning", "a short run on photographs", "training_runs.learning", 50),
@@ -38,7 +38,7 @@ PARTS = (
 
 
 def chosen(names: Sequence[str]) -> list[Part]:
-    """The parts of these names, or all; ConfigError for a name that none has."""
+    """The parts with these names, or all; ConfigError for an unknown name."""
     known = {part.name: part for part in PARTS}
     for name in names:
         if name not in known:
@@ -47,7 +47,7 @@ def chosen(names: Sequence[str]) -> list[Part]:
 
 
 def left_to_do(parts: Sequence[Part], records: Mapping[str, Mapping[str, Any]], device: str) -> list[Part]:
-    """The parts that have no end on this device yet: first those never tried, then those that failed or ran out."""
+    """The parts that are not done on this device: first those never tried, then those that failed or timed out."""
 
     def status(part: Part) -> str | None:
         record = records.get(part.name)
@@ -58,5 +58,5 @@ def left_to_do(parts: Sequence[Part], records: Mapping[str, Mapping[str, Any]], 
 
 
 def seconds_for(part: Part, later: Sequence[Part], left_s: float) -> float:
-    """The time-out of a part: its share of what is left, so that what one part leaves over is for the next."""
+    """The time-out of a part: its share of the time left, so that unused time goes to later parts."""
     return left_s * part.share / (part.share + sum(other.share for other in later))

@@ -1,4 +1,4 @@
-"""Part: small images, where launches and input count more than the encoder, beside lightly's loop."""
+"""Part: small images, where launches and input matter more than the encoder, next to lightly's loop."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ OURS = ("fastssl", "fastssl with a CUDA graph")
 
 
 def small(context: PartContext) -> None:
-    """MoCo v2 with a ResNet-18 at 32 px: input and step together, then steps alone.
+    """Measure MoCo v2 with a ResNet-18 at 32 px: input and step together, then steps alone.
 
-    End to end it is ours with resident images, and lightly's loop with Pillow in a DataLoader. Where lightly is not
-    installed, a plain loop stands for it, in fp32 as lightly's example trains.
+    End to end: fastssl with resident images, and lightly's loop with Pillow in a DataLoader. Without lightly a plain
+    loop takes its place, in fp32 like lightly's example.
     """
     config, seconds = _config(context), 1.0 if context.rehearsal else 6.0
     graph = replace(config, train=replace(config.train, cuda_graph=True))
@@ -46,7 +46,7 @@ def small(context: PartContext) -> None:
 
 
 def compared(found: Mapping[str, Any]) -> dict[str, float]:
-    """How many times faster than lightly's loop ours is, by what has been measured so far."""
+    """Speed of the faster fastssl loop over lightly's, if both have been measured."""
     ours = [found[name]["images/s"] for name in OURS if name in found]
     if not ours or "lightly's loop" not in found:
         return {}
@@ -60,7 +60,7 @@ def _ours(config: Config, seconds: float) -> dict[str, float]:
 
 
 def _beside_others(context: PartContext) -> list[dict[str, Any]]:
-    """`python -m bench step`: training steps alone, of fastssl, a plain loop and, if it is installed, lightly."""
+    """Run `python -m bench step`: training steps of fastssl, a plain loop and, if installed, lightly."""
     path = context.folder / "step.json"
     sizes = ["--batch-size", "16", "--queue-size", "1024", "--width", "0.25", "--steps", "2", "--repeats", "2"]
     if not context.rehearsal:
@@ -80,7 +80,7 @@ def _config(context: PartContext) -> Config:
 
 
 def _images(context: PartContext) -> dict[str, Any]:
-    """Photographs where some are given, else procedural pictures."""
+    """Photographs if there are any, else procedural pictures."""
     if not context.rehearsal:
         try:
             return {"root": photographs(context), "pictures": 0}
@@ -111,5 +111,5 @@ def _lightly_like(config: Config, both: EndToEnd, seconds: float) -> dict[str, A
 
 def _pil(config: Config, both: EndToEnd) -> Iterator[Batch]:
     labels = torch.zeros(config.train.batch_size, dtype=torch.int64, device=both.device)
-    for number, views in enumerate(pil_batches(config, both.executor.source, both.device)):
-        yield Batch(views=views, labels=labels, ids=labels, step=number)
+    for step, views in enumerate(pil_batches(config, both.executor.source, both.device)):
+        yield Batch(views=views, labels=labels, ids=labels, step=step)

@@ -1,4 +1,4 @@
-"""Parts that measure: losses beside their peers, the training step beside its ceiling, and the input."""
+"""Parts that measure: losses next to their peers, the training step next to its ceiling, and the input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STRONG = ("fastssl", "matmuls", "eager-autocast", "compile-autocast", "sdpa-flas
 
 
 def losses(context: PartContext) -> None:
-    """Loss and gradient by `python -m bench losses`: every peer at the first shape, the strong ones at the others."""
+    """Run `python -m bench losses`: the strong peers at every shape, then all peers at the first one."""
     if context.rehearsal:
         columns = ("fastssl", "matmuls", "eager", "eager-autocast", "sdpa-flash")
         context.once("64x1024x64", lambda: _losses(context, "64x1024x64", columns, "--repeats", "5"))
@@ -43,7 +43,7 @@ def _losses(context: PartContext, shape: str, columns: tuple[str, ...], *more: s
 
 
 def step(context: PartContext) -> None:
-    """A ResNet-50 at 224 px in several ways, each beside the supervised step; on a CPU a small one at 32 px."""
+    """Measure a ResNet-50 at 224 px in several ways, next to the supervised step; on a CPU a small one at 32 px."""
     config, name = _resnet(context), "resnet18" if context.rehearsal else "resnet50"
     batches = synthetic_batches(config, context.device)
     eager, compiled = (replace(config.train, compile=choice) for choice in ("off", "on"))  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def step(context: PartContext) -> None:
         for supervised in (False, True) if way.name != "graph" else (False,):
             key = f"{way.name}, supervised" if supervised else way.name
             context.once(key, partial(_rate, config, way, batches, context, supervised=supervised))
-            # now, as compiling the next may take all the time
+            # Save now, as compiling the next may take the remaining time
             context.numbers[name] = ratios(context.numbers)
             context.write()
 
@@ -74,7 +74,7 @@ def _resnet(context: PartContext) -> Config:
 def _rate(
     config: Config, way: Variant, batches: list[Batch], context: PartContext, *, supervised: bool
 ) -> dict[str, Any]:
-    """Named CHOSEN, so that a step that does not run is an error and no footnote."""
+    """Measure one way; it is named CHOSEN so that a step that does not run is an error and not a note."""
     started = time.perf_counter()
     measured = candidate(config, replace(way, name=CHOSEN), batches, supervised=supervised)
     prepared_s = time.perf_counter() - started
@@ -91,10 +91,10 @@ def _rate(
 
 
 def ratios(found: Mapping[str, Any]) -> dict[str, float | str]:
-    """Of the fastest way of the method to the fastest supervised one, and what a step spends beside the encoder.
+    """Speed of the fastest way over the fastest supervised one, and the cost of everything but the encoder.
 
-    "beside" is loss, momentum encoder, queue and optimizer in percent of the fastest step, taken from the fastest way
-    that tells these parts apart. What has not been measured is left out.
+    "beside" is loss, momentum encoder, queue and optimizer in percent of the fastest step, measured in the fastest way
+    that times these parts separately. What has not been measured is left out.
     """
     ours = {name: found[name] for name in WAYS if name in found}
     theirs = [found[f"{name}, supervised"]["images/s"] for name in WAYS if f"{name}, supervised" in found]
@@ -102,16 +102,16 @@ def ratios(found: Mapping[str, Any]) -> dict[str, float | str]:
         return {}
     best = max(ours, key=lambda name: ours[name]["images/s"])
     shares: dict[str, float | str] = {"fastest": best, "of supervised": ours[best]["images/s"] / max(theirs)}
-    telling = [name for name, values in ours.items() if {"loss ms", "optimizer ms"} <= set(values)]
-    if telling:
-        source = max(telling, key=lambda name: ours[name]["images/s"])
+    timed = [name for name, values in ours.items() if {"loss ms", "optimizer ms"} <= set(values)]
+    if timed:
+        source = max(timed, key=lambda name: ours[name]["images/s"])
         beside_ms = ours[source]["loss ms"] + ours[source]["optimizer ms"]
         shares |= {"beside": 100 * beside_ms / ours[best]["step ms"], "beside, measured in": source}
     return shares
 
 
 def inputs(context: PartContext) -> None:
-    """`fastssl bench input` of what works here: views of ImageNet's sizes, and resident ones of 32 px."""
+    """Run `fastssl bench input`: resident views of 32 px, then every pipeline that works here at ImageNet's sizes."""
     names = [name for name, reason in available_executors().items() if reason is None]
     sizes = ["--images", "24", "--batch-size", "8", "--seconds", "0.5", "--workers", "2"]
     if not context.rehearsal:

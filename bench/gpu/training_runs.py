@@ -1,4 +1,4 @@
-"""Parts that train by `fastssl pretrain`: a run that is killed and resumed, and one that learns."""
+"""Parts that run `fastssl pretrain`: a run that is killed and resumed, and one that learns."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastssl.train import checkpoint
 from .correctness import ROOT
 from .part_context import Failed, PartContext, Skipped
 
-GIVEN = (Path("shared/data"), Path("../shared/data"))  # of the project, from its root
+GIVEN = (Path("shared/data"), Path("../shared/data"))  # Relative to the root of the project
 ARCHIVE = "cifar10-imagefolder.tar.xz"
 POLL_S = 0.005
 SHIPPED = ("--train.steps", 200, "--eval.every-epochs", 100)
 
 
 def resume(context: PartContext) -> None:
-    """The weights of a run that was killed and resumed are those of one that was left alone, bit for bit."""
+    """Check that a run that was killed and resumed ends with the weights of an undisturbed one, bit for bit."""
     context.once("resume", lambda: _resume(context))
 
 
@@ -42,12 +42,12 @@ def _resume(context: PartContext) -> dict[str, Any]:
     first, second = (_final(folder, steps) for folder in (whole, killed))
     different = [name for name, value in first.items() if not torch.equal(value, second[name])]
     if different:
-        raise Failed(f"{len(different)} of {len(first)} tensors differ after the resume, such as {different[0]}")
+        raise Failed(f"{len(different)} of {len(first)} tensors differ after the resume, among them {different[0]}")
     return {"steps": steps, "killed after the checkpoint of step": killed_at, "equal tensors": len(first)}
 
 
 def _killed(folder: Path, options: list[Any]) -> int:
-    """Start a run, kill it as soon as it has a checkpoint of later than its start; the step of that."""
+    """Start a run, kill it as soon as it has a checkpoint after step 0, and return the step of that."""
     process = subprocess.Popen(_command("pretrain", *options, "--run.dir", folder), cwd=ROOT)
     try:
         while process.poll() is None:
@@ -65,13 +65,13 @@ def _killed(folder: Path, options: list[Any]) -> int:
 def _final(folder: Path, step: int) -> dict[str, torch.Tensor]:
     state = checkpoint.load(checkpoint.path_of(folder / "checkpoints", step))
     tensors = dict(state["method"])
-    for number, values in state["optimizer"]["state"].items():
-        tensors |= {f"{name} of parameter {number}": value for name, value in values.items()}
+    for index, values in state["optimizer"]["state"].items():
+        tensors |= {f"{name} of parameter {index}": value for name, value in values.items()}
     return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
 def learning(context: PartContext) -> None:
-    """kNN before and after a short run, on the photographs that are given; on a CPU on a few pictures."""
+    """Measure kNN before and after a short run on photographs; on a CPU on a few procedural pictures."""
     if context.rehearsal:
         context.once(
             "run",
@@ -82,9 +82,9 @@ def learning(context: PartContext) -> None:
         return
     root = photographs(context)
     short = ["--data.root", root, "--train.epochs", 4, "--train.batch-size", 256, "--optim.warmup-epochs", 1]
-    # batch norm in the head gets a short run out of the collapse it starts in
+    # Without batch norm in the head a short run stays collapsed, as it starts
     short += ["--optim.lr", 0.2, "--method.head", "mlp-bn", "--method.hidden-dim", "None", "--method.queue-size", 4096]
-    graph = ["--train.compile", "off", "--train.cuda-graph"]  # as compiling would take longer than the run
+    graph = ["--train.compile", "off", "--train.cuda-graph"]  # Compiling would take longer than the run
     context.once("run", lambda: _learned(context, "mocov2-cifar10", [*short, *graph]))
     run = context.numbers.get("run")
     if run and run["kNN %"] <= run["kNN untrained %"]:
@@ -109,7 +109,7 @@ def _learned(context: PartContext, preset: str, options: list[Any]) -> dict[str,
 
 
 def photographs(context: PartContext) -> Path:
-    """The folder that was given, or that is in the archive; Skipped where there is none."""
+    """The folder of photographs, unpacked if it is an archive; Skipped if there is none."""
     places = [context.data] if context.data else [ROOT / place for place in GIVEN]
     for place in places:
         archive = place if place.is_file() else place / ARCHIVE

@@ -1,4 +1,4 @@
-"""`python -m bench gpu`: what is run, for how long, what is kept, and what the summary makes of the numbers."""
+"""`python -m bench gpu`: what runs, for how long, what is kept, and how results compare with the targets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print("this is", kind)
 if kind == "slow" and found["tries"] < 3:
     print("sleeper", subprocess.Popen(["sleep", "60"]).pid, flush=True)
     time.sleep(60)
-if kind == "deaf":
+if kind == "stubborn":
     import signal
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
@@ -58,7 +58,7 @@ def fake_command(given: Part, folder: Path, device: str, data: Path | None) -> l
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts that take no time, in place of the real ones."""
+    """Replace the real parts by ones that take no time."""
     names = ("good", "bad", "absent", "slow", "good2")
     parts = tuple(part(name.removesuffix("2")) if name != "good2" else part("good2") for name in names)
     for module in ("parts", "proof", "verdicts"):
@@ -81,7 +81,7 @@ def statuses(out: Path) -> dict[str, str]:
 
 def test_parts_run_in_order_and_each_leaves_its_record(fakes: None, tmp_path: Path) -> None:
     started = time.monotonic()
-    assert call(tmp_path) == 1  # as one fails
+    assert call(tmp_path) == 1  # One fails
     assert time.monotonic() - started < 9
     expected = {"good": "passed", "bad": "failed", "absent": "skipped", "slow": "timeout", "good2": "passed"}
     assert statuses(tmp_path) == expected
@@ -103,19 +103,19 @@ def test_a_second_call_tries_again_what_did_not_pass(fakes: None, tmp_path: Path
     for tries in (1, 2, 3):
         call(tmp_path)
         records = {name: json.loads((tmp_path / "parts" / f"{name}.json").read_text()) for name in statuses(tmp_path)}
-        assert records["slow"]["numbers"] == {"tries": tries}  # what it had measured is given back to it
+        assert records["slow"]["numbers"] == {"tries": tries}  # It gets its earlier results back
         assert records["bad"]["numbers"] == {"tries": tries}
         assert records["good"]["numbers"] == records["absent"]["numbers"] == {"tries": 1}
     assert statuses(tmp_path)["slow"] == "passed"
 
 
-def test_what_has_no_time_left_is_run_by_the_next_call(
+def test_the_next_call_runs_what_had_no_time(
     fakes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof, "LEAST_S", 100.0)
     call(tmp_path)
     assert statuses(tmp_path) == {}
-    assert "call again to go on with good" in capsys.readouterr().out
+    assert "call again to continue with good" in capsys.readouterr().out
     assert "| the good one | not run |" in (tmp_path / "summary.md").read_text()
     monkeypatch.setattr(proof, "LEAST_S", 0.0)
     call(tmp_path, "--only", "good", "absent")
@@ -139,12 +139,12 @@ def test_new_parts_come_before_those_that_failed() -> None:
 def test_shares_of_the_time() -> None:
     first, second, third = part("a", 1), part("b", 2), part("c", 1)
     assert seconds_for(first, [second, third], 100) == 25
-    assert seconds_for(second, [third], 90) == 60  # the first has left over 15
+    assert seconds_for(second, [third], 90) == 60  # The first left 15 unused
     assert seconds_for(third, [], 30) == 30
 
 
 def is_gone(process: int) -> bool:
-    """Soon, as the kernel takes its time with whom it kills; also where nobody has asked for its exit code yet."""
+    """Whether a process ends within two seconds; a zombie counts as ended."""
     status = Path(f"/proc/{process}/stat")
     deadline = time.monotonic() + 2
     while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
@@ -154,8 +154,8 @@ def is_gone(process: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["slow", "deaf"])
-def test_nothing_outlasts_its_time(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["slow", "stubborn"])
+def test_no_process_outlives_its_part(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_runner, "GRACE_S", 0.3)
     started = time.monotonic()
     record = part_runner.run_part(part(kind), "cpu", None, seconds=2.0, command=fake_command)
@@ -163,7 +163,7 @@ def test_nothing_outlasts_its_time(kind: str, tmp_path: Path, monkeypatch: pytes
     assert time.monotonic() - started < 4
     for sleeper in re.findall(r"sleeper (\d+)", record["tail"]):
         assert is_gone(int(sleeper))
-    assert kind == "deaf" or "sleeper" in record["tail"]
+    assert kind == "stubborn" or "sleeper" in record["tail"]
 
 
 def test_sigterm_ends_the_part_and_keeps_what_there_is(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_bad_options_are_refused_in_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert call(tmp_path / "file" / "out") == 2
     assert "--out" in capsys.readouterr().err
@@ -272,7 +272,7 @@ def test_the_worst_of_the_large_shapes_counts() -> None:
     assert found["faster than torch.compile, N >= 1024"] == "missed by 20%"
 
 
-def test_what_was_not_measured_says_why() -> None:
+def test_a_missing_measurement_says_why() -> None:
     found = words_by_target(losses={SMALL: LOSSES[SMALL]})
     assert found["share of the measured matmul rate, N >= 1024"] == "not measured: part losses passed"
     assert found["images/s of the supervised ResNet-50 step"] == "not measured: part step has not run"
@@ -297,7 +297,7 @@ def test_the_step_is_compared_with_the_fastest_supervised_one() -> None:
     assert ratios(found) == {
         "fastest": "graph",
         "of supervised": 0.8,
-        "beside": pytest.approx(8.0),  # of the step that runs, as if it still took so long
+        "beside": pytest.approx(8.0),  # Of the new step, if it takes as long as before
         "beside, measured in": "eager",
     }
 
@@ -336,7 +336,7 @@ def test_a_measurement_that_fails_does_not_stop_the_others(tmp_path: Path) -> No
         context.once("absent", absent)
 
 
-def test_a_failure_is_told_by_the_process_of_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_code_of_a_part_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.gpu import correctness, part_process
 
     def part_with(outcome: Exception | None) -> Any:
@@ -363,7 +363,7 @@ def test_every_part_has_a_function() -> None:
         assert callable(getattr(importlib.import_module(f"bench.gpu.{module}"), function))
 
 
-def test_momentum_that_is_left_unwritten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritten_momentum_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from bench.gpu import correctness
