@@ -24,10 +24,12 @@ import torch
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
+import fastssl_kernels
 from bench import __main__ as bench
 from fastssl import cli
 from fastssl.commands.bench import TASKS
 from fastssl.errors import ConfigError
+from fastssl.methods import METHODS
 from fastssl.presets import load
 
 ROOT = Path(__file__).parents[1]
@@ -332,3 +334,16 @@ def test_the_first_page_is_short_and_has_the_two_blocks() -> None:
     first, second = code_blocks("README.md", "bash")
     assert first.splitlines()[-2:] == ["pip install -e .", "fastssl pretrain"]
     assert second.splitlines() == ['pip install -e ".[test]"', "pytest"]
+
+
+def test_the_table_of_methods_is_complete() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| \[([\d.]+)\] \|", (ROOT / "README.md").read_text(), flags=re.M)
+    own = {name: method for name, method in METHODS.items() if method.__module__.startswith("fastssl.")}
+    assert {name: f"arXiv {paper}" for name, paper in rows} == {name: cls.Config.paper for name, cls in own.items()}
+
+
+def test_the_table_of_losses_names_functions() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", (ROOT / "kernels/README.md").read_text(), flags=re.M)
+    functions = re.findall(r"\w+", " ".join(rows))
+    assert len(functions) >= 12
+    assert [name for name in functions if not callable(getattr(fastssl_kernels, name, None))] == []
