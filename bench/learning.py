@@ -23,7 +23,7 @@ from fastssl.observe.screen import open_screen
 from fastssl.observe.table import Table
 from fastssl.presets import load
 
-from . import report
+from . import run_record
 
 LABELED = ("supcon", "unimoco")
 METHODS = ("mocov1", "mocov2", "mocov2-symmetric", "mixco", "unmix", "co2", "ressl", "msvq", "smog", *LABELED)
@@ -79,11 +79,11 @@ def main(arguments: Sequence[str]) -> Path:
     """Run what the arguments ask for and has not been run yet; print the table, write the JSON, return its path."""
     options = parse(Options, arguments, prog="python -m bench learning")
     runs = list(variants(options))
-    facts = report.environment(["python -m bench learning", shlex.join(arguments)], choose_device(runs[0][1].train))
+    facts = run_record.environment(["python -m bench learning", shlex.join(arguments)], choose_device(runs[0][1].train))
     rows = [_row(name, config) for name, config in runs]
     _show(rows)
     budget = {field: getattr(options, field) for field in BUDGET}
-    path = report.write(options.out, "learning", {**facts, "budget": budget}, rows)
+    path = run_record.write(options.out, "learning", {**facts, "budget": budget}, rows)
     print(path)
     return path
 

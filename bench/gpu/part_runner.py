@@ -1,4 +1,4 @@
-"""Runs parts as processes under a time-out each, and keeps what they found; nothing outlasts its time."""
+"""Run parts as processes with a time-out, and record their results; no process outlives its part."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from .plan import FAILED, PASSED, SKIPPED, TIMEOUT, Part
-from .process import EXIT_SKIPPED
-from .task import NUMBERS
+from .part_context import NUMBERS
+from .part_process import EXIT_SKIPPED
+from .parts import FAILED, PASSED, SKIPPED, TIMEOUT, Part
 
 Record = dict[str, Any]
 
-GRACE_S = 2.0  # between being asked to end and being killed
-TAIL = 6000  # characters of the output that are kept
+GRACE_S = 2.0  # Between SIGTERM and SIGKILL
+TAIL = 6000  # Characters of the output that are kept
 
 
 def command(part: Part, folder: Path, device: str, data: Path | None) -> list[str]:
-    """The process of a part."""
-    words = [sys.executable, "-m", "bench.gpu.process", part.function, "--folder", str(folder), "--device", device]
+    """The command line of a part's process."""
+    words = [sys.executable, "-m", "bench.gpu.part_process", part.function, "--folder", str(folder), "--device", device]
     return [*words, *(["--data", str(data)] if data else [])]
 
 
@@ -39,9 +39,9 @@ def run_part(
     earlier: Record | None = None,
     command: Callable[[Part, Path, str, Path | None], list[str]] = command,
 ) -> Record:
-    """The record of a part that has come to its end, or that was ended when its time was over.
+    """Run a part for at most `seconds` and return its record.
 
-    `earlier`: the record of a try that was cut off on the same device, whose numbers are not measured again.
+    `earlier`: the record of an interrupted try on the same device, whose results are not measured again.
     """
     with TemporaryDirectory(prefix=f"bench-gpu-{part.name}-") as name:
         folder = Path(name)
@@ -49,7 +49,7 @@ def run_part(
             (folder / NUMBERS).write_text(json.dumps({"numbers": earlier["numbers"]}))
         words, started = command(part, folder, device, data), time.monotonic()
         with (folder / "output").open("w+b") as output:
-            # the sizes of a rehearsal keep one thread busy; several would wait for one another on a busy machine
+            # A rehearsal is too small for several threads, which would wait for one another on a busy machine
             threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
             code = _run(words, threads | os.environ, output.fileno(), seconds)
             taken_s = time.monotonic() - started
@@ -74,8 +74,8 @@ def run_part(
 
 
 def _run(words: list[str], environment: dict[str, str], output: int, seconds: float) -> int | None:
-    """The exit code, or None where the time was over; the process is gone then, and whatever it had started."""
-    # a session of its own, so that all of it can be ended together
+    """The exit code, or None after the time-out; the process and its children have ended then."""
+    # A new session, so that the process and its children can be ended together
     process = subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(max(0.0, seconds - GRACE_S))
@@ -86,21 +86,21 @@ def _run(words: list[str], environment: dict[str, str], output: int, seconds: fl
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Also what a part that ended by itself has left behind."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """End the process group, which may outlive the process."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, sent)
         except ProcessLookupError:
             return
         try:
-            process.wait(GRACE_S if number == signal.SIGTERM else None)
+            process.wait(GRACE_S if sent == signal.SIGTERM else None)
         except subprocess.TimeoutExpired:
             continue
 
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Inside the `with` block SIGTERM is a SystemExit, so that what was started is ended too."""
+    """Turn SIGTERM into SystemExit inside the `with` block, so that a running part is ended too."""
 
     def stop(*_: object) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""`python -m bench step`: a MoCo training step of fastssl beside lightly's and a plain loop, in one process."""
+"""`python -m bench step`: compare MoCo training steps of fastssl, lightly and a plain loop in one process."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from fastssl.presets import load
 from fastssl.validation import Count, Images, Range, Rows, Threads, check
 from fastssl_pipelines.batch import Batch
 
-from . import report
+from . import run_record
+from .moco_steps import IMPLEMENTATIONS, LR, MOMENTUM, SETTINGS, TEMPERATURE, Setting, Step, ours
 from .peers import Unavailable
-from .sides import IMPLEMENTATIONS, LR, MOMENTUM, SETTINGS, TEMPERATURE, Setting, Step, ours
 
 BEST, SHIPPED = "fastssl, at its best", "lightly as shipped"
-FIRST_STEPS = 3  # whose losses are shown; they are not timed
-TARGET = 4.0  # times lightly as shipped
+FIRST_STEPS = 3  # Untimed; their losses are shown
+TARGET = 4.0  # Times the speed of lightly as shipped
 
 
 @dataclass(frozen=True)
 class Options:
-    """MoCo v2 with a ResNet-18 for 32 px on random views in memory: time and loss of a step, all sides in turn."""
+    """Time and loss of a MoCo v2 step, ResNet-18 for 32 px, random views in memory; all implementations in turn."""
 
     batch_size: Images = 64
     queue_size: Rows = 4096
@@ -45,46 +45,46 @@ class Options:
     """Of the ResNet-18."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Threads | None = None
-    """Threads of the CPU; by default those that torch takes."""
+    """CPU threads; by default torch's."""
     steps: Count = 5
     """Steps of a round."""
     repeats: Count = 5
-    """Rounds, in each of which all take turns."""
+    """Rounds; each measures every implementation once."""
     json: Path | None = None
-    """File to write all numbers to."""
+    """JSON file for the settings and results."""
 
 
 @dataclass
 class Row:
-    """What was measured of one side, with a number for each round."""
+    """Measurements of one implementation; the lists have a value per round."""
 
     name: str
     setting: str
     losses: list[float] = field(default_factory=list)
-    """Of the first steps; all sides begin with the same weights and queue."""
+    """Of the first steps; all implementations start from the same weights and queue."""
     images_per_s: list[float] = field(default_factory=list)
     slower_than_best: list[float] = field(default_factory=list)
-    """Images/s of fastssl as a run takes it in units of those of the same round; a busy machine slows a whole round."""
+    """Speed of fastssl at its best over this one's, in the same round; a busy machine slows a whole round."""
     slower_than_equal: list[float] = field(default_factory=list)
-    """The same with fastssl in the same setting."""
+    """The same for fastssl in the same setting."""
     note: str = ""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure what the arguments ask for, print the table, write the JSON; ConfigError for what cannot be met."""
+    """Measure, print the table and write the JSON; ConfigError for options that cannot be met."""
     options = parse(Options, arguments, prog="python -m bench step")
     check(options)
     require_file("--json", options.json)
     if options.queue_size % options.batch_size:
         raise ConfigError(
             f"--queue-size {options.queue_size} was given with --batch-size {options.batch_size}; it must be a multiple"
-            " of it, as the other sides cannot write around the end of their queue"
+            " of it, as the other implementations cannot wrap around the end of their queue"
         )
     config = configuration(options)
     device = choose_device(config.train)
-    torch.backends.cudnn.benchmark = True  # for all sides; TF32 stays as torch has it
+    torch.backends.cudnn.benchmark = True  # For all implementations; TF32 stays at torch's default
     with torch_threads(options.threads):
-        facts = report.environment(["python", "-m", "bench", "step", *arguments], device)
+        facts = run_record.environment(["python", "-m", "bench", "step", *arguments], device)
         rows = measure(config, device, options)
     facts |= {"settings": asdict(options), "targets": targets(rows)}
     show(facts, rows)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def configuration(options: Options) -> Config:
-    """What all sides train: plain SGD, batch norm over the batch, keys not shuffled, as in lightly's example."""
+    """The shared configuration: plain SGD, batch norm over the batch, keys not shuffled, as in lightly's example."""
     preset = load("mocov2-cifar10")
     return replace(
         preset,
@@ -108,7 +108,7 @@ def configuration(options: Options) -> Config:
 
 
 def measure(config: Config, device: torch.device, options: Options) -> list[Row]:
-    """A row for each side in each setting, and first that of fastssl as a run takes it."""
+    """A row per implementation and setting; the first is fastssl with the settings that a run chooses."""
     batches = synthetic_batches(config, device)
     chosen = Setting("chosen", choose_dtype(config.train, device), torch.channels_last)
     rows, running = [], []
@@ -123,7 +123,7 @@ def measure(config: Config, device: torch.device, options: Options) -> list[Row]
             except Unavailable as error:
                 row.note = str(error)
                 continue
-            row.losses = [step(own[number % len(own)]).item() for number in range(FIRST_STEPS)]
+            row.losses = [step(own[index % len(own)]).item() for index in range(FIRST_STEPS)]
             running.append((row, step, own))
     for turn in range(1, options.repeats + 1):
         print(f"round {turn} of {options.repeats}", file=sys.stderr)
@@ -134,12 +134,12 @@ def measure(config: Config, device: torch.device, options: Options) -> list[Row]
 
 
 def rate(step: Step, batches: Sequence[Batch], steps: int, device: torch.device) -> float:
-    """Images/s over `steps` steps, after one that is not timed."""
+    """Images/s over `steps` steps, after an untimed one."""
     step(batches[-1])
     wait(device)
     started = time.perf_counter()
-    for number in range(steps):
-        step(batches[number % len(batches)])
+    for index in range(steps):
+        step(batches[index % len(batches)])
     wait(device)
     return steps * len(batches[0].ids) / (time.perf_counter() - started)
 
@@ -158,14 +158,14 @@ def _compare(rows: Sequence[Row]) -> None:
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each target, met or missed by the median over the rounds."""
-    said = []
+    """A sentence per target: met or missed by the median over the rounds."""
+    sentences = []
     for row in rows:
         if row.name == SHIPPED and row.slower_than_best:
-            said.append(f"{TARGET:g} times the speed of {row.name}: {_verdict(row.slower_than_best, TARGET)}")
+            sentences.append(f"{TARGET:g} times the speed of {row.name}: {_verdict(row.slower_than_best, TARGET)}")
         if row.name not in (BEST, "fastssl") and row.slower_than_equal:
-            said.append(f"not slower than {row.name} in {row.setting}: {_verdict(row.slower_than_equal, 1)}")
-    return said
+            sentences.append(f"not slower than {row.name} in {row.setting}: {_verdict(row.slower_than_equal, 1)}")
+    return sentences
 
 
 def _verdict(ratios: Sequence[float], target: float) -> str:
@@ -174,18 +174,18 @@ def _verdict(ratios: Sequence[float], target: float) -> str:
 
 
 def show(facts: dict[str, Any], rows: Sequence[Row]) -> None:
-    """The table, and below it the targets and how it was measured."""
+    """Print the table, and below it the targets and the conditions."""
     screen, settings = open_screen(least_width=130), facts["settings"]
     title = f"MoCo v2 step, ResNet-18 of 32 px, {settings['batch_size']} images, {settings['queue_size']} keys"
-    numbers = ("images/s", "p20 p80", "ms", "fastssl", "at equal setting", f"losses of {FIRST_STEPS} steps")
-    table = Table(("", "setting", *numbers), "llrrrrrr", title)
+    measured = ("images/s", "p20 p80", "ms", "fastssl", "at equal setting", f"losses of {FIRST_STEPS} steps")
+    table = Table(("", "setting", *measured), "llrrrrrr", title)
     for row in rows:
         table.add_row(row.name, row.setting, *_cells(row, settings["batch_size"]))
     screen.table(table)
     for line in [
         *facts["targets"],
-        "fp32: contiguous; bf16: autocast and channels_last; chosen: as a run of fastssl takes it here",
-        "all sides begin with the same weights and queue and take plain SGD; views are in memory",
+        "fp32: contiguous; bf16: autocast and channels_last; chosen: what a run of fastssl chooses here",
+        "all start from the same weights and queue and use plain SGD; views are in memory",
         f"{facts['device']}, {facts['device_state']} before; medians of {settings['repeats']} rounds",
         *(f"{row.name}, {row.setting}: {row.note}" for row in rows if row.note),
     ]:
@@ -193,7 +193,7 @@ def show(facts: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def _cells(row: Row, batch_size: int) -> list[str]:
-    """Empty where nothing was measured."""
+    """Empty if nothing was measured."""
     if not row.images_per_s:
         return []
     low, middle, high = np.quantile(row.images_per_s, (0.2, 0.5, 0.8))

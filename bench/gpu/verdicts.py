@@ -1,4 +1,4 @@
-"""What the records say: target by target met, missed or not measured, as Markdown and for the terminal."""
+"""Compare the records with the targets: met, missed or not measured, as Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .plan import FAILED, PARTS, SKIPPED, TIMEOUT
+from .parts import FAILED, PARTS, SKIPPED, TIMEOUT
 from .targets import TARGETS, Target
 
 Record = Mapping[str, Any]
 
 
 def verdicts(records: Mapping[str, Record], device: str) -> list[dict[str, Any]]:
-    """A row for each target: what was measured, and in words whether that meets it."""
+    """A row per target: the measured value, and in words whether it meets the limit."""
     return [_verdict(target, records.get(target.part), device) for target in TARGETS]
 
 
@@ -32,7 +32,7 @@ def _verdict(target: Target, record: Record | None, device: str) -> dict[str, An
 
 
 def remark(record: Record) -> str:
-    """Why a part did not pass, or what it measured."""
+    """Why a part did not pass, or the names of its results."""
     if record["status"] == SKIPPED:
         return record["reason"]
     if record["errors"]:
@@ -42,7 +42,7 @@ def remark(record: Record) -> str:
     if record["status"] == FAILED:
         return f"exit code {record['exit_code']}; its output ends with: {_last_line(record)}"
     measured = textwrap.shorten(", ".join(record["numbers"]), 90, placeholder=" ...")
-    return f"out of time after {measured or 'nothing'}" if record["status"] == TIMEOUT else measured
+    return f"timed out after {measured or 'nothing'}" if record["status"] == TIMEOUT else measured
 
 
 def _last_line(record: Record) -> str:
@@ -50,7 +50,7 @@ def _last_line(record: Record) -> str:
 
 
 def targets_as_text(records: Mapping[str, Record], device: str) -> str:
-    """A line for each target."""
+    """A line per target."""
     return "\n".join(
         f"  {row['target']}, {row['limit']}: {_shown(row)}{row['verdict']}" for row in verdicts(records, device)
     )
@@ -61,9 +61,9 @@ def _shown(row: Mapping[str, Any]) -> str:
 
 
 def markdown(records: Sequence[Record], device: str) -> str:
-    """The summary: targets, parts, numbers, and the output of what did not pass."""
+    """The summary: targets, parts, results, and the output of parts that did not pass."""
     by_name = {record["part"]: record for record in records}
-    kind = "Proof on a GPU" if device == "cuda" else "Rehearsal on a CPU: small sizes, no speed of it counts"
+    kind = "Proof on a GPU" if device == "cuda" else "Rehearsal on a CPU: small sizes, speeds mean nothing"
     lines = [
         f"# python -m bench gpu: {kind}",
         "",
@@ -89,7 +89,7 @@ def markdown(records: Sequence[Record], device: str) -> str:
 
 
 def _brief(value: Any) -> str:
-    """Numbers in four digits; of a long list, how long it is: results.json has all of it."""
+    """Floats with four digits; a long list becomes its length, as results.json has all of it."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_brief(inner)}" for name, inner in value.items())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a part is given, and how it tells what it found."""
+"""The context of a part: its device and folder, and its results so far."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ class Skipped(Exception):
 
 
 class Failed(Exception):
-    """What was measured is not what it has to be; a sentence."""
+    """A result is wrong; the message is a sentence."""
 
 
 @dataclass
-class Task:
-    """What a part is given, and where it leaves its numbers. On a CPU it is a rehearsal, with small sizes."""
+class PartContext:
+    """Device, folder and results of a part. On a CPU the part is a rehearsal with small sizes."""
 
     device: torch.device
     folder: Path
-    """For what it writes; it is removed when the part has ended."""
+    """For temporary files; removed when the part ends."""
     data: Path | None
     """Images to learn from: a folder or a .tar file."""
     numbers: dict[str, Any] = field(default_factory=dict)
-    """Also those that an earlier try has left, which was cut off."""
+    """Results by name, those of an interrupted earlier try included."""
     errors: dict[str, str] = field(default_factory=dict)
 
     @property
     def rehearsal(self) -> bool:
-        """Whether there is no GPU, so that small sizes have to do."""
+        """Whether there is no GPU, so that sizes are small."""
         return self.device.type == "cpu"
 
     def once(self, name: str, measure: Callable[[], Any]) -> None:
-        """Measure and write down what has not been measured yet; what fails does not keep the others from running."""
+        """Measure and save what has not been measured yet; a failure is recorded and does not stop the part."""
         if name in self.numbers:
             return
         print(f"-- {name}", flush=True)
@@ -51,13 +51,13 @@ class Task:
             self.numbers[name] = measure()
         except Skipped:
             raise
-        except Exception as error:  # whatever it is, it is the finding
+        except Exception as error:  # Any error is a result
             traceback.print_exc()
             line = next(iter(str(error).splitlines()), "")
             self.errors[name] = line if isinstance(error, Failed) else f"{type(error).__name__}: {line}"
         self.write()
 
     def write(self, **more: Any) -> None:
-        """Leave what is known so far in the folder."""
+        """Save the results so far in the folder."""
         text = json.dumps({"numbers": self.numbers, "errors": self.errors, **more}, indent=1, default=str)
         write_whole(self.folder / NUMBERS, text.encode())

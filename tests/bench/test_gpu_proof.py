@@ -1,4 +1,4 @@
-"""`python -m bench gpu`: what is run, for how long, what is kept, and what the summary makes of the numbers."""
+"""`python -m bench gpu`: what runs, for how long, what is kept, and how results compare with the targets."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
-from bench.gpu import command, runner, summary
-from bench.gpu.plan import PARTS, Part, left_to_do, seconds_for
-from bench.gpu.small import compared
+from bench.gpu import part_runner, proof, verdicts
+from bench.gpu.part_context import Failed, PartContext, Skipped
+from bench.gpu.parts import PARTS, Part, left_to_do, seconds_for
+from bench.gpu.small_images import compared
 from bench.gpu.speed import ratios
 from bench.gpu.targets import SMALL, TARGETS
-from bench.gpu.task import Failed, Skipped, Task
 
 ROOT = Path(__file__).parents[2]
 FAKES = """
@@ -36,7 +36,7 @@ print("this is", kind)
 if kind == "slow" and found["tries"] < 3:
     print("sleeper", subprocess.Popen(["sleep", "60"]).pid, flush=True)
     time.sleep(60)
-if kind == "deaf":
+if kind == "stubborn":
     import signal
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
@@ -58,16 +58,16 @@ def fake_command(given: Part, folder: Path, device: str, data: Path | None) -> l
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts that take no time, in place of the real ones."""
+    """Replace the real parts by ones that take no time."""
     names = ("good", "bad", "absent", "slow", "good2")
     parts = tuple(part(name.removesuffix("2")) if name != "good2" else part("good2") for name in names)
-    for module in ("plan", "command", "summary"):
+    for module in ("parts", "proof", "verdicts"):
         monkeypatch.setattr(f"bench.gpu.{module}.PARTS", parts)
-    run = runner.run_part
-    monkeypatch.setattr(runner, "run_part", lambda *given, **options: run(*given, **options, command=fake_command))
-    monkeypatch.setattr(command, "AROUND_S", 0.0)
-    monkeypatch.setattr(command, "LEAST_S", 0.5)
-    monkeypatch.setattr(runner, "GRACE_S", 0.2)
+    run = part_runner.run_part
+    monkeypatch.setattr(part_runner, "run_part", lambda *given, **options: run(*given, **options, command=fake_command))
+    monkeypatch.setattr(proof, "AROUND_S", 0.0)
+    monkeypatch.setattr(proof, "LEAST_S", 0.5)
+    monkeypatch.setattr(part_runner, "GRACE_S", 0.2)
 
 
 def call(out: Path, *more: str, minutes: float = 0.1) -> int:
@@ -81,7 +81,7 @@ def statuses(out: Path) -> dict[str, str]:
 
 def test_parts_run_in_order_and_each_leaves_its_record(fakes: None, tmp_path: Path) -> None:
     started = time.monotonic()
-    assert call(tmp_path) == 1  # as one fails
+    assert call(tmp_path) == 1  # One fails
     assert time.monotonic() - started < 9
     expected = {"good": "passed", "bad": "failed", "absent": "skipped", "slow": "timeout", "good2": "passed"}
     assert statuses(tmp_path) == expected
@@ -103,21 +103,21 @@ def test_a_second_call_tries_again_what_did_not_pass(fakes: None, tmp_path: Path
     for tries in (1, 2, 3):
         call(tmp_path)
         records = {name: json.loads((tmp_path / "parts" / f"{name}.json").read_text()) for name in statuses(tmp_path)}
-        assert records["slow"]["numbers"] == {"tries": tries}  # what it had measured is given back to it
+        assert records["slow"]["numbers"] == {"tries": tries}  # It gets its earlier results back
         assert records["bad"]["numbers"] == {"tries": tries}
         assert records["good"]["numbers"] == records["absent"]["numbers"] == {"tries": 1}
     assert statuses(tmp_path)["slow"] == "passed"
 
 
-def test_what_has_no_time_left_is_run_by_the_next_call(
+def test_the_next_call_runs_what_had_no_time(
     fakes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "LEAST_S", 100.0)
+    monkeypatch.setattr(proof, "LEAST_S", 100.0)
     call(tmp_path)
     assert statuses(tmp_path) == {}
-    assert "call again to go on with good" in capsys.readouterr().out
+    assert "call again to continue with good" in capsys.readouterr().out
     assert "| the good one | not run |" in (tmp_path / "summary.md").read_text()
-    monkeypatch.setattr(command, "LEAST_S", 0.0)
+    monkeypatch.setattr(proof, "LEAST_S", 0.0)
     call(tmp_path, "--only", "good", "absent")
     assert statuses(tmp_path) == {"good": "passed", "absent": "skipped"}
 
@@ -139,12 +139,12 @@ def test_new_parts_come_before_those_that_failed() -> None:
 def test_shares_of_the_time() -> None:
     first, second, third = part("a", 1), part("b", 2), part("c", 1)
     assert seconds_for(first, [second, third], 100) == 25
-    assert seconds_for(second, [third], 90) == 60  # the first has left over 15
+    assert seconds_for(second, [third], 90) == 60  # The first left 15 unused
     assert seconds_for(third, [], 30) == 30
 
 
 def is_gone(process: int) -> bool:
-    """Soon, as the kernel takes its time with whom it kills; also where nobody has asked for its exit code yet."""
+    """Whether a process ends within two seconds; a zombie counts as ended."""
     status = Path(f"/proc/{process}/stat")
     deadline = time.monotonic() + 2
     while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
@@ -154,27 +154,27 @@ def is_gone(process: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["slow", "deaf"])
-def test_nothing_outlasts_its_time(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "GRACE_S", 0.3)
+@pytest.mark.parametrize("kind", ["slow", "stubborn"])
+def test_no_process_outlives_its_part(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_runner, "GRACE_S", 0.3)
     started = time.monotonic()
-    record = runner.run_part(part(kind), "cpu", None, seconds=2.0, command=fake_command)
+    record = part_runner.run_part(part(kind), "cpu", None, seconds=2.0, command=fake_command)
     assert (record["status"], record["exit_code"], record["numbers"]) == ("timeout", None, {"tries": 1})
     assert time.monotonic() - started < 4
     for sleeper in re.findall(r"sleeper (\d+)", record["tail"]):
         assert is_gone(int(sleeper))
-    assert kind == "deaf" or "sleeper" in record["tail"]
+    assert kind == "stubborn" or "sleeper" in record["tail"]
 
 
 def test_sigterm_ends_the_part_and_keeps_what_there_is(tmp_path: Path) -> None:
     script = (
-        "import sys; from tests.bench import test_gpu_command as t\n"
-        "from bench.gpu import command, plan, runner, summary\n"
-        "parts = (t.part('good'), t.part('slow', 100.0))\n"
-        "plan.PARTS = command.PARTS = summary.PARTS = parts\n"
-        "run = runner.run_part\n"
-        "runner.run_part = lambda *given, **options: run(*given, **options, command=t.fake_command)\n"
-        f"sys.exit(command.main(['--device', 'cpu', '--out', {str(tmp_path)!r}]))"
+        "import sys; from tests.bench import test_gpu_proof as t\n"
+        "from bench.gpu import part_runner, parts, proof, verdicts\n"
+        "replaced = (t.part('good'), t.part('slow', 100.0))\n"
+        "parts.PARTS = proof.PARTS = verdicts.PARTS = replaced\n"
+        "run = part_runner.run_part\n"
+        "part_runner.run_part = lambda *given, **options: run(*given, **options, command=t.fake_command)\n"
+        f"sys.exit(proof.main(['--device', 'cpu', '--out', {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -206,7 +206,7 @@ def test_bad_options_are_refused_in_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert call(tmp_path / "file" / "out") == 2
     assert "--out" in capsys.readouterr().err
@@ -240,14 +240,14 @@ LOSSES: dict[str, Any] = {
 STEP = {"resnet50": {"of supervised": 0.70, "beside": 3.3}}
 
 
-def verdicts(**numbers: Any) -> dict[str, str]:
+def words_by_target(**numbers: Any) -> dict[str, str]:
     records = {name: {"status": "passed", "device": "cuda", "numbers": given} for name, given in numbers.items()}
-    return {found["target"]: found["verdict"] for found in summary.verdicts(records, "cuda")}
+    return {found["target"]: found["verdict"] for found in verdicts.verdicts(records, "cuda")}
 
 
 def test_targets_are_met_or_missed_by_how_much() -> None:
     small = {"end to end": {"times faster": 8.0}}
-    assert list(verdicts(losses=LOSSES, step=STEP, small=small).values()) == [
+    assert list(words_by_target(losses=LOSSES, step=STEP, small=small).values()) == [
         "met, 10% better",  # 19.8 of 22 us
         "met, 25% better",  # 75 of 60 %
         "met, 20% better",  # 18 of 15
@@ -266,17 +266,17 @@ def test_the_worst_of_the_large_shapes_counts() -> None:
         row(shape, "fastssl", median_ms=4 * 0.04295 / 0.5, memory_bytes=10e6),
         row(shape, "eager-autocast", ratio_to_ours=10.5),
     ]
-    found = verdicts(losses={**LOSSES, shape: {"matmul_tflops": 800.0, "rows": slower}})
+    found = words_by_target(losses={**LOSSES, shape: {"matmul_tflops": 800.0, "rows": slower}})
     assert found["share of the measured matmul rate, N >= 1024"] == "missed by 17%"
     assert found["faster than eager autocast, N >= 1024"] == "missed by 30%"
     assert found["faster than torch.compile, N >= 1024"] == "missed by 20%"
 
 
-def test_what_was_not_measured_says_why() -> None:
-    found = verdicts(losses={SMALL: LOSSES[SMALL]})
+def test_a_missing_measurement_says_why() -> None:
+    found = words_by_target(losses={SMALL: LOSSES[SMALL]})
     assert found["share of the measured matmul rate, N >= 1024"] == "not measured: part losses passed"
     assert found["images/s of the supervised ResNet-50 step"] == "not measured: part step has not run"
-    on_cpu = summary.verdicts({"losses": {"status": "passed", "device": "cpu", "numbers": LOSSES}}, "cpu")
+    on_cpu = verdicts.verdicts({"losses": {"status": "passed", "device": "cpu", "numbers": LOSSES}}, "cpu")
     assert {target["verdict"] for target in on_cpu} == {"needs a GPU"}
     assert len(on_cpu) == len(TARGETS)
 
@@ -297,7 +297,7 @@ def test_the_step_is_compared_with_the_fastest_supervised_one() -> None:
     assert ratios(found) == {
         "fastest": "graph",
         "of supervised": 0.8,
-        "beside": pytest.approx(8.0),  # of the step that runs, as if it still took so long
+        "beside": pytest.approx(8.0),  # Of the new step, if it takes as long as before
         "beside, measured in": "eager",
     }
 
@@ -314,7 +314,7 @@ def test_ours_at_its_best_is_compared_with_the_other_loop() -> None:
 def test_a_measurement_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     import torch
 
-    task = Task(torch.device("cpu"), tmp_path, None, numbers={"done": 3})
+    context = PartContext(torch.device("cpu"), tmp_path, None, numbers={"done": 3})
 
     def bad() -> None:
         raise Failed("it must be 4")
@@ -325,32 +325,33 @@ def test_a_measurement_that_fails_does_not_stop_the_others(tmp_path: Path) -> No
     def absent() -> None:
         raise Skipped("not here")
 
-    task.once("done", bad)
-    task.once("bad", bad)
-    task.once("broken", broken)
-    task.once("good", lambda: 5)
+    context.once("done", bad)
+    context.once("bad", bad)
+    context.once("broken", broken)
+    context.once("good", lambda: 5)
     written = json.loads((tmp_path / "numbers.json").read_text())
     assert written["numbers"] == {"done": 3, "good": 5}
     assert written["errors"] == {"bad": "it must be 4", "broken": "ValueError: line"}
     with pytest.raises(Skipped):
-        task.once("absent", absent)
+        context.once("absent", absent)
 
 
-def test_a_failure_is_told_by_the_process_of_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.gpu import checks, process
+def test_the_exit_code_of_a_part_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.gpu import correctness, part_process
 
     def part_with(outcome: Exception | None) -> Any:
-        def run(task: Task) -> None:
+        def run(context: PartContext) -> None:
             if isinstance(outcome, Skipped):
                 raise outcome
             if outcome:
-                task.errors["it"] = str(outcome)
+                context.errors["it"] = str(outcome)
 
         return run
 
-    for outcome, code in [(None, 0), (Failed("no"), process.EXIT_FAILED), (Skipped("why"), process.EXIT_SKIPPED)]:
-        monkeypatch.setattr(checks, "fp16", part_with(outcome))
-        assert process.main(["checks.fp16", "--folder", str(tmp_path), "--device", "cpu"]) == code
+    failed, skipped = part_process.EXIT_FAILED, part_process.EXIT_SKIPPED
+    for outcome, code in [(None, 0), (Failed("no"), failed), (Skipped("why"), skipped)]:
+        monkeypatch.setattr(correctness, "fp16", part_with(outcome))
+        assert part_process.main(["correctness.fp16", "--folder", str(tmp_path), "--device", "cpu"]) == code
     assert json.loads((tmp_path / "numbers.json").read_text())["skipped"] == "why"
 
 
@@ -362,17 +363,17 @@ def test_every_part_has_a_function() -> None:
         assert callable(getattr(importlib.import_module(f"bench.gpu.{module}"), function))
 
 
-def test_momentum_that_is_left_unwritten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritten_momentum_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from bench.gpu import checks
+    from bench.gpu import correctness
     from fastssl.train import optim
 
-    assert checks._overflow(torch.device("cpu"), "sgd")["after"] == 32768
+    assert correctness._overflow(torch.device("cpu"), "sgd")["after"] == 32768
     monkeypatch.setattr(optim, "_with_fixed_state", lambda optimizer: optimizer)
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, 3e11, **options))
     with pytest.raises(Failed, match="momentum"):
-        checks._overflow(torch.device("cpu"), "sgd")
+        correctness._overflow(torch.device("cpu"), "sgd")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""One part, as a process of its own: `python -m bench.gpu.process MODULE.FUNCTION`, called by `python -m bench gpu`."""
+"""`python -m bench.gpu.part_process MODULE.FUNCTION`: one part in its own process, started by `python -m bench gpu`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 
 from fastssl.arguments import Positional, parse
 
-from .task import NUMBERS, Skipped, Task
+from .part_context import NUMBERS, PartContext, Skipped
 
 EXIT_FAILED, EXIT_SKIPPED = 1, 77
 
 
 @dataclass(frozen=True)
 class Options:
-    """Runs one part; its numbers go into numbers.json of the folder, each as soon as it is there."""
+    """Run one part; each result is saved to numbers.json in the folder at once."""
 
     function: Annotated[str, Positional]
     folder: Path
@@ -30,22 +30,22 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the part; EXIT_FAILED if something of it did."""
-    options = parse(Options, arguments, prog="python -m bench.gpu.process")
+    """Run the part; EXIT_FAILED if any measurement failed."""
+    options = parse(Options, arguments, prog="python -m bench.gpu.part_process")
     module, _, name = options.function.partition(".")
-    task = Task(torch.device(options.device), options.folder, options.data)
+    context = PartContext(torch.device(options.device), options.folder, options.data)
     earlier = options.folder / NUMBERS
     if earlier.exists():
-        task.numbers |= json.loads(earlier.read_text())["numbers"]
+        context.numbers |= json.loads(earlier.read_text())["numbers"]
     try:
-        getattr(importlib.import_module(f"bench.gpu.{module}"), name)(task)
+        getattr(importlib.import_module(f"bench.gpu.{module}"), name)(context)
     except Skipped as reason:
         print(f"skipped: {reason}")
-        task.write(skipped=str(reason))
+        context.write(skipped=str(reason))
         return EXIT_SKIPPED
-    for name, error in task.errors.items():
+    for name, error in context.errors.items():
         print(f"{name}: {error}")
-    return EXIT_FAILED if task.errors else 0
+    return EXIT_FAILED if context.errors else 0
 
 
 if __name__ == "__main__":

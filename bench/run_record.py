@@ -1,4 +1,4 @@
-"""Under which circumstances it was measured, the JSON of a run, and its tables."""
+"""Record a benchmark run: its environment, its JSON file, and the tables of the loss benchmark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (DISTRIBUTION, "torch", "triton", "numpy", "lightly", "pytorch-metric
 
 @dataclass(frozen=True)
 class Row:
-    """One column in one mode; None where it was not measured, and the note then says why."""
+    """One column in one mode; what was not measured is None, and the note says why."""
 
     shape: str
     loss: str
@@ -33,7 +33,7 @@ class Row:
     launch: str
     """"plain", or "graph": the replay of a CUDA graph."""
     cache: str
-    """"warm" or "cold": whether the queue is in L2. "interleaved": as the column before left the caches."""
+    """"warm" or "cold": whether the queue is in L2. "interleaved": as the previous column left the caches."""
     median_ms: float | None
     p20_ms: float | None
     p80_ms: float | None
@@ -42,14 +42,14 @@ class Row:
     gradient_error: float | None
     """Relative, of the query's gradient."""
     memory_bytes: int | None
-    """Peak within a step, above what was there before."""
+    """Peak during a step, above the memory in use before it."""
     ratio_to_ours: float | None
     """Above 1: slower than fastssl."""
     note: str
 
 
 def environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """What the results depend on: command, device and its state, versions, commit, date."""
     return {
         "command": " ".join(command),
         "device": _device_name(device),
@@ -76,7 +76,7 @@ def _device_state(device: torch.device) -> str:
 
 
 def write(folder: Path, name: str, facts: dict[str, Any], rows: Sequence[Any]) -> Path:
-    """The run as <name>-<device>-<date>.json; `rows` are dataclasses."""
+    """Write the run to <name>-<device>-<date>.json and return the path; `rows` are dataclasses."""
     device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     path = folder / f"{name}-{device}-{re.sub('[^0-9T]', '', facts['date'])}.json"
     try:
@@ -88,7 +88,7 @@ def write(folder: Path, name: str, facts: dict[str, Any], rows: Sequence[Any]) -
 
 
 def show(rows: Sequence[Row]) -> None:
-    """A table for each mode, and below it the notes."""
+    """Print a table per mode, and the notes below."""
     screen = open_screen(least_width=100)
     for launch, cache in dict.fromkeys((row.launch, row.cache) for row in rows):
         own = [row for row in rows if (row.launch, row.cache) == (launch, cache)]
@@ -102,7 +102,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    """Empty where nothing was measured."""
+    """Empty for what was not measured."""
     return [
         _text(row.median_ms, ".3f"),
         f"{row.p20_ms:.3f} {row.p80_ms:.3f}" if row.p20_ms is not None else "",

@@ -1,4 +1,4 @@
-"""Parts that train by `fastssl pretrain`: a run that is killed and resumed, and one that learns."""
+"""Parts that run `fastssl pretrain`: a run that is killed and resumed, and one that learns."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ import torch
 from fastssl.observe.metrics_log import MetricsLog
 from fastssl.train import checkpoint
 
-from .checks import ROOT
-from .task import Failed, Skipped, Task
+from .correctness import ROOT
+from .part_context import Failed, PartContext, Skipped
 
-GIVEN = (Path("shared/data"), Path("../shared/data"))  # of the project, from its root
+GIVEN = (Path("shared/data"), Path("../shared/data"))  # Relative to the root of the project
 ARCHIVE = "cifar10-imagefolder.tar.xz"
 POLL_S = 0.005
 SHIPPED = ("--train.steps", 200, "--eval.every-epochs", 100)
 
 
-def resume(task: Task) -> None:
-    """The weights of a run that was killed and resumed are those of one that was left alone, bit for bit."""
-    task.once("resume", lambda: _resume(task))
+def resume(context: PartContext) -> None:
+    """Check that a run that was killed and resumed ends with the weights of an undisturbed one, bit for bit."""
+    context.once("resume", lambda: _resume(context))
 
 
-def _resume(task: Task) -> dict[str, Any]:
-    steps, every = (12, 4) if task.rehearsal else (400, 50)
-    whole, killed = task.folder / "whole", task.folder / "killed"
+def _resume(context: PartContext) -> dict[str, Any]:
+    steps, every = (12, 4) if context.rehearsal else (400, 50)
+    whole, killed = context.folder / "whole", context.folder / "killed"
     options = ["--train.steps", steps, "--train.checkpoint-every", every, "--train.deterministic"]
-    options += ["--train.device", task.device.type, "--train.compile", "off", "--train.log-every", every]
-    if task.rehearsal:
+    options += ["--train.device", context.device.type, "--train.compile", "off", "--train.log-every", every]
+    if context.rehearsal:
         options += ["--train.batch-size", 16, "--data.pictures", 300]
     _fastssl("pretrain", *options, "--run.dir", whole)
     killed_at = _killed(killed, options)
@@ -42,12 +42,12 @@ def _resume(task: Task) -> dict[str, Any]:
     first, second = (_final(folder, steps) for folder in (whole, killed))
     different = [name for name, value in first.items() if not torch.equal(value, second[name])]
     if different:
-        raise Failed(f"{len(different)} of {len(first)} tensors differ after the resume, such as {different[0]}")
+        raise Failed(f"{len(different)} of {len(first)} tensors differ after the resume, among them {different[0]}")
     return {"steps": steps, "killed after the checkpoint of step": killed_at, "equal tensors": len(first)}
 
 
 def _killed(folder: Path, options: list[Any]) -> int:
-    """Start a run, kill it as soon as it has a checkpoint of later than its start; the step of that."""
+    """Start a run, kill it as soon as it has a checkpoint after step 0, and return the step of that."""
     process = subprocess.Popen(_command("pretrain", *options, "--run.dir", folder), cwd=ROOT)
     try:
         while process.poll() is None:
@@ -65,39 +65,39 @@ def _killed(folder: Path, options: list[Any]) -> int:
 def _final(folder: Path, step: int) -> dict[str, torch.Tensor]:
     state = checkpoint.load(checkpoint.path_of(folder / "checkpoints", step))
     tensors = dict(state["method"])
-    for number, values in state["optimizer"]["state"].items():
-        tensors |= {f"{name} of parameter {number}": value for name, value in values.items()}
+    for index, values in state["optimizer"]["state"].items():
+        tensors |= {f"{name} of parameter {index}": value for name, value in values.items()}
     return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
-def learning(task: Task) -> None:
-    """kNN before and after a short run, on the photographs that are given; on a CPU on a few pictures."""
-    if task.rehearsal:
-        task.once(
+def learning(context: PartContext) -> None:
+    """Measure kNN before and after a short run on photographs; on a CPU on a few procedural pictures."""
+    if context.rehearsal:
+        context.once(
             "run",
             lambda: _learned(
-                task, "quickstart", ["--train.steps", 20, "--train.batch-size", 64, "--data.pictures", 600]
+                context, "quickstart", ["--train.steps", 20, "--train.batch-size", 64, "--data.pictures", 600]
             ),
         )
         return
-    root = photographs(task)
+    root = photographs(context)
     short = ["--data.root", root, "--train.epochs", 4, "--train.batch-size", 256, "--optim.warmup-epochs", 1]
-    # batch norm in the head gets a short run out of the collapse it starts in
+    # Without batch norm in the head a short run stays collapsed, as it starts
     short += ["--optim.lr", 0.2, "--method.head", "mlp-bn", "--method.hidden-dim", "None", "--method.queue-size", 4096]
-    graph = ["--train.compile", "off", "--train.cuda-graph"]  # as compiling would take longer than the run
-    task.once("run", lambda: _learned(task, "mocov2-cifar10", [*short, *graph]))
-    run = task.numbers.get("run")
+    graph = ["--train.compile", "off", "--train.cuda-graph"]  # Compiling would take longer than the run
+    context.once("run", lambda: _learned(context, "mocov2-cifar10", [*short, *graph]))
+    run = context.numbers.get("run")
     if run and run["kNN %"] <= run["kNN untrained %"]:
-        task.errors["kNN"] = (
+        context.errors["kNN"] = (
             f"it went from {run['kNN untrained %']:.2f} to {run['kNN %']:.2f} %; training must raise it"
         )
-        task.write()
-    task.once("200 steps as shipped", lambda: _learned(task, "mocov2-cifar10", ["--data.root", root, *SHIPPED]))
+        context.write()
+    context.once("200 steps as shipped", lambda: _learned(context, "mocov2-cifar10", ["--data.root", root, *SHIPPED]))
 
 
-def _learned(task: Task, preset: str, options: list[Any]) -> dict[str, Any]:
-    folder = task.folder / f"run-{len(task.numbers)}"
-    _fastssl("pretrain", preset, *options, "--train.device", task.device.type, "--run.dir", folder)
+def _learned(context: PartContext, preset: str, options: list[Any]) -> dict[str, Any]:
+    folder = context.folder / f"run-{len(context.numbers)}"
+    _fastssl("pretrain", preset, *options, "--train.device", context.device.type, "--run.dir", folder)
     records = MetricsLog(folder / "metrics.jsonl").read()
     end, lines = records[-1], [record for record in records if record["event"] == "train"]
     return {
@@ -108,13 +108,13 @@ def _learned(task: Task, preset: str, options: list[Any]) -> dict[str, Any]:
     }
 
 
-def photographs(task: Task) -> Path:
-    """The folder that was given, or that is in the archive; Skipped where there is none."""
-    places = [task.data] if task.data else [ROOT / place for place in GIVEN]
+def photographs(context: PartContext) -> Path:
+    """The folder of photographs, unpacked if it is an archive; Skipped if there is none."""
+    places = [context.data] if context.data else [ROOT / place for place in GIVEN]
     for place in places:
         archive = place if place.is_file() else place / ARCHIVE
         if archive.is_file():
-            root = task.folder / "photographs"
+            root = context.folder / "photographs"
             with tarfile.open(archive) as file:
                 file.extractall(root, filter="data")
             return root

@@ -1,4 +1,4 @@
-"""The step side by side: all sides compute the same function, and the ratios and targets follow from the rounds."""
+"""`python -m bench step`: all implementations compute the same function; ratios and targets follow from the rounds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from bench import step
+from bench import training_step
 from bench.__main__ import main
-from bench.sides import IMPLEMENTATIONS, SETTINGS, Setting
-from bench.step import Options, Row
+from bench.moco_steps import IMPLEMENTATIONS, SETTINGS, Setting
+from bench.training_step import Options, Row
 from fastssl.benchmark.step_variants import as_training, synthetic_batches
 
 CPU = torch.device("cpu")
@@ -19,15 +19,15 @@ TINY = Options(batch_size=8, queue_size=32, width=1 / 16, device="cpu")
 FP32, BF16 = SETTINGS
 
 
-def losses(side: str, setting: Setting = FP32, steps: int = 6) -> list[float]:
-    config = step.configuration(TINY)
+def losses(name: str, setting: Setting = FP32, steps: int = 6) -> list[float]:
+    config = training_step.configuration(TINY)
     batches = [as_training(batch, setting.dtype, setting.layout) for batch in synthetic_batches(config, CPU)]
-    run = IMPLEMENTATIONS[side](config, CPU, setting)
-    return [run(batches[number % len(batches)]).item() for number in range(steps)]
+    run = IMPLEMENTATIONS[name](config, CPU, setting)
+    return [run(batches[index % len(batches)]).item() for index in range(steps)]
 
 
 def test_the_plain_loop_is_the_same_training() -> None:
-    """Losses over more steps than the queue has batches: gradient, momentum encoder and queue agree as well."""
+    """Losses over more steps than the queue has batches, so gradient, momentum encoder and queue agree too."""
     ours, plain = losses("fastssl"), losses("plain loop")
     assert ours[0] == pytest.approx(plain[0], rel=1e-6)
     assert ours == pytest.approx(plain, rel=1e-5)
@@ -42,12 +42,12 @@ def test_lightly_is_the_same_training() -> None:
 
 
 def test_bf16_is_near_fp32() -> None:
-    for side in ("fastssl", "plain loop"):
-        assert losses(side, BF16, 1) == pytest.approx(losses(side, FP32, 1), rel=1e-2)
-        assert losses(side, BF16, 1) != losses(side, FP32, 1)
+    for name in ("fastssl", "plain loop"):
+        assert losses(name, BF16, 1) == pytest.approx(losses(name, FP32, 1), rel=1e-2)
+        assert losses(name, BF16, 1) != losses(name, FP32, 1)
 
 
-def test_a_run_has_all_sides_and_a_missing_peer_leaves_a_note(tmp_path, monkeypatch, capsys) -> None:
+def test_a_run_measures_every_implementation_and_notes_a_missing_peer(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "lightly.loss", None)
     path = tmp_path / "step.json"
     sizes = ["--batch-size", "8", "--queue-size", "32", "--width", "0.0625"]
@@ -56,10 +56,10 @@ def test_a_run_has_all_sides_and_a_missing_peer_leaves_a_note(tmp_path, monkeypa
     written, table = json.loads(path.read_text()), capsys.readouterr().out
     rows = written["rows"]
     assert [(row["name"], row["setting"]) for row in rows] == [
-        (step.BEST, "chosen"),
+        (training_step.BEST, "chosen"),
         ("fastssl", "fp32"),
         ("plain loop", "fp32"),
-        (step.SHIPPED, "fp32"),
+        (training_step.SHIPPED, "fp32"),
         ("fastssl", "bf16"),
         ("plain loop", "bf16"),
         ("lightly", "bf16"),
@@ -67,30 +67,30 @@ def test_a_run_has_all_sides_and_a_missing_peer_leaves_a_note(tmp_path, monkeypa
     for row in rows:
         missing = "lightly" in row["name"]
         assert len(row["images_per_s"]) == (0 if missing else 2)
-        assert len(row["losses"]) == (0 if missing else step.FIRST_STEPS)
+        assert len(row["losses"]) == (0 if missing else training_step.FIRST_STEPS)
         assert ('the extra "peers" installs it' in row["note"]) == missing
     assert 'the extra "peers" installs it' in table
     assert rows[0]["slower_than_best"] == [1, 1]
-    assert len(written["targets"]) == 2  # the plain loop in both settings
+    assert len(written["targets"]) == 2  # The plain loop in both settings
     assert {"versions", "commit", "device", "settings"} <= set(written)
 
 
 def test_ratios_are_taken_round_by_round() -> None:
     rows = [
-        Row(step.BEST, "chosen", images_per_s=[80.0, 40.0, 80.0]),
+        Row(training_step.BEST, "chosen", images_per_s=[80.0, 40.0, 80.0]),
         Row("fastssl", "fp32", images_per_s=[30.0, 15.0, 30.0]),
-        Row(step.SHIPPED, "fp32", images_per_s=[20.0, 10.0, 15.0]),
+        Row(training_step.SHIPPED, "fp32", images_per_s=[20.0, 10.0, 15.0]),
         Row("plain loop", "fp32", images_per_s=[31.0, 15.5, 31.0]),
         Row("lightly", "bf16", note="missing"),
     ]
-    step._compare(rows)
+    training_step._compare(rows)
     assert [row.slower_than_best for row in rows[2:]] == [
         [4, 4, 80 / 15],
         pytest.approx([80 / 31, 40 / 15.5, 80 / 31]),
         [],
     ]
     assert [row.slower_than_equal for row in rows[:3]] == [[], [1, 1, 1], [1.5, 1.5, 2]]
-    assert step.targets(rows) == [
+    assert training_step.targets(rows) == [
         "4 times the speed of lightly as shipped: met, 4 times (p20 4, p80 4.8)",
         "not slower than lightly as shipped in fp32: met, 1.5 times (p20 1.5, p80 1.8)",
         "not slower than plain loop in fp32: missed, 0.968 times (p20 0.968, p80 0.968)",
@@ -105,6 +105,6 @@ def test_ratios_are_taken_round_by_round() -> None:
         (["--queue-size", "100"], "--queue-size 100 was given with --batch-size 64; it must be a multiple of it"),
     ],
 )
-def test_bad_options_are_one_sentence(arguments, sentence, capsys) -> None:
+def test_bad_options_are_refused_in_a_sentence(arguments, sentence, capsys) -> None:
     assert main(["step", *arguments]) == 2
     assert sentence in capsys.readouterr().err

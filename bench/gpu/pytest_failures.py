@@ -1,4 +1,4 @@
-"""A plugin of pytest that tells of a failure when it occurs, as the tests may be ended before their summary."""
+"""A pytest plugin that prints each failure at once, as a time-out may end the tests before their summary."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-LONGEST = 160  # characters of a reason
+LONGEST = 160  # Characters of a reason
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Only the process that shows results is told of them; of pytest-xdist it is the first."""
+    """Register only in the process that prints results, which is pytest-xdist's controller."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Failures(config))
 

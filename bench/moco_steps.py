@@ -1,4 +1,4 @@
-"""One MoCo training step three times: by fastssl, as a plain loop, and as lightly's example has it."""
+"""The same MoCo training step three times: by fastssl, as a plain loop, and from lightly's example."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Step = Callable[[Batch], Tensor]
 
 
 class Setting(NamedTuple):
-    """Numbers that a step computes with, the same for all sides."""
+    """Dtype and memory layout of a step, the same for all implementations."""
 
     name: str
     dtype: torch.dtype
@@ -42,7 +42,7 @@ SETTINGS = (
 
 
 def ours(config: Config, device: torch.device, setting: Setting) -> Step:
-    """fastssl; compiled only where a run would compile, and the setting is a run's."""
+    """fastssl's step; compiled only if the setting is "chosen" and a run would compile."""
     precision = {"fp32": "fp32", "bf16": "bf16", "chosen": "auto"}[setting.name]
     compile_ = "auto" if setting.name == "chosen" else "off"
     config = replace(config, train=replace(config.train, precision=precision, compile=compile_))  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def ours(config: Config, device: torch.device, setting: Setting) -> Step:
 
 
 def plain(config: Config, device: torch.device, setting: Setting) -> Step:
-    """What one writes after the paper and the official code: logits in one tensor, a loop for the momentum."""
+    """A step written after the paper and the official code: all logits in one tensor, momentum in a loop."""
     method = cast(MoCoV2, build_method(config, device).to(memory_format=setting.layout))  # type: ignore[call-overload]
     query_encoder, key_encoder = method.query_encoder, method.key_encoder
     queue, place = method.queue.keys.T.float().clone(), 0
@@ -90,11 +90,11 @@ def plain(config: Config, device: torch.device, setting: Setting) -> Step:
 
 
 def lightly(config: Config, device: torch.device, setting: Setting) -> Step:
-    """The loop of lightly's MoCo example with its own parts, on our encoder and weights; Unavailable without it."""
+    """The loop of lightly's MoCo example with lightly's parts, our encoder and weights; Unavailable without lightly."""
     losses, modules, utils = (_lightly(name) for name in ("loss", "models.modules", "models.utils"))
     method = cast(MoCoV2, build_method(config, device))
     backbone, own_head = cast(Encoder, method.encoder()), method.query_encoder[1]
-    queue = method.queue.keys.float()  # whatever the dtype of ours
+    queue = method.queue.keys.float()  # Ours may have 16 bits
     head = modules.MoCoProjectionHead(backbone.feature_dim, backbone.feature_dim, queue.shape[1]).to(device)
     with torch.no_grad():
         for theirs, weights in zip(head.parameters(), own_head.parameters(), strict=True):
@@ -105,7 +105,7 @@ def lightly(config: Config, device: torch.device, setting: Setting) -> Step:
         utils.deactivate_requires_grad(model[name])
     model.to(memory_format=setting.layout)  # type: ignore[call-overload]
     criterion = losses.NTXentLoss(temperature=TEMPERATURE, memory_bank_size=tuple(queue.shape)).to(device)
-    criterion.memory_bank.bank = queue.clone()  # in place of noise of its own
+    criterion.memory_bank.bank = queue.clone()  # Instead of lightly's noise
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
 
     def step(batch: Batch) -> Tensor:
