@@ -14,9 +14,8 @@ from fastssl.data import split_roots
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.observe.progress import DelayedProgressBar
 from fastssl.validation import Checked, Threads
-from fastssl_pipelines.names import printable
+from fastssl_pipelines.names import printable, write_names
 from fastssl_pipelines.sources.inspection import DefectKind, Finding, inspect_all
-from fastssl_pipelines.sources.lists import write_names
 from fastssl_pipelines.sources.open import list_images
 
 EXIT_FOUND = 1

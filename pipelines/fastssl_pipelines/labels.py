@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.names import read_names
 from fastssl_pipelines.sources.base import Source, Subset
-from fastssl_pipelines.sources.lists import read_names
 
 QUARANTINE = "--data.quarantine"
 

@@ -16,9 +16,8 @@ from PIL import Image
 
 from fastssl_pipelines import DataError, ImageFolder
 from fastssl_pipelines.labels import listed_labels, quarantine_list, without
-from fastssl_pipelines.names import to_line
+from fastssl_pipelines.names import read_names, to_line, write_names
 from fastssl_pipelines.sources.listing import Listing
-from fastssl_pipelines.sources.lists import read_names, write_names
 from fastssl_pipelines.sources.open import list_images, open_source
 
 

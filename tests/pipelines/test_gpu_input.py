@@ -18,8 +18,7 @@ from fastssl_pipelines import (
     available_executors,
     build_executor,
 )
-from fastssl_pipelines.executors.handover import HOST_AHEAD
-from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
+from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, HOST_AHEAD, to_device
 from tests.pipelines.photos import NORMALIZATION, photo, plan_of, save_photos
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastssl_pipelines import DataError, TarShards, list_images, open_source
 from fastssl_pipelines.sources import index, shards
-from fastssl_pipelines.sources.open_files import OpenFiles
+from fastssl_pipelines.sources.tar import OpenFiles
 
 
 def png(value, width=6, height=5):
@@ -231,7 +231,7 @@ def open_descriptors() -> int:
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors as Linux shows them")
 def test_descriptors_are_few_and_closed_at_the_end(tmp_path, monkeypatch):
     gc.collect()
-    monkeypatch.setattr("fastssl_pipelines.sources.open_files._KEPT_AT_MOST", OpenFiles._kept + 3)
+    monkeypatch.setattr("fastssl_pipelines.sources.tar._KEPT_AT_MOST", OpenFiles._kept + 3)
     for number in range(6):
         shard(tmp_path / f"{number}.tar", {"a.png": png(number)})
     before = open_descriptors()

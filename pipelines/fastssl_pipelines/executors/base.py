@@ -20,10 +20,9 @@ from torch import Tensor
 
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError, InputError, UnreadableImages, install_command
-from fastssl_pipelines.executors.augmentation import Augmentation
-from fastssl_pipelines.executors.handover import InputStream, handed_over
+from fastssl_pipelines.executors.pixels import Augmentation
 from fastssl_pipelines.executors.threads import DaemonThreads
-from fastssl_pipelines.executors.transfer import to_device
+from fastssl_pipelines.executors.transfer import InputStream, handed_over, to_device
 from fastssl_pipelines.executors.turns import Turns
 from fastssl_pipelines.executors.workers import Crops, context, views_of
 from fastssl_pipelines.plan import BatchPlan
@@ -110,7 +109,7 @@ class Executor(ABC):
         `timeout_s` while the consumer waits, or where a worker process dies; no other stream will work then.
 
         On a GPU the batches are made on a CUDA stream of the executor's own, for which the one that is current where a
-        batch is asked for waits in the consumer's place (see fastssl_pipelines.executors.handover).
+        batch is asked for waits in the consumer's place (see fastssl_pipelines.executors.transfer).
         """
         with closing(self._prepared(steps, first, last)) as batches:
             yield from handed_over(batches)

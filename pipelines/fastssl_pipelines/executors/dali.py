@@ -19,7 +19,7 @@ from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError, UnreadableImages
 from fastssl_pipelines.executors.base import THREADS_NAME, Executor
 from fastssl_pipelines.executors.dali_graph import Boxes, Decoder, region_of, within
-from fastssl_pipelines.executors.resize import resized_boxes
+from fastssl_pipelines.executors.pixels import resized_boxes
 from fastssl_pipelines.executors.threads import DaemonThreads
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sampler import Sampler

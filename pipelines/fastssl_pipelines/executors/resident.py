@@ -14,7 +14,7 @@ from torch import Tensor
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.executors.base import THREADS_NAME, Executor
-from fastssl_pipelines.executors.resize import resized_batch, resized_boxes
+from fastssl_pipelines.executors.pixels import resized_batch, resized_boxes
 from fastssl_pipelines.executors.threads import DaemonThreads
 from fastssl_pipelines.executors.transfer import to_device
 from fastssl_pipelines.executors.workers import Crops, lack_of_shared_memory

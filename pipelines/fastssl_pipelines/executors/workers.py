@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl_pipelines.errors import DataError, InputError, UnreadableImages
-from fastssl_pipelines.executors.augmentation import Augmentation
+from fastssl_pipelines.executors.pixels import Augmentation
 from fastssl_pipelines.executors.turns import Turns
 from fastssl_pipelines.plan import BatchPlan
 

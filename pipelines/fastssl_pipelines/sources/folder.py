@@ -12,7 +12,7 @@ import numpy as np
 
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.files import raise_if_of_the_machine
-from fastssl_pipelines.names import from_line
+from fastssl_pipelines.names import from_line, numbered_lines
 from fastssl_pipelines.sources.index import IndexedSource
 from fastssl_pipelines.sources.listing import (
     SUFFIXES_SHOWN,
@@ -25,7 +25,6 @@ from fastssl_pipelines.sources.listing import (
     suffixes_of,
     whole_files,
 )
-from fastssl_pipelines.sources.lists import numbered_lines
 
 _INTEGER_CLASS = re.compile(r"(.*\S) +(\d+)")
 

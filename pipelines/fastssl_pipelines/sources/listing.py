@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.files import IMAGE_AT_MOST_BYTES, open_regular, raise_if_of_the_machine, read_file, too_large
-from fastssl_pipelines.sources.open_files import OpenFiles
 from fastssl_pipelines.sources.packed_strings import PackedStrings
+from fastssl_pipelines.sources.tar import OpenFiles
 
 # What Pillow decodes here, by its content and not by its suffix.
 SUFFIXES_OF = {

@@ -29,7 +29,6 @@ from fastssl_pipelines.sources.listing import (
     suffixes_of,
     total_of,
 )
-from fastssl_pipelines.sources.open_files import OpenFiles, read_stretch
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 from fastssl_pipelines.sources.shard_labels import (
     FROM_NOTHING,
@@ -39,7 +38,7 @@ from fastssl_pipelines.sources.shard_labels import (
     is_label,
     one_source,
 )
-from fastssl_pipelines.sources.tar import Member, members
+from fastssl_pipelines.sources.tar import Member, OpenFiles, members, read_stretch
 
 SHARD_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = tuple(f"{tar}{end}" for tar in (".tar.", ".t") for end in ("gz", "bz2", "xz", "zst", "lz4", "Z"))

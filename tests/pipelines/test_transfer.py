@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl_kernels import use_backend
 from fastssl_pipelines import ArraySource, Batch, Executor, TrainSampler, ViewSpec, available_executors, build_executor
-from fastssl_pipelines.executors import augmentation, resident
-from fastssl_pipelines.executors.handover import HOST_AHEAD, TURN_S
-from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
+from fastssl_pipelines.executors import pixels, resident
+from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, HOST_AHEAD, TURN_S, to_device
 from tests.pipelines import fake_cuda
 from tests.pipelines.photos import NORMALIZATION, photo, plan_of
 
@@ -203,10 +202,10 @@ def test_views_are_made_of_resident_images_without_looking_at_the_device_and_in_
     def on_the_device(arrays, device):
         return [torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device) for array in arrays]
 
-    for module in (resident, augmentation):
+    for module in (resident, pixels):
         monkeypatch.setattr(module, "to_device", on_the_device)
     plan = steps_of(source)[0]
-    augment = augmentation.Augmentation(**NORMALIZATION, device=fake_cuda.DEVICE, dtype=torch.bfloat16)
+    augment = pixels.Augmentation(**NORMALIZATION, device=fake_cuda.DEVICE, dtype=torch.bfloat16)
     with FakeTensorMode(), use_backend("blockwise"):
         images = torch.empty(40, 32, 3, 32, dtype=torch.uint8, device=fake_cuda.DEVICE)
         with Launches() as launches:

@@ -1,13 +1,21 @@
-"""Cutting boxes out of decoded images and resizing them as torchvision does: one by one on a CPU, or in a batch."""
+"""What executors do to pixels: cut and resize the boxes of a plan, then augment the crops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastssl_kernels.augment import AugmentParameters, augment
+from fastssl_pipelines.executors.transfer import to_device
+from fastssl_pipelines.plan import BatchPlan, ViewPlan
+
+_PER_IMAGE = tuple(field.name for field in fields(AugmentParameters) if field.name not in ("mean", "std"))
 
 
 def resized_boxes(images: Iterable[Tensor], boxes: NDArray[np.int32], size: int) -> Tensor:
@@ -53,3 +61,32 @@ def _resize_weights(boxes: Tensor, image_length: int, size: int) -> Tensor:
     weights = 1 - (pixel - center).abs() / scale.clamp(min=1)
     weights = weights.clamp_(min=0).masked_fill_((pixel < 0) | (pixel >= length), 0)
     return weights / weights.sum(3, keepdim=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augmentation:
+    """Color, blur, flip and normalization of crops with the numbers of their plan; worker processes can have it.
+
+    `mean`, `std`: of the normalization, in units of the [0, 1] range. `dtype`: of the views, on `device`.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, plan: BatchPlan, crops: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Views [B, 3, size, size], channels_last, of uint8 crops [B, size, size, 3] on `device`."""
+        return tuple(
+            augment(crop, numbers, out_dtype=self.dtype)
+            for crop, numbers in zip(crops, self._parameters(plan.views), strict=True)
+        )
+
+    def _parameters(self, views: Sequence[ViewPlan]) -> Iterator[AugmentParameters]:
+        """Those of each view, all of which come to the device in one copy."""
+        copied = iter(to_device([getattr(view, name) for view in views for name in _PER_IMAGE], self.device))
+        for view in views:
+            numbers: dict[str, Any] = dict(zip(_PER_IMAGE, copied, strict=False))
+            if not view.blur_sigma.any():
+                numbers["blur_sigma"] = None  # spares a GPU the launch
+            yield AugmentParameters(**numbers, mean=self.mean, std=self.std)
