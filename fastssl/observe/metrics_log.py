@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import ConfigError
-from fastssl_pipelines.files import open_to_append, read_file, write_whole
+from fastssl_pipelines.files import open_to_append, read_file, write_atomic
 
 LOG_AT_MOST_BYTES = 4 * 2**30  # a hundred bytes a step
 
@@ -57,7 +57,7 @@ class MetricsLog:
         """
         kept = [record for record in self.read() if record["step"] <= step and record["event"] != "end"] if step else []
         try:
-            write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         except OSError as error:
             raise ConfigError(
                 f"{self.path} cannot be written ({error.strerror}); make room or let the folder be written to, and go "

@@ -16,7 +16,7 @@ import torch
 from fastssl.errors import ConfigError, TrainingError
 from fastssl.renamed import current_facts
 from fastssl_pipelines.errors import MachineError
-from fastssl_pipelines.files import new_file, open_regular, raise_if_of_the_machine
+from fastssl_pipelines.files import open_atomic, open_regular, raise_if_of_the_machine
 
 FORMAT = 4
 """What is written. Format 1 had no checksum, 2 no identity of the run; 3 had earlier names of some options."""
@@ -160,17 +160,8 @@ def save(folder: Path, state: dict[str, Any], *, step: int, keep: int, keep_ever
     for leftover in folder.glob("step_*.tmp"):
         leftover.unlink()
     path = path_of(folder, step)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with new_file(temporary) as file:
-            _write_with_checksum({"format": FORMAT, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with open_atomic(path, temporary=path.with_suffix(".tmp")) as file:
+        _write_with_checksum({"format": FORMAT, "step": step, **state}, file)
     # the rename itself must be on the disk before older checkpoints go
     descriptor = os.open(folder, os.O_RDONLY)
     try:

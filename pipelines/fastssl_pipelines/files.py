@@ -6,8 +6,8 @@ import errno
 import io
 import os
 import stat
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from fastssl_pipelines.errors import MachineError
@@ -81,26 +81,35 @@ def raise_if_of_the_machine(error: OSError, path: StrPath) -> None:
         ) from error
 
 
-def write_whole(path: StrPath, content: bytes) -> None:
-    """Write a file so that all of it or nothing is at `path`, and is on the disk; OSError where that cannot be.
+def write_atomic(path: StrPath, content: bytes) -> None:
+    """Write `content` to the file at `path` by `open_atomic`."""
+    with open_atomic(path) as file:
+        file.write(content)
 
-    What lies at `path` is replaced, never written into: a symbolic link there loses its place and not its target.
+
+@contextmanager
+def open_atomic(path: StrPath, *, temporary: StrPath | None = None) -> Iterator[BinaryIO]:
+    """Open a file whose content replaces the file at `path`, all of it or nothing, when the `with` block ends.
+
+    The content goes to `temporary` (by default `path` with .tmp), is synced to the disk and renamed. On an error,
+    OSError included, `temporary` is removed and `path` stays as it was. Pass a unique `temporary` where several
+    processes may write at once. A symbolic link at either path is replaced, and its target stays as it is.
     """
-    temporary = Path(f"{os.fspath(path)}.tmp")
+    temporary = f"{os.fspath(path)}.tmp" if temporary is None else temporary
     try:
         with new_file(temporary) as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            os.unlink(temporary)
         raise
 
 
 def new_file(path: StrPath) -> BinaryIO:
-    """A new file for writing in place of what is at `path`, which is removed; a link there is not followed."""
+    """Create a file for writing in place of the file at `path`, which is removed; a link there is not followed."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.files import read_text, write_whole
+from fastssl_pipelines.files import read_text, write_atomic
 
 _QUOTE = '"'
 
@@ -62,7 +62,7 @@ def read_names(path: Path, option: str) -> set[str]:
 
 def write_names(path: Path, names: Iterable[str]) -> None:
     """Write a list that `read_names` reads; OSError where that cannot be."""
-    write_whole(path, b"".join(os.fsencode(to_line(name)) + b"\n" for name in names))
+    write_atomic(path, b"".join(os.fsencode(to_line(name)) + b"\n" for name in names))
 
 
 def _printable_character(character: str) -> str:

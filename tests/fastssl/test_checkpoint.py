@@ -230,7 +230,7 @@ def test_another_format_is_refused_and_left_alone(folder, version):
     assert path.exists()
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace", "fastssl.train.checkpoint.new_file"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "fastssl_pipelines.files.new_file"])
 def test_a_failed_write_leaves_training_and_the_older_checkpoints_alone(folder, monkeypatch, where):
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(a_state(1), step=1, wait=True)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.files import open_regular
+from fastssl_pipelines.files import open_atomic, open_regular
 from fastssl_pipelines.sources.base import Source, broken_image, digest_of
 from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, open_image, upright_size
 from fastssl_pipelines.sources.listing import CHUNK, THREADS, Listing, Progress, total_of
@@ -154,19 +153,13 @@ def save(index: Index, path: Path, key: str) -> str | None:
             **_packed("names", index.listing.names),
         }
     arrays["checksum"] = _bytes(_checksum(arrays))
-    temporary = None
+    # Processes that share a cache may write at the same time
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with open_atomic(path, temporary=temporary) as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         return (
             f"the index of {index.listing.name} could not be kept in {path.parent} ({error.strerror or error}), so the "
             "next start reads all image headers again; set FASTSSL_CACHE to a folder with room"
