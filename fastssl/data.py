@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from fastssl.errors import ConfigError
 from fastssl.methods import METHODS
 from fastssl.observe.progress import DelayedProgressBar
 from fastssl_pipelines.labels import listed_labels, quarantine_list, without
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.plan import partial_labels
 from fastssl_pipelines.sources.base import JointSource, Source, Subset
 from fastssl_pipelines.sources.listing import Progress, is_hidden
@@ -22,6 +24,8 @@ from fastssl_pipelines.sources.open import open_source
 from fastssl_pipelines.sources.shards import SHARD_SUFFIX
 from fastssl_pipelines.sources.torchvision_sets import open_named
 from fastssl_pipelines.synthetic.shapes import picture_source
+
+_log = logging.getLogger(__name__)
 
 _SHOWN = 5  # names in a sentence
 HELD_OUT = 10  # without a test split, every tenth image of a class is kept from training and used as one
@@ -43,7 +47,7 @@ def open_splits(config: Config) -> Splits:
     """The images of --data.root or --data.dataset, or the embedded pictures where no root is given.
 
     Those of --data.unlabeled stand behind the training images; those of --data.quarantine are left out. A bar shows
-    how the index is made, where that takes long. Sentences for the user are in the `notes` of the sources.
+    how the index is made, where that takes long.
     """
     with DelayedProgressBar() as progress:
         splits = _labeled_splits(config, progress)
@@ -74,10 +78,10 @@ def _split(root: Path, names: tuple[str, ...]) -> Path | None:
     return None
 
 
-def known_labels(config: Config, source: Source, warn: Callable[[str], object]) -> NDArray[np.int64]:
-    """The labels that the method may see, int64 [n], -1 = unknown: by --data.label-list, else --data.label-fraction.
+def known_labels(config: Config, source: Source) -> NDArray[np.int64]:
+    """Labels that the method may see, int64 [n], -1 = unknown: from --data.label-list, else --data.label-fraction.
 
-    `warn` is called with a sentence where some names of the list are not found, and where labels teach nothing.
+    Warns where names of the list are not found, and where the labels teach nothing.
     """
     path = config.data.label_list
     if path is None:
@@ -85,10 +89,10 @@ def known_labels(config: Config, source: Source, warn: Callable[[str], object]) 
     else:
         labels, unmatched = listed_labels(source, path)
         if unmatched:
-            warn(f"{path}: {len(unmatched)} of its names belong to no labeled training image, as {unmatched[0]}")
+            _warn(f"{path}: {len(unmatched)} of its names belong to no labeled training image, as {unmatched[0]}")
     known = np.unique(labels[labels >= 0])
     if len(known) == 1 and METHODS[config.method.name].uses_labels:
-        warn(
+        _warn(
             f"all known labels are one class, {source.classes[known[0]]}, so its images have no negatives among one "
             f"another, and without other images the loss is 0; {config.method.name} needs labels of two classes"
         )
@@ -111,7 +115,7 @@ def _labeled_splits(config: Config, progress: Progress) -> Splits:
         return Splits(*open_named(data.dataset, data.root, download=data.download))
     roots = split_roots(data.root)
     train = open_source(roots[0], progress=progress)
-    train.notes += tuple(_oddities(data.root, roots, train))
+    _warn_of_oddities(data.root, roots, train)
     if len(roots) == 1:
         return _hold_out(train)
     test = open_source(roots[1], progress=progress)
@@ -119,15 +123,15 @@ def _labeled_splits(config: Config, progress: Progress) -> Splits:
     return Splits(train, test)
 
 
-def _oddities(root: Path, roots: tuple[Path, ...], train: Source) -> Iterator[str]:
-    """Sentences about folders that are perhaps no splits, or splits that are taken for classes."""
+def _warn_of_oddities(root: Path, roots: tuple[Path, ...], train: Source) -> None:
+    """Warn of unused folders next to the splits, and of classes that are called like splits."""
     if roots[0] != root and roots[0].is_dir():
         beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
         if unused := sorted(set(beside) - {path.name for path in roots}):
             taken = " and ".join(path.name for path in roots)
-            yield f"{root}: {taken} is what is used; the folders beside it are not: {_some(unused)}"
+            _warn(f"{root}: {taken} is what is used; the folders beside it are not: {_some(unused)}")
     if train.classes and all(name.lower() in _TRAIN_NAMES + _TEST_NAMES for name in train.classes):
-        yield (
+        _warn(
             f"the classes of {train.name} are called {_some(train.classes)}, as splits are; if they are splits, call "
             "the folder of the training images train"
         )
@@ -136,7 +140,7 @@ def _oddities(root: Path, roots: tuple[Path, ...], train: Source) -> Iterator[st
 def _number_alike(train: Source, test: Source) -> None:
     """Give the test images the labels that their classes have in training; ConfigError for a class that is not there.
 
-    Classes without test images are allowed, with a note.
+    Warns of classes without test images, which are allowed.
     """
     if test.classes == train.classes:
         return
@@ -150,7 +154,11 @@ def _number_alike(train: Source, test: Source) -> None:
     renumbered = np.array([*(label_of[name] for name in test.classes), -1], np.int64)
     without_test = [name for name in train.classes if name not in set(test.classes)]
     test.labels, test.classes = renumbered[test.labels], train.classes
-    test.notes += (f"{test.name} has no images of {len(without_test)} of the training classes: {_some(without_test)}",)
+    _warn(f"{test.name} has no images of {len(without_test)} of the training classes: {_some(without_test)}")
+
+
+def _warn(message: str) -> None:
+    _log.warning(printable(message))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -179,7 +187,7 @@ def _without_quarantined(splits: Splits, path: Path) -> Splits:
     names = quarantine_list(path)
     train, test = (without(source, names) for source in splits)
     if unmatched := sorted(names - train.matched - test.matched):
-        train.source.notes += (f"{path}: {len(unmatched)} of its names belong to no image, as {unmatched[0]}",)
+        _warn(f"{path}: {len(unmatched)} of its names belong to no image, as {unmatched[0]}")
     return Splits(train.source, test.source)
 
 
@@ -188,7 +196,6 @@ def _hold_out(source: Source) -> Splits:
     held = np.zeros(len(source), bool)
     held[order[min(HELD_OUT, len(order)) - 1 :: HELD_OUT]] = True  # of a handful of images, one
     train, test = Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held))
-    test.notes = ()  # the same, so said once
     return Splits(train, test)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from fastssl.config import DataConfig
 from fastssl.distributed import local_ranks
 from fastssl_pipelines.executors.base import TIMEOUT_S, Executor, build_executor
 from fastssl_pipelines.executors.turns import cores
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.sources.base import Source
+
+_log = logging.getLogger(__name__)
 
 _FEWEST_FOR_CPU, _MOST = 2, 12  # workers that nobody asked for
 
@@ -35,7 +40,7 @@ def input_executor(
         resident_gib=data.resident_gib,
     )
     if data.workers is None and device.type == "cuda":
-        executor.notes.append(f"{workers} of {cores()} cores decode {source.name}; --data.workers chooses")
+        _log.info(printable(f"{workers} of {cores()} cores decode {source.name}; --data.workers chooses"))
     return executor
 
 

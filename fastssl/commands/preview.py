@@ -21,6 +21,7 @@ from fastssl.data import open_splits
 from fastssl.device import choose_device
 from fastssl.errors import ConfigError
 from fastssl.executor import input_executor
+from fastssl.observe.notes import NoteQueue
 from fastssl.train.build import train_sampler
 from fastssl.validation import Checked, Images, Range
 from fastssl_pipelines.errors import UnreadableImages
@@ -81,11 +82,11 @@ class _Tile:
 
 def run(config: Config, options: Options) -> int:
     """Write the picture: a row an image, first the source with the boxes of all views, then the views."""
-    source = open_splits(config).train
-    notes = list(source.notes)
-    steps = train_sampler(config, source, notes.append)
-    for note in notes:
-        print(printable(f"warning: {note}"), file=sys.stderr)
+    with NoteQueue() as notes:
+        source = open_splits(config).train
+        steps = train_sampler(config, source)
+    for note in notes.take():
+        print(f"warning: {note}", file=sys.stderr)
     total = config.train.steps or config.train.epochs * steps.steps_per_epoch
     if options.step >= total:
         raise ConfigError(f"--step {options.step} was given; the run has {total} steps, counted from 0")

@@ -25,24 +25,17 @@ class MetricsLog:
         self._waiting: list[str] = []
         self._torn_at: int | None = None  # bytes of whole records in the file, after a write that failed
         self._failing = False
-        self._untold: str | None = None
 
-    def write(self, event: str, **values: Any) -> None:
-        """Append a record; raises nothing where the file cannot be written, `problem` tells."""
+    def write(self, event: str, **values: Any) -> str | None:
+        """Append a record; never raises OSError, but returns a message when the file begins to be unwritable."""
         self._waiting.append(json.dumps({"event": event, **values}) + "\n")
         try:
             self._append("".join(self._waiting).encode())
         except OSError as error:
-            if not self._failing:
-                self._untold = f"{self.path} cannot be written ({error.strerror}); its records wait in memory"
-            self._failing = True
-        else:
-            self._waiting, self._failing = [], False
-
-    def problem(self) -> str | None:
-        """A sentence once for every time that the file begins to be unwritable; None if there is nothing new."""
-        sentence, self._untold = self._untold, None
-        return sentence
+            begins, self._failing = not self._failing, True
+            return f"{self.path} cannot be written ({error.strerror}); its records wait in memory" if begins else None
+        self._waiting, self._failing = [], False
+        return None
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records, those that wait in memory too; lines that are none, as a kill leaves one, are left out."""

@@ -103,22 +103,24 @@ def test_a_name_twice_is_a_sentence(tmp_path):
         refused(tmp_path, rf"a\.tar holds {name} twice.*--data\.root")
 
 
-def test_what_is_not_used_is_told_and_kept_with_the_index(tmp_path):
+def test_what_is_not_used_is_told_and_kept_with_the_index(tmp_path, notes):
     shard(tmp_path / "0.tar", {"a.png": png(1), "a.json": b"{}", "b.WEBM": b"", "c.webm": b"", "README": b""})
     shard(tmp_path / "1.tar", {"d.png": png(1), "d.json": b"{}"})
     with tarfile.open(tmp_path / "1.tar", "a") as archive:
         info = tarfile.TarInfo("e.png")
         info.type, info.linkname = tarfile.LNKTYPE, "d.png"
         archive.addfile(info)
-    expected = (
+    expected = [
         f"{tmp_path}: 6 files are not used: 2 .json, 2 .webm, 1 without a suffix, 1 .png link",
         f"{tmp_path}: no .cls in the shards: labels in .json or .txt are not read; write the number of a class into "
         "KEY.cls beside each image",
-    )
+    ]
     for _ in range(2):
-        assert open_source(tmp_path).notes == expected
+        open_source(tmp_path)
+        assert notes.take() == expected
     os.utime(tmp_path / "0.tar", ns=(1, 1))  # that one alone is scanned again
-    assert open_source(tmp_path).notes == expected
+    open_source(tmp_path)
+    assert notes.take() == expected
 
 
 SIZES = {

@@ -12,6 +12,7 @@ import torch.multiprocessing
 
 from fastssl.commands.pretrain import parse
 from fastssl.errors import TrainingError
+from fastssl.observe.notes import NoteQueue
 from fastssl.train.identity import weights_hash
 from fastssl.train.step import TrainStep
 from fastssl.train.trainer import Trainer
@@ -111,7 +112,7 @@ def a_rank_whose_weights_drift(number, store, folder):
         return output
 
     TrainStep.__call__ = drifting
-    trainer = Trainer(parse([*TINY, *PICTURES, *RANKS]), Path(folder))
+    trainer = Trainer(parse([*TINY, *PICTURES, *RANKS]), Path(folder), NoteQueue())
     with pytest.raises(TrainingError, match="the weights of the processes differ after step 1"):
         trainer.train()
     # not `destroy_process_group`: both have had enough

@@ -179,13 +179,15 @@ SMALL = "mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {python} {script}"
 ROOM = """
 import sys
 sys.path.insert(0, {root!r})
+from fastssl.observe.notes import NoteQueue
 from tests.faults.test_workers import *
 
 if __name__ == "__main__":
-    executor = build({name!r}, lambda: None, workers=2)
-    steps = TrainSampler(plan_of(executor.source), batch_size=32)
-    batches = list(executor.stream(steps, 0, 120))
-    print(len(batches), *executor.notes, sep="|")
+    with NoteQueue() as notes:
+        executor = build({name!r}, lambda: None, workers=2)
+        steps = TrainSampler(plan_of(executor.source), batch_size=32)
+        batches = list(executor.stream(steps, 0, 120))
+    print(len(batches), *notes.take(), sep="|")
 """
 
 
@@ -205,15 +207,16 @@ def test_little_shared_memory_costs_a_note(tmp_path, name, size):
     )
 
 
-def test_auto_tells_of_the_image_that_made_it_slow():
+def test_auto_tells_of_the_image_that_made_it_slow(notes):
     source = Faulty(lambda: None)
     source.heights[5], source.widths[5] = 13000, 12000
     executor = build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION)
-    (note,) = executor.notes
+    (note,) = notes.take()
     assert executor.name == "torchvision"
     assert (
         "image 5 of faulty has 12000 x 13000 pixels and all 40 images at the size of the largest take 17.4 GiB" in note
     )
     assert "--data.resident-gib" in note
     source.heights[:], source.widths[:] = 13000, 12000
-    assert build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION).notes == []
+    build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION)
+    assert notes.take() == []

@@ -129,7 +129,7 @@ def test_two_streams_at_once_do_not_mix(folder):
             assert torch.equal(batch.views[0], expected[batch.step].views[0])
 
 
-def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder):
+def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder, notes):
     seconds = {"gpu": 0.02, "gpu-region": 0.004, "cpu": 0.03, "cpu-region": 0.03}
     clock = [100.0]
 
@@ -145,7 +145,7 @@ def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder):
     monkeypatch.setattr(executor, "_new_decoder", lambda sizes, batch_size, decode: Timed(decode))
     plan = plan_of(folder).batch(0, 0, 24)
     assert executor._faster_way((64, 16), plan, []) == "gpu-region"
-    (note,) = executor.notes
+    (note,) = notes.take()
     assert "auto takes gpu-region; images/s with 3 threads: gpu 1200, gpu-region 6000, cpu 800, cpu-region 800" in note
 
 
@@ -197,7 +197,7 @@ def slow(monkeypatch, folder):
     return build_executor("dali", folder, device=fake_cuda.DEVICE, workers=2, **NORMALIZATION), decoder
 
 
-def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder):
+def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder, notes):
     executor, decoder = slow
     steps = TrainSampler(plan_of(folder), batch_size=8)
     with ThreadPoolExecutor(2) as consumers:  # as an evaluation beside the training
@@ -207,7 +207,7 @@ def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder):
     assert set(decoder.decodes[4:]) == {executor._decode}
     assert decoder.at_once[: 2 * len(dali.DECODES)] == [0] * 2 * len(dali.DECODES)
     assert max(decoder.at_once) > 0
-    (note,) = executor.notes
+    (note,) = notes.take()
     assert "auto takes" in note
 
 

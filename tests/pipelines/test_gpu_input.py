@@ -162,10 +162,10 @@ def test_memory_does_not_grow_with_the_length_of_a_stream(images, name, workers)
     assert peaks[1] <= peaks[0] + 2 * batch_bytes
 
 
-def test_images_in_host_memory_give_the_same_batches(monkeypatch, images, expected):
+def test_images_in_host_memory_give_the_same_batches(monkeypatch, images, expected, notes):
     monkeypatch.setattr("fastssl_pipelines.executors.resident._place", lambda needed_bytes, device: "cpu")
     executor = build("resident", images, "cuda", 2)
-    assert any("host memory" in note for note in executor.notes)
+    assert any("host memory" in note for note in notes.take())
     for batch, wanted in zip(executor.stream(steps_of(images), 0, STEPS), expected, strict=True):
         busy(2)
         assert_the_same(on_host(batch), wanted)

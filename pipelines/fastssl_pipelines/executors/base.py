@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -25,6 +26,7 @@ from fastssl_pipelines.executors.threads import DaemonThreads
 from fastssl_pipelines.executors.transfer import InputStream, handed_over, to_device
 from fastssl_pipelines.executors.turns import Turns
 from fastssl_pipelines.executors.workers import Crops, context, views_of
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
@@ -34,6 +36,8 @@ UNREADABLE_AT_MOST = 0.01  # of the images of a source
 
 TIMEOUT_S = 600.0
 THREADS_NAME = "fastssl-"  # how the names of the threads begin that read and decode
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -87,7 +91,6 @@ class Executor(ABC):
         self._turns: Turns | None = None  # of these processes, where there have been any and they compute on a CPU
         self._stuck = False
         self._lock = threading.Lock()  # around what the threads of all streams change
-        self.notes: list[str] = []
         self.unreadable: dict[int, str] = {}
         self._is_unreadable = np.zeros(len(source), np.bool_)
         self._exclude(source.defects)
@@ -180,7 +183,6 @@ class Executor(ABC):
             new = {index: reason for index, reason in reasons.items() if index not in self.unreadable}
             self.unreadable.update(new)
             self._is_unreadable[list(new)] = True
-            self.notes += [f"{reason}; the next image takes its place" for reason in new.values()]
         count, total = len(self.unreadable), len(self.source)
         if count > UNREADABLE_AT_MOST * total:
             raise DataError(
@@ -188,6 +190,8 @@ class Executor(ABC):
                 f" {UNREADABLE_AT_MOST:.0%}: {next(iter(self.unreadable.values()))}; `fastssl data check` finds all"
                 " of them and --data.quarantine leaves them out"
             )
+        for reason in new.values():
+            _log.warning(printable(f"{reason}; the next image takes its place"))
 
     def _enter_thread(self) -> None:
         # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
@@ -208,7 +212,6 @@ class Executor(ABC):
             own_memory=on_cpu,
             processes=self._processes,
             turns=self._turns,
-            say=self.notes.append,
         )
         for step, plan, loaded in zip(range(first, last), plans, loading, strict=False):
             if isinstance(loaded, dict):
@@ -252,10 +255,9 @@ def build_executor(
     installed, and "torchvision", which leaves the cores more time to train, for a CPU. `decode` is the DALI executor's.
     DataError for an unknown name or one that does not work here; the other arguments are those of Executor.
     """
-    note = None
     if name == "auto":
         name = _automatic(source, torch.device(device), resident_gib)
-        note = _note_of_outlier(source, name, resident_gib)
+        _warn_of_outlier(source, name, resident_gib)
     if name not in _REQUIREMENTS:
         raise DataError(f"the input pipeline {name} was asked for; --data.pipeline is auto, {', '.join(_REQUIREMENTS)}")
     if reason := _missing(name):
@@ -263,7 +265,7 @@ def build_executor(
     module = import_module(f"fastssl_pipelines.executors.{name}")
     kind: type[Executor] = getattr(module, f"{name.capitalize()}Executor")
     own = {"decode": decode} if name == "dali" else {}
-    executor = kind(
+    return kind(
         source,
         mean=mean,
         std=std,
@@ -274,8 +276,6 @@ def build_executor(
         timeout_s=timeout_s,
         **own,
     )
-    executor.notes += [note] if note else []
-    return executor
 
 
 def _automatic(source: Source, device: torch.device, resident_gib: float) -> str:
@@ -284,17 +284,18 @@ def _automatic(source: Source, device: torch.device, resident_gib: float) -> str
     return "dali" if device.type == "cuda" and not _missing("dali") else "torchvision"
 
 
-def _note_of_outlier(source: Source, name: str, resident_gib: float) -> str | None:
-    """A sentence where "auto" took another executor than "resident" for the sake of a few large images."""
+def _warn_of_outlier(source: Source, name: str, resident_gib: float) -> None:
+    """Warn where a few large images alone keep "auto" from choosing "resident"."""
     if name == "resident" or _decoded_gib(source, np.median) > resident_gib:
-        return None
+        return
     largest = int(np.argmax(np.maximum(source.widths, source.heights)))
-    return (
+    message = (
         f"--data.pipeline auto takes {name} and not resident, since {source.describe(largest)} has "
         f"{source.widths[largest]} x {source.heights[largest]} pixels and all {len(source)} images at the size of the "
         f"largest take {_decoded_gib(source, np.max):.1f} GiB; make such images smaller, list them in "
         "--data.quarantine or raise --data.resident-gib"
     )
+    _log.warning(printable(message))
 
 
 def _decoded_gib(source: Source, size: Callable[[NDArray[np.int32]], Any]) -> float:

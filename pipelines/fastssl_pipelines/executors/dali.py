@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -25,6 +26,8 @@ from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.sources.headers import well_formed
+
+_log = logging.getLogger(__name__)
 
 _MEASURED_S = 0.3  # for each way to decode, where auto has to choose
 
@@ -149,7 +152,7 @@ class DaliExecutor(Executor):
             images_per_s[decode] = images / (time.perf_counter() - started)
         measured = ", ".join(f"{decode} {rate:.0f}" for decode, rate in images_per_s.items())
         best = max(images_per_s, key=lambda decode: images_per_s[decode])
-        self.notes.append(f"--data.decode auto takes {best}; images/s with {self.workers} threads: {measured}")
+        _log.info(f"--data.decode auto takes {best}; images/s with {self.workers} threads: {measured}")
         return best
 
     def _crops(self, outputs: Sequence[TensorListCPU | TensorListGPU], plan: BatchPlan) -> tuple[Tensor, ...]:

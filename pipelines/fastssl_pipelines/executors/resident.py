@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator
 from functools import partial
@@ -21,6 +22,8 @@ from fastssl_pipelines.executors.workers import Crops, lack_of_shared_memory
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
+
+_log = logging.getLogger(__name__)
 
 _DECODE_CHUNK = 64  # a future for every small image would cost more than decoding it
 _THREADED_DECODE_PIXELS = 128 * 128  # for 32 px images the interpreter lock makes four threads half as fast as one
@@ -57,7 +60,7 @@ class ResidentExecutor(Executor):
             lack = "" if self._images.is_shared() else lack_of_shared_memory(self._images.numel())
             if not lack:
                 return self._batches_of_processes(self._crops, steps, first, last)
-            self.notes.append(f"{lack}, so batches are made in this process")
+            _log.warning(f"{lack}, so batches are made in this process")
         return super()._batches(steps, first, last)
 
     def _decoded(self) -> Tensor:
@@ -65,7 +68,7 @@ class ResidentExecutor(Executor):
         height, width = int(np.max(source.heights)), int(np.max(source.widths))
         place = _place(count * height * width * 3, self.device)
         if self.device.type == "cuda":
-            self.notes.append(f"the images are kept decoded in {'GPU' if place == 'cuda' else 'host'} memory")
+            _log.info(f"the images are kept decoded in {'GPU' if place == 'cuda' else 'host'} memory")
         if self.device.type == "cpu":
             images = interleaved = torch.zeros(count, height, width, 3, dtype=torch.uint8)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,8 @@ from fastssl_pipelines.errors import DataError, InputError, UnreadableImages
 from fastssl_pipelines.executors.pixels import Augmentation
 from fastssl_pipelines.executors.turns import Turns
 from fastssl_pipelines.plan import BatchPlan
+
+_log = logging.getLogger(__name__)
 
 _BATCHES_EACH = 2  # that a worker may be given ahead
 _SHARED_MEMORY = "/dev/shm"
@@ -37,7 +40,6 @@ def views_of(
     own_memory: bool,
     processes: list[BaseProcess],
     turns: Turns | None,
-    say: Callable[[str], object],
 ) -> Iterator[Views | dict[int, str]]:
     """For each plan what `crops` makes of it, augmented if asked for, or a sentence by number for unreadable images.
 
@@ -59,7 +61,7 @@ def views_of(
     if lack := lack_of_shared_memory(_slots(workers) * slot_bytes):
         fewer = [count for count in range(1, workers) if not lack_of_shared_memory(_slots(count) * slot_bytes)]
         who = f"by {fewer[-1]} of {workers} workers" if fewer else "in this process, by one thread"
-        say(f"{lack}, so images are decoded {who}; lower --data.workers")
+        _log.warning(f"{lack}, so images are decoded {who}; lower --data.workers")
         workers = fewer[-1] if fewer else 0
     if not workers:
         yield from map(raised, map(load, plans))

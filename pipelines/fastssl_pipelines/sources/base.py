@@ -24,7 +24,6 @@ class Source(ABC):
     `labels`: int64 [n], the true labels, -1 = unknown, else an index into `classes`.
     `widths`, `heights`: int32 [n], in pixels of the upright picture, as an EXIF orientation turns it.
     `defects`: a sentence by the number of each image that is known to be unreadable; its width and height are 0.
-    `notes`: sentences that the user should see.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Source(ABC):
     widths: NDArray[np.int32]
     heights: NDArray[np.int32]
     defects: Mapping[int, str] = MappingProxyType({})
-    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -139,7 +137,7 @@ class Subset(Source):
         self.widths, self.heights = source.widths[rows], source.heights[rows]
         broken = np.flatnonzero(np.isin(rows, list(source.defects))).tolist()
         self.defects = {row: source.defects[int(rows[row])] for row in broken}
-        self.option, self.notes = source.option, source.notes
+        self.option = source.option
         self._source, self._rows = source, rows
 
     def encoded(self, index: int) -> bytes:
@@ -171,7 +169,6 @@ class JointSource(Source):
         self.widths = np.concatenate([labeled.widths, unlabeled.widths])
         self.heights = np.concatenate([labeled.heights, unlabeled.heights])
         self.defects = {**labeled.defects, **{len(labeled) + row: why for row, why in unlabeled.defects.items()}}
-        self.notes = labeled.notes + unlabeled.notes
         self._labeled, self._unlabeled = labeled, unlabeled
 
     def encoded(self, index: int) -> bytes:

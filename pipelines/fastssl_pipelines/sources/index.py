@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.files import open_atomic, open_regular
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.sources.base import Source, broken_image, digest_of
 from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, open_image, upright_size
 from fastssl_pipelines.sources.listing import CHUNK, THREADS, Listing, Progress, total_of
 from fastssl_pipelines.sources.packed_strings import PackedStrings
+
+_log = logging.getLogger(__name__)
 
 _VERSION = 3
 _HEADER_BYTES = 32 * 1024  # holds the size in nearly every file; else the whole file is read
@@ -55,8 +59,9 @@ class IndexedSource(Source):
         known = load(path, key)
         listing = lister(known.listing if known else None)
         index = build(listing, known, progress)
-        problem = save(index, path, key) if known is None or not _same(index, known) else None
-        self.notes = tuple(note for note in (problem, *_notes(listing, labeled)) if note)
+        if known is None or not _same(index, known):
+            save(index, path, key)
+        _warn_of_unused(listing, labeled)
         self.name, self.option = listing.name, listing.option
         self.labels, self.classes = listing.labels, listing.classes
         self.widths, self.heights, self.defects = index.widths, index.heights, index.defects
@@ -80,16 +85,17 @@ class IndexedSource(Source):
         return digest_of(names.blob, names.ends.tobytes(), self._listing.lengths.tobytes())
 
 
-def _notes(listing: Listing, labeled: bool) -> Iterator[str]:
-    """Sentences about what lies in a collection and is not used, which may be a mistake."""
+def _warn_of_unused(listing: Listing, labeled: bool) -> None:
+    """Warn of files in a collection that are not used, which may be a mistake."""
     if ignored := listing.told_ignored():
-        yield f"{listing.name}: {ignored}"
+        _log.warning(printable(f"{listing.name}: {ignored}"))
     suffixes = {suffix for suffix, _ in listing.ignored}
     if listing.archives is not None and labeled and listing.labeled_by == "nothing" and suffixes & {".json", ".txt"}:
-        yield (
+        message = (
             f"{listing.name}: no .cls in the shards: labels in .json or .txt are not read; write the number of a "
             "class into KEY.cls beside each image"
         )
+        _log.warning(printable(message))
 
 
 def cache_folder() -> Path:
@@ -131,8 +137,8 @@ def build(listing: Listing, known: Index | None = None, progress: Progress | Non
     return Index(listing, widths, heights, dict(sorted(defects.items())))
 
 
-def save(index: Index, path: Path, key: str) -> str | None:
-    """Writes the index so that either all of it or nothing appears at `path`; returns a sentence where it cannot."""
+def save(index: Index, path: Path, key: str) -> None:
+    """Write the index to `path` atomically; warn where that is not possible."""
     arrays: dict[str, Any] = {
         "version": np.array(_VERSION),
         "key": _bytes(os.fsencode(key)),
@@ -160,11 +166,11 @@ def save(index: Index, path: Path, key: str) -> str | None:
         with open_atomic(path, temporary=temporary) as file:
             np.savez(file, **arrays)
     except OSError as error:
-        return (
+        message = (
             f"the index of {index.listing.name} could not be kept in {path.parent} ({error.strerror or error}), so the "
             "next start reads all image headers again; set FASTSSL_CACHE to a folder with room"
         )
-    return None
+        _log.warning(printable(message))
 
 
 def load(path: Path, key: str) -> Index | None:
