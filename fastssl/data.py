@@ -27,8 +27,8 @@ from fastssl_pipelines.synthetic.shapes import picture_source
 
 _log = logging.getLogger(__name__)
 
-_SHOWN = 5  # names in a sentence
-HELD_OUT = 10  # without a test split, every tenth image of a class is kept from training and used as one
+_SHOWN = 5  # Names in a sentence
+HELD_OUT = 10  # Without a test split, every tenth image of a class is kept from training and used as one
 
 
 # The first that is there is taken.
@@ -67,8 +67,8 @@ def split_roots(root: Path) -> tuple[Path, ...]:
 def _split(root: Path, names: tuple[str, ...]) -> Path | None:
     """What is called by the first of the names that is there, in small or capital letters."""
     try:
-        entries = sorted(os.listdir(root), reverse=True)  # small letters first
-    except OSError:  # which opening it explains
+        entries = sorted(os.listdir(root), reverse=True)  # Small letters first
+    except OSError:  # Which opening it explains
         return None
     for name in names:
         for suffix, is_there in (("", os.path.isdir), (SHARD_SUFFIX, os.path.isfile), (".txt", os.path.isfile)):
@@ -150,7 +150,7 @@ def _number_alike(train: Source, test: Source) -> None:
             f"images have none called {_some(unknown)}; the test images under --data.root must be of training classes"
         )
     label_of = {name: label for label, name in enumerate(train.classes)}
-    # the last one is for the label -1
+    # The last one is for the label -1
     renumbered = np.array([*(label_of[name] for name in test.classes), -1], np.int64)
     without_test = [name for name in train.classes if name not in set(test.classes)]
     test.labels, test.classes = renumbered[test.labels], train.classes
@@ -171,7 +171,7 @@ def _unlabeled(config: Config, progress: Progress) -> Source:
     root, more = config.data.root, config.data.unlabeled
     assert root is not None
     assert more is not None
-    # what a list names lies anywhere
+    # What a list names lies anywhere
     is_list = more.is_file() and more.suffix != SHARD_SUFFIX
     if config.data.dataset is None and not is_list:
         for path in split_roots(root):
@@ -194,11 +194,11 @@ def _without_quarantined(splits: Splits, path: Path) -> Splits:
 def _hold_out(source: Source) -> Splits:
     order = np.argsort(source.labels, kind="stable")
     held = np.zeros(len(source), bool)
-    held[order[min(HELD_OUT, len(order)) - 1 :: HELD_OUT]] = True  # of a handful of images, one
+    held[order[min(HELD_OUT, len(order)) - 1 :: HELD_OUT]] = True  # Of a handful of images, one
     train, test = Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held))
     return Splits(train, test)
 
 
 def _overlap(one: Path, other: Path) -> bool:
-    one, other = Path(os.path.realpath(one)), Path(os.path.realpath(other))  # resolve raises for a link to itself
+    one, other = Path(os.path.realpath(one)), Path(os.path.realpath(other))  # Resolve raises for a link to itself
     return one.is_relative_to(other) or other.is_relative_to(one)

@@ -15,7 +15,7 @@ from fastssl_pipelines.sources.base import Source
 
 _log = logging.getLogger(__name__)
 
-_FEWEST_FOR_CPU, _MOST = 2, 12  # workers that nobody asked for
+_FEWEST_FOR_CPU, _MOST = 2, 12  # Workers that nobody asked for
 
 
 def input_executor(
@@ -50,5 +50,5 @@ def worker_count(data: DataConfig, device: torch.device) -> int:
         return data.workers
     own = cores() // local_ranks()
     if device.type == "cuda":
-        return min(max(1, own - 1), _MOST)  # one trains
-    return min(max(_FEWEST_FOR_CPU, own // 4), _MOST)  # the others train
+        return min(max(1, own - 1), _MOST)  # One trains
+    return min(max(_FEWEST_FOR_CPU, own // 4), _MOST)  # The others train

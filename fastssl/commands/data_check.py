@@ -19,7 +19,7 @@ from fastssl_pipelines.sources.inspection import DefectKind, Finding, inspect_al
 from fastssl_pipelines.sources.open import list_images
 
 EXIT_FOUND = 1
-SHOWN = 5  # names of a kind
+SHOWN = 5  # Names of a kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def run(options: Options) -> int:
     for prefix, listing in zip(prefixes, listings, strict=True):
         if ignored := listing.told_ignored():
             print(printable(f"{prefix}{ignored}"))
-    # an image has at most one such defect
+    # An image has at most one such defect
     bad = [finding.name for finding in findings if not finding.defect.kind.harmless]
     print(f"{total} images read at {rate:.0f} images/s, {len(bad) or 'none'} of them unusable or contradictory")
     if options.quarantine is not None:

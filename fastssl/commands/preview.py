@@ -31,7 +31,7 @@ from fastssl_pipelines.plan import BatchPlan, ViewPlan
 from fastssl_pipelines.sampler import TrainSampler
 from fastssl_pipelines.sources.base import Source
 
-_SIDE_AT_LEAST = 160  # pixels of a view in the picture, so that its caption fits under it
+_SIDE_AT_LEAST = 160  # Pixels of a view in the picture, so that its caption fits under it
 _GAP, _LINE, _FONT_SIZE = 10, 15, 12
 _INK, _PAPER = "#202020", "#ffffff"
 _COLORS = (
@@ -46,7 +46,7 @@ _COLORS = (
     "#9a6324",
     "#000075",
 )
-_JITTER = ("brightness", "contrast", "saturation", "hue")  # the numbers in ViewPlan.order
+_JITTER = ("brightness", "contrast", "saturation", "hue")  # The numbers in ViewPlan.order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def _step(
             return plan, executor.batch(plan, step).views
         except UnreadableImages as error:
             found = list(error.reasons)
-            if unreadable[found].all():  # none is left to take their place
+            if unreadable[found].all():  # None is left to take their place
                 raise
             unreadable[found] = True
 

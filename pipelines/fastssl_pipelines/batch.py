@@ -36,5 +36,5 @@ class Batch:
         current = torch.cuda.current_stream(self.ids.device)
         current.wait_event(self.ready)
         for tensor in (*self.views, self.labels, self.ids):
-            # the allocator knows of the stream that made it alone, and would give it away while this one reads
+            # The allocator knows of the stream that made it alone, and would give it away while this one reads
             tensor.record_stream(current)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-DISTRIBUTION = "fastssl-pretrain"  # the package index has another `fastssl`
+DISTRIBUTION = "fastssl-pretrain"  # The package index has another `fastssl`
 
 
 class DataError(ValueError):

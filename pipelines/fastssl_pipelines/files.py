@@ -13,8 +13,8 @@ from typing import BinaryIO
 from fastssl_pipelines.errors import MachineError
 
 GIB = 2**30
-IMAGE_AT_MOST_BYTES = GIB  # encoded; the largest TIFF of a microscope that Pillow can decode is smaller
-TEXT_AT_MOST_BYTES = GIB  # a list of the 14 million images of ImageNet-21k has 0.5 GB
+IMAGE_AT_MOST_BYTES = GIB  # Encoded; the largest TIFF of a microscope that Pillow can decode is smaller
+TEXT_AT_MOST_BYTES = GIB  # A list of the 14 million images of ImageNet-21k has 0.5 GB
 
 # What says nothing about a file: it may be fine when it is tried again, so it is never left out of the data for that.
 _OF_THE_MACHINE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT))

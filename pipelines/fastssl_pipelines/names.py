@@ -33,7 +33,7 @@ def from_line(line: str) -> str:
     """The name that a line stands for: what `to_line` was given; a name that only looks like JSON is taken as it is."""
     line = line.strip()
     if line.startswith(_QUOTE):
-        with suppress(ValueError):  # no JSON, or no name that a file system could hold
+        with suppress(ValueError):  # No JSON, or no name that a file system could hold
             name = json.loads(line)
             if isinstance(name, str) and b"\0" not in os.fsencode(name):
                 return name
@@ -49,7 +49,7 @@ def numbered_lines(path: Path, must_be: str) -> list[tuple[int, str]]:
         text = read_text(path, encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); {must_be}") from None
-    if "\0" in text:  # which no name can hold
+    if "\0" in text:  # Which no name can hold
         raise DataError(f"{path} is not UTF-8 text; {must_be}")
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 

@@ -35,7 +35,7 @@ class _Column:
     COUNT = 48
 
 
-_BLOCKS_PER_POSITION = _Column.COUNT // 4  # one step of the Philox counter yields four draws
+_BLOCKS_PER_POSITION = _Column.COUNT // 4  # One step of the Philox counter yields four draws
 
 
 @dataclass(frozen=True, slots=True)

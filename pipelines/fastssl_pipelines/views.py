@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-LARGEST_SIZE = 2**14  # pixels
+LARGEST_SIZE = 2**14  # Pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

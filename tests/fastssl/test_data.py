@@ -128,7 +128,7 @@ def test_classes_that_are_called_as_splits_are_told(root, notes):
 def test_files_that_are_no_images_are_told(root, notes):
     for number in range(3):
         (root / "train" / "cat" / f"{number}.webm").touch()
-    for _ in range(2):  # the second time from the cached index
+    for _ in range(2):  # The second time from the cached index
         splits(root)
         (note,) = notes.take()
         assert "3 files are not used: 3 .webm" in note

@@ -29,7 +29,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (16, 4, 3, 2),
         (96, 8, 11, 3),
         (256, 1, 12, 12),
-        (4, 8, 1, 2),  # more processes than cores
+        (4, 8, 1, 2),  # More processes than cores
     ],
 )
 def test_workers_follow_the_cores_of_a_process(monkeypatch, cores, ranks, for_gpu, for_cpu):

@@ -45,7 +45,7 @@ RIGHT = [0, 1, 2, 0, 1, 2], [3, 4, 5, 3, 4, 5], 0
 
 def test_the_index_of_shards_is_used(cached, monkeypatch):
     reopened, *_ = cached
-    monkeypatch.setattr(index, "_size", None)  # no header is read
+    monkeypatch.setattr(index, "_size", None)  # No header is read
     assert reopened() == reopened(sealed=True) == RIGHT
 
 

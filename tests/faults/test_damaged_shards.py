@@ -70,7 +70,7 @@ def test_a_dot_before_the_number_keeps_every_label(tmp_path):
 def test_the_label_of_each_image(tmp_path, members, expected):
     content = {name: png(1) if name.endswith("g") else text.encode() for name, text in members.items()}
     if "../b.png" in expected:
-        expected = {"../b.png": ".."}  # its folder
+        expected = {"../b.png": ".."}  # Its folder
     assert labels(shard(tmp_path / "a.tar", content)) == expected
 
 
@@ -118,7 +118,7 @@ def test_what_is_not_used_is_told_and_kept_with_the_index(tmp_path, notes):
     for _ in range(2):
         open_source(tmp_path)
         assert notes.take() == expected
-    os.utime(tmp_path / "0.tar", ns=(1, 1))  # that one alone is scanned again
+    os.utime(tmp_path / "0.tar", ns=(1, 1))  # That one alone is scanned again
     open_source(tmp_path)
     assert notes.take() == expected
 
@@ -187,7 +187,7 @@ def test_a_sparse_member_of_gnu_tar_is_refused(tmp_path):
 def test_chains_of_headers_are_no_recursion(tmp_path):
     link = header("L", 6, b"L") + padded(b"a.png\0")
     (tmp_path / "a.tar").write_bytes(link * 5000 + header("x", 3) + padded(b"abc") + bytes(1024))
-    message = refused(tmp_path, "none of the 1 images")  # it is no image, but it is called as the last header says
+    message = refused(tmp_path, "none of the 1 images")  # It is no image, but it is called as the last header says
     assert "a.tar/a.png" in message
 
 

@@ -200,7 +200,7 @@ def test_harmless_edits_are_taken_and_told(ours, run, change):
         f"--{option.replace('_', '-')} is {value} from here on and was "
         f"{facts_of_options(parse([*TINY, *PICTURES]))[option]} before"
     ]
-    if option != "data.pipeline":  # whose pixels differ in their last bits
+    if option != "data.pipeline":  # Whose pixels differ in their last bits
         assert_same(final_state(run)["method"], final_state(ours)["method"])
 
 

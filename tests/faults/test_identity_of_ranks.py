@@ -115,7 +115,7 @@ def a_rank_whose_weights_drift(number, store, folder):
     trainer = Trainer(parse([*TINY, *PICTURES, *RANKS]), Path(folder), NoteQueue())
     with pytest.raises(TrainingError, match="the weights of the processes differ after step 1"):
         trainer.train()
-    # not `destroy_process_group`: both have had enough
+    # Not `destroy_process_group`: both have had enough
     os._exit(0)
 
 

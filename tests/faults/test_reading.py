@@ -37,7 +37,7 @@ def test_no_descriptor_left_is_the_machines_fault(tmp_path, kind):
         shard(tmp_path / "a.tar", {"1.png": png(1), "2.png": png(2)})
     source = open_source(tmp_path)
     assert source.encoded(0) == png(1)
-    if kind == "shards":  # read through a descriptor that stays open
+    if kind == "shards":  # Read through a descriptor that stays open
         source = open_source(tmp_path)
         source._listing.archives.__init__(str(tmp_path), source._listing.files)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -63,7 +63,7 @@ def test_special_files_as_images_are_unreadable_images(tmp_path):
     source = ImageFolder(tmp_path)
     assert sorted(source.name_of(i) for i in source.defects) == [f"{name}.png" for name in "abcdef"]
     assert ["it is not a regular file" in source.defects[row] for row in (3, 4)] == [True, True]
-    # what was an image when it was listed
+    # What was an image when it was listed
     (tmp_path / "0.png").unlink()
     os.mkfifo(tmp_path / "0.png")
     with pytest.raises(DataError, match=r"0\.png cannot be read \(it is not a regular file\)"):

@@ -47,7 +47,7 @@ def test_the_cut_and_resize_of_a_gpu_are_torchvisions_within_one_level_but_for_t
         levels = (torch.from_dlpack(output.as_tensor()).int() - wanted.int()).abs()
         margin = view.size // 8
         assert levels[:, margin:-margin, margin:-margin].max() <= 1
-        # where a box is made smaller, DALI repeats its border pixel and torchvision narrows the filter
+        # Where a box is made smaller, DALI repeats its border pixel and torchvision narrows the filter
         assert levels.max() <= 12
         assert levels.float().mean() < 0.4
 
@@ -73,7 +73,7 @@ def test_a_file_that_only_pillow_reads_is_used(tmp_path):
     Image.open(paths[5]).save(tmp_path / "005.png")
     paths[5].unlink()
     content = (tmp_path / "005.png").read_bytes()
-    (tmp_path / "005.png").write_bytes(content[:-6])  # its end mark is cut
+    (tmp_path / "005.png").write_bytes(content[:-6])  # Its end mark is cut
     source = ImageFolder(tmp_path)
     steps = TrainSampler(plan_of(source), batch_size=20)
     executor = build_executor("dali", source, workers=2, **NORMALIZATION)
@@ -200,7 +200,7 @@ def slow(monkeypatch, folder):
 def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder, notes):
     executor, decoder = slow
     steps = TrainSampler(plan_of(folder), batch_size=8)
-    with ThreadPoolExecutor(2) as consumers:  # as an evaluation beside the training
+    with ThreadPoolExecutor(2) as consumers:  # As an evaluation beside the training
         batches = consumers.map(lambda first: len(list(executor.stream(steps, first, first + 4))), (0, 4))
         assert list(batches) == [4, 4]
     assert decoder.decodes[:4] == list(dali.DECODES)
@@ -222,7 +222,7 @@ def test_auto_measures_before_other_batches_are_read(slow, folder, monkeypatch):
     monkeypatch.setattr(executor, "_encoded", watched)
     assert len(list(executor.stream(TrainSampler(plan_of(folder), batch_size=8), 0, 6))) == 6
     assert decode_then.count("auto") == 1
-    assert len(decode_then) == 7  # the first batch is decoded twice
+    assert len(decode_then) == 7  # The first batch is decoded twice
 
 
 def test_a_decoder_is_taken_by_one_thread_alone(slow, folder):

@@ -41,7 +41,7 @@ def test_refuses_what_is_no_regular_file_at_once(tmp_path, kind):
 
 def test_refuses_a_file_beyond_the_limit_without_reading_it(tmp_path):
     with (tmp_path / "giant").open("wb") as file:
-        file.truncate(2**42)  # sparse
+        file.truncate(2**42)  # Sparse
     with pytest.raises(OSError, match="at most 1000 are allowed") as error:
         read_file(tmp_path / "giant", at_most_bytes=1000)
     assert error.value.errno == errno.EFBIG

@@ -66,11 +66,11 @@ def test_an_unchanged_folder_is_not_opened_again(root, cache, headers):
 def test_only_what_changed_is_read_again(root, headers):
     ImageFolder(root)
     headers.clear()
-    write(root / "class0" / "0.png", 33, 44)  # changed
-    write(root / "class1" / "0.png", 7, 8)  # new, first in its class
+    write(root / "class0" / "0.png", 33, 44)  # Changed
+    write(root / "class1" / "0.png", 7, 8)  # New, first in its class
     (root / "class1" / "3.png").unlink()
-    write(root / "class2" / "9.png", 5, 5)  # a new class
-    os.utime(root / "class0" / "4.png", ns=(0, 0))  # touched
+    write(root / "class2" / "9.png", 5, 5)  # A new class
+    os.utime(root / "class0" / "4.png", ns=(0, 0))  # Touched
     changed = ImageFolder(root)
     assert sorted(headers) == ["class0/0.png", "class0/4.png", "class1/0.png", "class2/9.png"]
     names = ["class0/0.png", "class0/2.png", "class0/4.png", "class1/0.png", "class1/1.png", "class1/5.png"]
@@ -226,7 +226,7 @@ def test_a_full_disk_keeps_the_earlier_cache(root, cache, headers, notes):
     content = file.read_bytes()
     write(root / "class0" / "0.png", 33, 44)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a write beyond it fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # A write beyond it fails, as on a full disk
     try:
         ImageFolder(root)
     finally:

@@ -139,7 +139,7 @@ def test_a_shard_cut_anywhere_is_refused(webdataset):
     content = path.read_bytes()
     with tarfile.open(path) as archive:
         end = [member.offset_data + member.size for member in archive][-1]
-    end += -end % 512  # the end mark
+    end += -end % 512  # The end mark
     cuts = [*range(0, end, 256), end - 1, end, end + 100]
     for cut in cuts:
         path.write_bytes(content[:cut])

@@ -142,7 +142,7 @@ def test_more_than_one_in_a_hundred_stops_the_run(name, folder, tmp_path):
 def test_a_single_plan_names_all_its_unreadable_images(name, folder):
     with pytest.raises(UnreadableImages) as raised:
         build(name, folder).batch(plan_of(folder).batch(0, 0, COUNT), 0)
-    # a missing file is known before anything is decoded
+    # A missing file is known before anything is decoded
     assert set(raised.value.reasons) in ({CUT, GONE}, {GONE})
 
 

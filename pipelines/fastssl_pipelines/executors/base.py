@@ -32,10 +32,10 @@ from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.sources.listing import being_read
 
-UNREADABLE_AT_MOST = 0.01  # of the images of a source
+UNREADABLE_AT_MOST = 0.01  # Of the images of a source
 
 TIMEOUT_S = 600.0
-THREADS_NAME = "fastssl-"  # how the names of the threads begin that read and decode
+THREADS_NAME = "fastssl-"  # How the names of the threads begin that read and decode
 
 _log = logging.getLogger(__name__)
 
@@ -87,10 +87,10 @@ class Executor(ABC):
         self.prefetch = prefetch
         self.timeout_s = timeout_s
         self._input_stream = InputStream(self.device)
-        self._processes: list[BaseProcess] = []  # that work for streams just now
-        self._turns: Turns | None = None  # of these processes, where there have been any and they compute on a CPU
+        self._processes: list[BaseProcess] = []  # That work for streams just now
+        self._turns: Turns | None = None  # Of these processes, where there have been any and they compute on a CPU
         self._stuck = False
-        self._lock = threading.Lock()  # around what the threads of all streams change
+        self._lock = threading.Lock()  # Around what the threads of all streams change
         self.unreadable: dict[int, str] = {}
         self._is_unreadable = np.zeros(len(source), np.bool_)
         self._exclude(source.defects)
@@ -149,7 +149,7 @@ class Executor(ABC):
         if not wait([future], self.timeout_s).done:
             self._stuck = True
             for process in self._processes:
-                process.kill()  # a stopped one would outlive a gentle end
+                process.kill()  # A stopped one would outlive a gentle end
             files = being_read()
             reading = f", and {files[0]} is being read" if files else ""
             workers = " or a worker process" if self._processes else ""
@@ -194,7 +194,7 @@ class Executor(ABC):
             _log.warning(printable(f"{reason}; the next image takes its place"))
 
     def _enter_thread(self) -> None:
-        # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
+        # A second team of OpenMP threads on the training cores was seen to make a step 20 times slower
         torch.set_num_threads(1)
         self._input_stream.enter()
 
@@ -307,6 +307,6 @@ def _missing(name: str) -> str | None:
     module, remedy = _REQUIREMENTS[name]
     try:
         import_module(module)
-    except Exception as error:  # a broken installation fails in ways of its own
+    except Exception as error:  # A broken installation fails in ways of its own
         return f"{remedy} ({error})"
     return None

@@ -29,7 +29,7 @@ from fastssl_pipelines.sources.headers import well_formed
 
 _log = logging.getLogger(__name__)
 
-_MEASURED_S = 0.3  # for each way to decode, where auto has to choose
+_MEASURED_S = 0.3  # For each way to decode, where auto has to choose
 
 DECODES = ("gpu", "gpu-region", "cpu", "cpu-region")
 
@@ -51,18 +51,18 @@ class DaliExecutor(Executor):
         self._on_gpu = self.device.type == "cuda"
         if decode.startswith("gpu") and not self._on_gpu:
             raise DataError(f"--data.decode {decode} was given with device {self.device}; only a GPU can do that")
-        # on a CPU neither was seen to be faster for good
+        # On a CPU neither was seen to be faster for good
         self._decode = "cpu" if decode == "auto" and not self._on_gpu else decode
         self._readers = DaemonThreads(max(1, self.workers), f"{THREADS_NAME}read")
         self._idle: list[Decoder] = []
-        self._recoded: set[int] = set()  # images that Pillow decodes: turned ones, other formats, what DALI refuses
+        self._recoded: set[int] = set()  # Images that Pillow decodes: turned ones, other formats, what DALI refuses
 
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         encoded = self._encoded(plan.ids)
         try:
             decoder = self._decoder(plan, encoded)
             crops = self._crops(decoder.run(encoded, _boxes(plan)), plan)
-        except RuntimeError as error:  # after which a pipeline is of no use
+        except RuntimeError as error:  # After which a pipeline is of no use
             if reasons := self._unreadable_of(plan, error):
                 raise UnreadableImages(reasons) from error
             return self.crops(plan)
@@ -71,12 +71,12 @@ class DaliExecutor(Executor):
         return crops
 
     def _batches(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
-        # on a CPU: while a batch is augmented the next is decoded; on a GPU: while DALI's kernels run
+        # On a CPU: while a batch is augmented the next is decoded; on a GPU: while DALI's kernels run
         ahead = 2 if self._on_gpu else 1
         pending: deque[Future[tuple[BatchPlan, tuple[Tensor, ...]]]] = deque()
         in_use: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
         if self._decode == "auto":
-            self._readable_crops(steps, first)  # by itself, since it measures
+            self._readable_crops(steps, first)  # By itself, since it measures
         with DaemonThreads(ahead, f"{THREADS_NAME}dali", self._enter_thread) as decoding:
             try:
                 for step in range(first, last):
@@ -85,7 +85,7 @@ class DaliExecutor(Executor):
                     plan, crops = pending.popleft().result()
                     batch = self._finished(plan, crops, step)
                     if self._on_gpu:
-                        # on the CUDA stream that reads the crops: what trains is not waited for
+                        # On the CUDA stream that reads the crops: what trains is not waited for
                         in_use.append((torch.cuda.current_stream(self.device).record_event(), crops))
                     yield batch
                     if len(in_use) > ahead:
@@ -118,7 +118,7 @@ class DaliExecutor(Executor):
                     return encoded
                 self._recoded.add(index)
             pixels = self.source.pixels(index)
-            # a PPM file, since a PNG takes ten times as long to write and to decode
+            # A PPM file, since a PNG takes ten times as long to write and to decode
             return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
         except DataError as error:
             return error
@@ -130,7 +130,7 @@ class DaliExecutor(Executor):
             for at, idle in enumerate(self._idle):
                 if idle.sizes == sizes and idle.batch_size >= len(plan.ids):
                     return self._idle.pop(at)
-            if self._decode == "auto":  # whoever comes meanwhile waits, for the choice and lest it be disturbed
+            if self._decode == "auto":  # Whoever comes meanwhile waits, for the choice and lest it be disturbed
                 self._decode = self._faster_way(sizes, plan, encoded)
         return self._new_decoder(sizes, len(plan.ids), self._decode)
 
@@ -145,7 +145,7 @@ class DaliExecutor(Executor):
             started, images = 0.0, 0
             while not images or time.perf_counter() - started < _MEASURED_S:
                 decoder.run(encoded, _boxes(plan))
-                if not started:  # the first run allocates
+                if not started:  # The first run allocates
                     started = time.perf_counter()
                     continue
                 images += len(plan.ids)
@@ -164,7 +164,7 @@ class DaliExecutor(Executor):
             region = region_of(boxes)
             boxes = [within(region, box) for box in boxes]
 
-        # the readers have nothing to do just now
+        # The readers have nothing to do just now
         workers = max(1, self.workers)
         cuts = [slice(len(images) * part // workers, len(images) * (part + 1) // workers) for part in range(workers)]
         parts = [images[cut] for cut in cuts]

@@ -27,7 +27,7 @@ class Decoder:
         self.sizes, self.batch_size = sizes, batch_size
         self._region = decode.endswith("-region")
         self._pipeline = Pipeline(
-            # what is fed for a run cannot be prefetched
+            # What is fed for a run cannot be prefetched
             batch_size=batch_size,
             num_threads=threads,
             device_id=device,
@@ -77,7 +77,7 @@ def within(region: Boxes, boxes: Boxes) -> Boxes:
 
 
 def _resized(images: Any, view: int, size: int) -> Any:
-    # resize has a region of interest of its own, but lets the filter see the pixels around it
+    # Resize has a region of interest of its own, but lets the filter see the pixels around it
     cut = fn.slice(images, **_window(f"view_{view}"))
     return fn.resize(cut, size=[size, size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
 
@@ -95,4 +95,4 @@ def _fed(name: str, dtype: DALIDataType) -> Any:
 
 def _corners(name: str, boxes: Boxes) -> dict[str, NDArray[np.int32]]:
     halves = {f"{name}_start": boxes[:, :2], f"{name}_shape": boxes[:, 2:]}
-    return {end: np.ascontiguousarray(half) for end, half in halves.items()}  # a list of rows takes 20 times as long
+    return {end: np.ascontiguousarray(half) for end, half in halves.items()}  # A list of rows takes 20 times as long

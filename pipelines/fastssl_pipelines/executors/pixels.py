@@ -56,7 +56,7 @@ def _resize_weights(boxes: Tensor, image_length: int, size: int) -> Tensor:
     """
     start, length = boxes.float()[:, :, None, None].split(2, dim=1)
     scale = length / size
-    pixel = torch.arange(0.5, image_length, device=boxes.device) - start  # centers, as seen from the box
+    pixel = torch.arange(0.5, image_length, device=boxes.device) - start  # Centers, as seen from the box
     center = torch.arange(0.5, size, device=boxes.device)[:, None] * scale
     weights = 1 - (pixel - center).abs() / scale.clamp(min=1)
     weights = weights.clamp_(min=0).masked_fill_((pixel < 0) | (pixel >= length), 0)
@@ -88,5 +88,5 @@ class Augmentation:
         for view in views:
             numbers: dict[str, Any] = dict(zip(_PER_IMAGE, copied, strict=False))
             if not view.blur_sigma.any():
-                numbers["blur_sigma"] = None  # spares a GPU the launch
+                numbers["blur_sigma"] = None  # Spares a GPU the launch
             yield AugmentParameters(**numbers, mean=self.mean, std=self.std)

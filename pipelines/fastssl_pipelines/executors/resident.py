@@ -25,11 +25,11 @@ from fastssl_pipelines.sources.base import Source
 
 _log = logging.getLogger(__name__)
 
-_DECODE_CHUNK = 64  # a future for every small image would cost more than decoding it
-_THREADED_DECODE_PIXELS = 128 * 128  # for 32 px images the interpreter lock makes four threads half as fast as one
+_DECODE_CHUNK = 64  # A future for every small image would cost more than decoding it
+_THREADED_DECODE_PIXELS = 128 * 128  # For 32 px images the interpreter lock makes four threads half as fast as one
 _WORKING_SET_VALUES = 2**26  # float32 pixels in flight, 256 MiB, so that large images do not fill the GPU
-_WORTH_PROCESSES = 100  # batches; a few are made before processes have started
-_SHARE_OF_FREE_MEMORY = 0.5  # for the images; the rest is the encoder's
+_WORTH_PROCESSES = 100  # Batches; a few are made before processes have started
+_SHARE_OF_FREE_MEMORY = 0.5  # For the images; the rest is the encoder's
 
 
 class ResidentExecutor(Executor):
@@ -72,7 +72,7 @@ class ResidentExecutor(Executor):
         if self.device.type == "cpu":
             images = interleaved = torch.zeros(count, height, width, 3, dtype=torch.uint8)
         else:
-            # needs no transposition between the two matrix products of a resize
+            # Needs no transposition between the two matrix products of a resize
             images = torch.zeros(count, height, 3, width, dtype=torch.uint8)
             interleaved = images.transpose(2, 3)
 
@@ -145,5 +145,5 @@ def _available_host_bytes() -> int:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":") for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
-    except OSError:  # not Linux
+    except OSError:  # Not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,7 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-_END_WITHIN_S = 2.0  # after which threads that are still busy at the end of the process are left behind
+_END_WITHIN_S = 2.0  # After which threads that are still busy at the end of the process are left behind
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -32,7 +32,7 @@ class DaemonThreads(Executor):
         ]
         for thread in self._threads:
             thread.start()
-        # also where the process ends: a thread in the midst of torch's code must not lose the interpreter under it
+        # Also where the process ends: a thread in the midst of torch's code must not lose the interpreter under it
         self._finalizer = weakref.finalize(self, _end, self._calls, self._threads, _END_WITHIN_S)
 
     def submit(self, call: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
@@ -64,7 +64,7 @@ def _serve(calls: _Calls, initializer: Callable[[], object] | None) -> None:
             future.set_exception(error)
         else:
             future.set_result(result)
-        del given, future, call  # what they hold is not kept until the next call
+        del given, future, call  # What they hold is not kept until the next call
 
 
 def _cancel(calls: _Calls) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastssl_pipelines.batch import Batch
 
-ALIGNED_BYTES = 16  # as Triton's kernels and wide loads of torch have it
+ALIGNED_BYTES = 16  # As Triton's kernels and wide loads of torch have it
 TURN_S = 5e-4  # torch gives the interpreter up in each call, and a thread that trains waits a turn to have it back
-HOST_AHEAD = 4  # steps; enough for a device never to wait for the host, and few enough batches that fill its memory
+HOST_AHEAD = 4  # Steps; enough for a device never to wait for the host, and few enough batches that fill its memory
 
 
 def to_device(arrays: Sequence[NDArray[Any] | Tensor], device: torch.device) -> list[Tensor]:
@@ -81,7 +81,7 @@ def handed_over(batches: Iterable[Batch]) -> Generator[Batch]:
         batch.take()
         yield batch
         if batch.ready is not None:
-            in_use.append(torch.cuda.Event(blocking=True))  # a core that spins is one that does not decode
+            in_use.append(torch.cuda.Event(blocking=True))  # A core that spins is one that does not decode
             in_use[-1].record(torch.cuda.current_stream(batch.ids.device))
             if len(in_use) > HOST_AHEAD:
                 in_use.popleft().synchronize()

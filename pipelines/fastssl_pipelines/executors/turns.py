@@ -11,7 +11,7 @@ from multiprocessing.context import BaseContext
 
 import torch
 
-_AT_MOST_S = 0.5  # that a worker waits: a step that takes longer is hardly held up by the input
+_AT_MOST_S = 0.5  # That a worker waits: a step that takes longer is hardly held up by the input
 
 
 class Turns:
@@ -35,14 +35,14 @@ class Turns:
             return
         self._free.clear()
         while self._turns.acquire(block=False):
-            pass  # what is left of the last time, so that they never have more
+            pass  # What is left of the last time, so that they never have more
         self._let_each_begin()
 
     def end(self) -> None:
         """Workers may begin at any time from now on."""
         if not self._free.is_set():
             self._free.set()
-            self._let_each_begin()  # those that wait
+            self._let_each_begin()  # Those that wait
 
     def _let_each_begin(self) -> None:
         for _ in range(self._workers):

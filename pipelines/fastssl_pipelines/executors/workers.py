@@ -22,9 +22,9 @@ from fastssl_pipelines.plan import BatchPlan
 
 _log = logging.getLogger(__name__)
 
-_BATCHES_EACH = 2  # that a worker may be given ahead
+_BATCHES_EACH = 2  # That a worker may be given ahead
 _SHARED_MEMORY = "/dev/shm"
-_SHARE_OF_ROOM = 0.5  # what other processes write at the same time has to have room as well
+_SHARE_OF_ROOM = 0.5  # What other processes write at the same time has to have room as well
 
 Views = tuple[Tensor, ...]
 Crops = Callable[[BatchPlan], Views]
@@ -78,7 +78,7 @@ def lack_of_shared_memory(needed_bytes: int) -> str:
     """A sentence without its end where worker processes cannot share so much, else ""; many containers have 64 MB."""
     try:
         room = os.statvfs(_SHARED_MEMORY)
-    except OSError:  # not Linux
+    except OSError:  # Not Linux
         return ""
     free_bytes = room.f_bavail * room.f_frsize
     if needed_bytes <= _SHARE_OF_ROOM * free_bytes:
@@ -141,7 +141,7 @@ def _next_of(loading: Iterator[Any], processes: list[BaseProcess]) -> Any:
         return next(loading, None)
     except RuntimeError as error:
         for process in processes:
-            if process.exitcode:  # of a process that runs it is None
+            if process.exitcode:  # Of a process that runs it is None
                 raise InputError(
                     f"a worker process of the input ended ({_told_exit(process.exitcode)}), perhaps as memory ran out; "
                     "lower --data.workers or --data.prefetch, or give the run more memory, and `fastssl resume` it"
@@ -207,7 +207,7 @@ def _dtype(augmentation: Augmentation | None) -> torch.dtype:
 
 def context() -> multiprocessing.context.BaseContext:
     """How worker processes are started."""
-    # fork would copy the locks of running threads (the stream's, OpenMP's, CUDA's); spawn would import torch
+    # Fork would copy the locks of running threads (the stream's, OpenMP's, CUDA's); spawn would import torch
     # in every worker; the fork server imports it once, in a process without threads.
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload([__name__, "fastssl_pipelines.executors.torchvision"])

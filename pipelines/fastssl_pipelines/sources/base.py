@@ -27,7 +27,7 @@ class Source(ABC):
     """
 
     name: str
-    option: str = "--data.root"  # the one that names it on the command line, for error messages
+    option: str = "--data.root"  # The one that names it on the command line, for error messages
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     widths: NDArray[np.int32]
@@ -71,7 +71,7 @@ class Source(ABC):
 
 def broken_image(name: str, error: Exception, option: str) -> DataError:
     """The DataError for an image called `name` on which Pillow raised `error`."""
-    unknown = isinstance(error, UnidentifiedImageError)  # its own message shows the address of an object
+    unknown = isinstance(error, UnidentifiedImageError)  # Its own message shows the address of an object
     reason = f"it is none of {', '.join(FORMATS)}" if unknown else " ".join(str(error).split())
     return DataError(f"{name} cannot be read as an image ({reason}); remove or replace it in {option}")
 
@@ -120,7 +120,7 @@ class ArraySource(Source):
         return f"image {index} of {self.name}"
 
     def fingerprint(self) -> str:
-        # these have no names; of the pixels of a large set a part will do
+        # These have no names; of the pixels of a large set a part will do
         part = self._images[:: 1 + len(self._images) // _FINGERPRINT_IMAGES]
         return digest_of(self.labels.tobytes(), repr(self._images.shape).encode(), np.ascontiguousarray(part).data)
 

@@ -18,12 +18,12 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from fastssl_pipelines.sources.listing import SUFFIXES_OF
 
-FORMATS = tuple(SUFFIXES_OF)  # as Pillow calls them
+FORMATS = tuple(SUFFIXES_OF)  # As Pillow calls them
 
 # What Pillow raises on broken files; a SyntaxError is a broken PNG chunk.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # Tags
 
 Pixels = NDArray[np.uint8]
 
@@ -32,7 +32,7 @@ class UnsupportedPixels(ValueError):
     """The file is whole and its pixels are none that a picture could be made of."""
 
 
-_ORIENTED_BY = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))  # in Image.info
+_ORIENTED_BY = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))  # In Image.info
 
 # From the pixels as stored to the upright picture.
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
@@ -68,9 +68,9 @@ def orientation_of(image: Image.Image) -> int:
     if image.format == "TIFF" or _ORIENTED_BY.isdisjoint(image.info):  # Pillow turns TIFF itself
         return 1
     try:
-        # that of a PNG would decode the pixels to look behind them
+        # That of a PNG would decode the pixels to look behind them
         found = Image.Image.getexif(image).get(Base.Orientation)
-    except Exception:  # damaged metadata fail in ways of their own, and the pixels are good
+    except Exception:  # Damaged metadata fail in ways of their own, and the pixels are good
         return 1
     return found if found in _TURNS else 1
 
@@ -97,7 +97,7 @@ def _gray(image: Image.Image) -> Pixels:
     bits, white_is_zero = 16, False
     if isinstance(image, TiffImageFile):
         bits = image.tag_v2[_TIFF_BITS][0]
-        white_is_zero = image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0  # which Pillow sees to for 8 bits alone
+        white_is_zero = image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0  # Which Pillow sees to for 8 bits alone
     levels = (np.array(image) >> (bits - 8)).astype(np.uint8)
     return 255 - levels if white_is_zero else levels
 
@@ -107,5 +107,5 @@ def keep_pillow_quiet() -> None:
     """What Pillow finds odd but decodes is told by `fastssl data check`, not by warnings among the lines of a run."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with suppress(OSError, AttributeError):  # a Pillow whose libtiff cannot be reached
-        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # it writes to stderr what Pillow raises as well
+    with suppress(OSError, AttributeError):  # A Pillow whose libtiff cannot be reached
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # It writes to stderr what Pillow raises as well

@@ -189,7 +189,7 @@ def _contents(folder: str, option: str) -> _Contents:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # as of a link to itself
+    except OSError:  # As of a link to itself
         return False
 
 

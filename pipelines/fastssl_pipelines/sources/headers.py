@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, open_image, orientation_of
 
-PNG_BIT_DEPTH_AT = 24  # its place in the file
+PNG_BIT_DEPTH_AT = 24  # Its place in the file
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame; the three are tables and reserved
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # Start of frame; the three are tables and reserved
 _START_OF_SCAN = 0xDA
 _APP1 = 0xE1  # EXIF or XMP
 _PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # EXIF, XMP, and EXIF in hexadecimal digits

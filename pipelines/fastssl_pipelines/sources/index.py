@@ -28,7 +28,7 @@ from fastssl_pipelines.sources.packed_strings import PackedStrings
 _log = logging.getLogger(__name__)
 
 _VERSION = 3
-_HEADER_BYTES = 32 * 1024  # holds the size in nearly every file; else the whole file is read
+_HEADER_BYTES = 32 * 1024  # Holds the size in nearly every file; else the whole file is read
 
 Lister = Callable[[Listing | None], Listing]
 """Lists a collection anew; takes an earlier listing of it, which may spare work."""
@@ -189,7 +189,7 @@ def load(path: Path, key: str) -> Index | None:
             return None
         index = _unpacked(arrays)
         return index if _fits_together(index) else None
-    except Exception:  # a damaged file makes zipfile, zlib and NumPy raise errors of many kinds
+    except Exception:  # A damaged file makes zipfile, zlib and NumPy raise errors of many kinds
         return None
 
 
@@ -262,7 +262,7 @@ def _unchanged_rows(listing: Listing, known: Listing) -> tuple[NDArray[np.int64]
     same = then >= 0
     same[same] = (listing.signatures[same] == known.signatures[then[same]]).all(axis=1)
     rows = np.flatnonzero(same[listing.file])
-    # an image stands as far from the first one of its file as it stood then
+    # An image stands as far from the first one of its file as it stood then
     first = np.searchsorted(listing.file, np.arange(len(listing.files)))
     known_first = np.searchsorted(known.file, np.arange(len(known.files)))
     file = listing.file[rows]

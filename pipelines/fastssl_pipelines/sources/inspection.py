@@ -26,7 +26,7 @@ from fastssl_pipelines.sources.decoding import (
 from fastssl_pipelines.sources.headers import PNG_BIT_DEPTH_AT
 from fastssl_pipelines.sources.listing import SUFFIXES_OF, Listing, Progress
 
-_CHUNK = 16  # images for one thread at a time: a progress bar that moves, and few futures
+_CHUNK = 16  # Images for one thread at a time: a progress bar that moves, and few futures
 _DIGEST_BYTES = 16
 _ANOTHER = "another image takes its place"
 
@@ -41,7 +41,7 @@ _STARTS = {
     "PPM": rb"P[0-6fy]",
 }
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_TIFF_BIT_DEPTHS = 258  # its tag
+_TIFF_BIT_DEPTHS = 258  # Its tag
 
 
 class DefectKind(Enum):
@@ -101,7 +101,7 @@ def inspect(encoded: bytes, name: str) -> tuple[Defect, ...]:
                 DefectKind.CMYK: image.mode == "CMYK",
                 DefectKind.SIXTEEN_BIT: _has_16_bits(image, encoded),
             }
-            # an eighth of the size: the whole file is still read, and its pixels are not needed
+            # An eighth of the size: the whole file is still read, and its pixels are not needed
             image.draft(None, (1, 1))
             image.load()
             found[DefectKind.ANIMATED] = _has_more_pictures(image)
@@ -187,7 +187,7 @@ def _inspect_image(listing: Listing, row: int) -> tuple[bytes | None, tuple[Defe
 
 
 def _ends_early(encoded: bytes, format: str, reason: str) -> bool:
-    # a download into a file of the final size leaves zeros at the end
+    # A download into a file of the final size leaves zeros at the end
     return not encoded.rstrip(b"\0").endswith(_ENDS[format]) if format in _ENDS else "truncated" in reason
 
 
@@ -200,7 +200,7 @@ def _has_16_bits(image: Image.Image, encoded: bytes) -> bool:
 def _has_more_pictures(image: Image.Image) -> bool:
     try:
         return int(getattr(image, "n_frames", 1)) > 1
-    except Exception:  # what follows the first one is broken in ways of its own, and is not used
+    except Exception:  # What follows the first one is broken in ways of its own, and is not used
         return True
 
 

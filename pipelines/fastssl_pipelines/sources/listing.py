@@ -28,10 +28,10 @@ SUFFIXES_OF = {
     "PPM": (".ppm", ".pgm", ".pnm"),
 }
 SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
-SUFFIXES_SHOWN = ".jpg, .png, ..."  # in a sentence
-THREADS = 8  # they wait for the disk; a stat takes the CPU 2 microseconds, a header 30
+SUFFIXES_SHOWN = ".jpg, .png, ..."  # In a sentence
+THREADS = 8  # They wait for the disk; a stat takes the CPU 2 microseconds, a header 30
 _SUFFIXES_TOLD = 8
-CHUNK = 256  # a future for every file would cost more than its stat
+CHUNK = 256  # A future for every file would cost more than its stat
 
 Progress = Callable[[str, int, int], object]
 """Called now and then with what is being done, how many are done, and of how many."""
@@ -130,7 +130,7 @@ class Listing:
         return self.archives.read(int(self.file[index]), int(self.offsets[index]), wanted)
 
 
-_being_read: dict[int, tuple[Listing, int]] = {}  # by thread
+_being_read: dict[int, tuple[Listing, int]] = {}  # By thread
 
 
 def being_read() -> list[str]:

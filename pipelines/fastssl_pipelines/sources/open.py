@@ -42,7 +42,7 @@ def _holds_shards(root: Path, labeled: bool) -> bool:
     except OSError as error:
         raise DataError(f"the folder {root} cannot be read ({error.strerror}); check {option}") from None
     others = [name for name, is_folder in entries if is_image(name) or is_folder]
-    # whatever else is called so, as a link that leads nowhere, is named when it is read
+    # Whatever else is called so, as a link that leads nowhere, is named when it is read
     if shards := [name for name, is_folder in entries if name.endswith(SHARD_SUFFIX) and not is_folder]:
         if others:
             raise DataError(
@@ -56,5 +56,5 @@ def _holds_shards(root: Path, labeled: bool) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # A link to itself
         return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 
-UNKNOWN = "-1"  # in a .cls file
+UNKNOWN = "-1"  # In a .cls file
 LABEL_AT_MOST_BYTES = 64
 FROM_FILES, FROM_FOLDERS, FROM_SHARDS, FROM_NOTHING = ".cls files", "folders", "names of shards", "nothing"
 
@@ -47,7 +47,7 @@ def classes_of(images: Sequence[str], numbers: dict[str, str], shard: Path, opti
     shared: dict[str, list[str]] = {}
     for stem, name in own.items():
         key = _key(name)
-        # the own label of one image says nothing about another, unless it is called as the key itself
+        # The own label of one image says nothing about another, unless it is called as the key itself
         if stem == key or stem not in taken:
             shared.setdefault(key, []).append(name)
 

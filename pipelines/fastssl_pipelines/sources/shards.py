@@ -82,7 +82,7 @@ def list_shards(
     folder = root if root.is_dir() else root.parent
     shards = _shards_in(root, option)
     files = PackedStrings.of(shards)
-    # taken before the scan, so that what changes during it counts as changed
+    # Taken before the scan, so that what changes during it counts as changed
     signatures = file_signatures(os.fspath(folder), files)
     if known is not None and known.files == files and np.array_equal(known.signatures, signatures):
         archives = OpenFiles(os.fspath(folder), files)

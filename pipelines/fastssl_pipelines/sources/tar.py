@@ -14,18 +14,18 @@ from typing import ClassVar, NamedTuple
 from fastssl_pipelines.files import descriptor_of, raise_if_of_the_machine
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 
-BLOCK = 512  # bytes; a block of zeros ends a tar file
-EXTENDED_AT_MOST_BYTES = 2**20  # a path has at most 4 KiB, the extended attributes of a file 64 KiB
+BLOCK = 512  # Bytes; a block of zeros ends a tar file
+EXTENDED_AT_MOST_BYTES = 2**20  # A path has at most 4 KiB, the extended attributes of a file 64 KiB
 
 _REGULAR = b"\0" + b"07"
-_WITHOUT_DATA = b"123456"  # links, devices, folders and pipes, whatever size they tell
-_LONG_NAME, _LONG_LINK = b"L", b"K"  # of GNU tar
-_OF_THE_NEXT, _OF_ALL = (b"x", b"X"), b"g"  # extended headers of POSIX
+_WITHOUT_DATA = b"123456"  # Links, devices, folders and pipes, whatever size they tell
+_LONG_NAME, _LONG_LINK = b"L", b"K"  # Of GNU tar
+_OF_THE_NEXT, _OF_ALL = (b"x", b"X"), b"g"  # Extended headers of POSIX
 _SPARSE = b"S"
-_DIGITS = 20  # of a size; 2**64 has as many
+_DIGITS = 20  # Of a size; 2**64 has as many
 
-_KEPT_AT_MOST = 512  # descriptors
-_SHARE_OF_LIMIT = 0.5  # of what the process may open; the rest is for worker processes, logs and libraries
+_KEPT_AT_MOST = 512  # Descriptors
+_SHARE_OF_LIMIT = 0.5  # Of what the process may open; the rest is for worker processes, logs and libraries
 
 
 class Member(NamedTuple):
@@ -79,7 +79,7 @@ def members(descriptor: int) -> Iterator[Member]:
 def _header(block: bytes) -> tuple[bytes, bytes, int]:
     """Name, kind and size of the member; ValueError for a block that is no header."""
     counted = block[:148] + block[156:]
-    unsigned = sum(counted) + 8 * ord(" ")  # the sum itself counts as spaces
+    unsigned = sum(counted) + 8 * ord(" ")  # The sum itself counts as spaces
     if len(block) < BLOCK or _number(block[148:156]) not in (unsigned, unsigned - 256 * sum(c > 127 for c in counted)):
         raise ValueError("the end mark of a tar file is missing")
     name = block[:100].partition(b"\0")[0]
@@ -126,7 +126,7 @@ class OpenFiles:
     Those of all instances together are at most 512 and at most half of what the process may have open.
     """
 
-    _lock: ClassVar[threading.RLock] = threading.RLock()  # a finalizer can run while the same thread holds it
+    _lock: ClassVar[threading.RLock] = threading.RLock()  # A finalizer can run while the same thread holds it
     _kept: ClassVar[int] = 0
 
     def __init__(self, folder: str, files: PackedStrings) -> None:
@@ -178,7 +178,7 @@ def read_stretch(descriptor: int, offset: int, length: int) -> bytes:
 
 
 def _kept_at_most() -> int:
-    import resource  # which only POSIX systems have; on others the losses must still be importable beside this
+    import resource  # Which only POSIX systems have; on others the losses must still be importable beside this
 
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _KEPT_AT_MOST if allowed == resource.RLIM_INFINITY else min(_KEPT_AT_MOST, int(_SHARE_OF_LIMIT * allowed))

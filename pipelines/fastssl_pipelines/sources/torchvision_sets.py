@@ -42,7 +42,7 @@ def open_named(name: str, root: Path, *, download: bool = False) -> NamedSplits:
             return splits
         unlabeled = _UnlabeledSTL10(os.path.join(root, kind.base_folder, kind.train_list[2][0]))
         return splits._replace(train=JointSource(splits.train, unlabeled))
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # a damaged file fails in ways of its own
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # A damaged file fails in ways of its own
         remedy = (
             "check --data.root and the network"
             if download
@@ -57,7 +57,7 @@ class _UnlabeledSTL10(ArraySource):
     """The file's pages, not a copy: it has 2.7 GB, and every worker process opens it."""
 
     def __init__(self, path: str) -> None:
-        # copy-on-write, since torch takes no read-only memory; columns come before rows in the file
+        # Copy-on-write, since torch takes no read-only memory; columns come before rows in the file
         pixels = np.asarray(np.memmap(path, np.uint8, mode="c")).reshape(-1, 3, _STL10_SIDE, _STL10_SIDE)
         super().__init__("STL10 unlabeled", pixels.transpose(0, 3, 2, 1), np.full(len(pixels), -1), ())
         self._path = path

@@ -24,9 +24,9 @@ _SIZES = {
     (640, 480): 0.03,
     (320, 240): 0.01,
 }
-_QUALITIES = (90, 97)  # of the JPEG encoder, [low, high)
-_LEAVES = (8, 16)  # objects in a picture, [low, high)
-_RADII = (0.1, 0.7)  # of an object, in units of the short side
+_QUALITIES = (90, 97)  # Of the JPEG encoder, [low, high)
+_LEAVES = (8, 16)  # Objects in a picture, [low, high)
+_RADII = (0.1, 0.7)  # Of an object, in units of the short side
 _RED_BLUE = np.array([0.5, 0, -0.5], np.float32).reshape(3, 1, 1)
 _GREEN_MAGENTA = np.array([-0.25, 0.5, -0.25], np.float32).reshape(3, 1, 1)
 
@@ -74,7 +74,7 @@ def _surface(rng: np.random.Generator, height: int, width: int) -> Array:
     cortical cells" (1987) for the spectrum; Ruderman, Cronin, Chiao (1998) for the order of the three axes.
     """
     brightness = _field(rng, height, width, rng.uniform(0.85, 1.22))
-    # at half the resolution, which is all that 4:2:0 keeps of color
+    # At half the resolution, which is all that 4:2:0 keeps of color
     small = [_field(rng, -(-height // 2), -(-width // 2), 1.3) for _ in range(2)]
     first, second = (color.repeat(2, 0).repeat(2, 1)[:height, :width] for color in small)
     return brightness + 0.5 * first * _RED_BLUE + 0.25 * second * _GREEN_MAGENTA
@@ -83,7 +83,7 @@ def _surface(rng: np.random.Generator, height: int, width: int) -> Array:
 def _field(rng: np.random.Generator, height: int, width: int, exponent: float) -> Array:
     """[height, width] float32 Gaussian noise of unit variance with amplitudes proportional to 1 / f ** exponent."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)).astype(np.float32)
-    frequency[0, 0] = np.inf  # the mean is zero
+    frequency[0, 0] = np.inf  # The mean is zero
     phases = rng.standard_normal((*frequency.shape, 2), np.float32).view(np.complex64)[..., 0]
     field = np.fft.irfft2(phases * frequency**-exponent, (height, width))
     return field / field.std()
@@ -97,7 +97,7 @@ def _add_leaf(rng: np.random.Generator, scene: Array, shape: Field, texture: Fie
     """
     _, height, width = scene.shape
     low, high = (radius * min(height, width) for radius in _RADII)
-    radius = 1 / np.sqrt(rng.uniform(high**-2, low**-2))  # density 1 / radius ** 3
+    radius = 1 / np.sqrt(rng.uniform(high**-2, low**-2))  # Density 1 / radius ** 3
     angle, row, column = rng.uniform(0, 2 * np.pi), rng.uniform(0, height), rng.uniform(0, width)
     rows = slice(max(0, int(row - 1.4 * radius)), min(height, int(row + 1.4 * radius) + 1))
     columns = slice(max(0, int(column - 1.4 * radius)), min(width, int(column + 1.4 * radius) + 1))
@@ -106,12 +106,12 @@ def _add_leaf(rng: np.random.Generator, scene: Array, shape: Field, texture: Fie
     sine, cosine = np.float32(np.sin(angle)), np.float32(np.cos(angle))
     u, v = x * cosine + y * sine, y * cosine - x * sine
     r, a = np.hypot(u, v), np.arctan2(v, u)
-    # an edge one pixel wide, as in the embedded pictures
+    # An edge one pixel wide, as in the embedded pictures
     inside = np.clip(0.5 + shape(u, v, r, a) * np.float32(radius), 0, 1)
     weave = texture(u, v, r, a)
     first, second = (rng.normal(0, 1) + rng.normal(0, 0.4, (3, 1, 1)) for _ in range(2))
     color = second.astype(np.float32) + (first - second).astype(np.float32) * weave
-    # its surface is that of the opposite place in the scene
+    # Its surface is that of the opposite place in the scene
     surface = np.float32(0.4) * scene[:, ::-1, ::-1][:, rows, columns]
     part = scene[:, rows, columns]
     part += inside * (color + surface - part)

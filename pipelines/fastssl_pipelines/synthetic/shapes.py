@@ -68,7 +68,7 @@ def _shade(u: Array, v: Array, r: Array, a: Array) -> Array:
     return np.clip(0.5 + 0.5 * u, 0, 1)
 
 
-PLACES = [(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)]  # of the four objects, before they are shifted
+PLACES = [(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)]  # Of the four objects, before they are shifted
 SCALES = (0.36, 0.56)
 SHIFT = 0.2
 
@@ -112,7 +112,7 @@ def _draw(rng: np.random.Generator, shape: Field, texture: Field, count: int, si
         u = (dx * np.cos(angle) + dy * np.sin(angle)) / scale
         v = (dy * np.cos(angle) - dx * np.sin(angle)) / scale
         r, a = np.hypot(u, v), np.arctan2(v, u)
-        # the edge is one pixel wide: shapes measure about their distance from it, in units of scale
+        # The edge is one pixel wide: shapes measure about their distance from it, in units of scale
         inside = np.clip(0.5 + shape(u, v, r, a) * scale * (size / 2), 0, 1)[..., None]
         weave = texture(u, v, r, a)[..., None]
         bright = rng.random(count) < 0.5
