@@ -1,4 +1,4 @@
-"""What executors do to pixels: cut and resize the boxes of a plan, then augment the crops."""
+"""Pixel operations of all executors: crop and resize the boxes of a plan, then augment the crops."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PER_IMAGE = tuple(field.name for field in fields(AugmentParameters) if field.na
 
 
 def resized_boxes(images: Iterable[Tensor], boxes: NDArray[np.int32], size: int) -> Tensor:
-    """One box of each image, resized: uint8 [B, size, size, 3], to the bit what torchvision's resized_crop gives.
+    """Crop one box of each image and resize it: uint8 [B, size, size, 3], bit-identical to torchvision's resized_crop.
 
     `images`: uint8 [1, 3, H, W] on a CPU, channels_last. `boxes`: int32 [B, 4], (top, left, height, width) in pixels.
     Bilinear with antialiasing.
     """
-    # interpolate() ends here, and for a view of 32 pixels takes as long as the work itself
+    # For a view of 32 pixels, the overhead of interpolate() is as large as the work itself
     resize = torch.ops.aten._upsample_bilinear2d_aa.default
     crops = [
         resize(image[:, :, top : top + height, left : left + width], [size, size], False)
@@ -34,9 +34,9 @@ def resized_boxes(images: Iterable[Tensor], boxes: NDArray[np.int32], size: int)
 
 
 def resized_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """One box of each image, resized: uint8 [B, size, size, 3], as `resized_boxes` within one gray level.
+    """Crop one box of each image and resize it: uint8 [B, size, size, 3], within one gray level of `resized_boxes`.
 
-    `images`: float32 [B, H, 3, W], gray levels. `boxes`: int32 [B, 4] on the same device. Two matrix products.
+    `images`: float32 [B, H, 3, W], gray levels. `boxes`: int32 [B, 4] on the same device. Uses two matrix products.
     """
     count, image_height, channels, image_width = images.shape
     weights = _resize_weights(boxes, max(image_height, image_width), size)
@@ -49,14 +49,14 @@ def resized_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _resize_weights(boxes: Tensor, image_length: int, size: int) -> Tensor:
-    """Weight of every source pixel in every output pixel along both sides, [B, 2, size, image_length].
+    """Weights of source pixels in output pixels along both axes, [B, 2, size, image_length].
 
-    The antialiased bilinear filter of PIL and torch: a triangle as wide as the scale, at least one pixel to
-    each side, and cut off at the box, as if the box had been cropped first. Both sides at once are half the launches.
+    The antialiased bilinear filter of PIL and torch: a triangle as wide as the scale, at least one pixel to each
+    side, and cut off at the box, as if the box had been cropped first. Both axes at once halve the launches.
     """
     start, length = boxes.float()[:, :, None, None].split(2, dim=1)
     scale = length / size
-    pixel = torch.arange(0.5, image_length, device=boxes.device) - start  # Centers, as seen from the box
+    pixel = torch.arange(0.5, image_length, device=boxes.device) - start  # Centers, relative to the box
     center = torch.arange(0.5, size, device=boxes.device)[:, None] * scale
     weights = 1 - (pixel - center).abs() / scale.clamp(min=1)
     weights = weights.clamp_(min=0).masked_fill_((pixel < 0) | (pixel >= length), 0)
@@ -65,9 +65,9 @@ def _resize_weights(boxes: Tensor, image_length: int, size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """Color, blur, flip and normalization of crops with the numbers of their plan; worker processes can have it.
+    """Color, blur, flip and normalization of crops with the values of their plan; can be sent to worker processes.
 
-    `mean`, `std`: of the normalization, in units of the [0, 1] range. `dtype`: of the views, on `device`.
+    `mean`, `std`: of the normalization, in units of the [0, 1] range. `dtype`, `device`: of the views.
     """
 
     mean: tuple[float, float, float]
@@ -76,17 +76,17 @@ class Augmentation:
     dtype: torch.dtype
 
     def __call__(self, plan: BatchPlan, crops: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Views [B, 3, size, size], channels_last, of uint8 crops [B, size, size, 3] on `device`."""
+        """Augment uint8 crops [B, size, size, 3] on `device` to views [B, 3, size, size], channels_last."""
         return tuple(
             augment(crop, numbers, out_dtype=self.dtype)
             for crop, numbers in zip(crops, self._parameters(plan.views), strict=True)
         )
 
     def _parameters(self, views: Sequence[ViewPlan]) -> Iterator[AugmentParameters]:
-        """Those of each view, all of which come to the device in one copy."""
+        """Parameters of each view, moved to the device in one copy."""
         copied = iter(to_device([getattr(view, name) for view in views for name in _PER_IMAGE], self.device))
         for view in views:
             numbers: dict[str, Any] = dict(zip(_PER_IMAGE, copied, strict=False))
             if not view.blur_sigma.any():
-                numbers["blur_sigma"] = None  # Spares a GPU the launch
+                numbers["blur_sigma"] = None  # Saves a kernel launch
             yield AugmentParameters(**numbers, mean=self.mean, std=self.std)
