@@ -214,7 +214,7 @@ def test_numbers_without_a_range_are_told_and_not_guessed(dtype, tmp_path):
     (tmp_path / "good.png").write_bytes(encoded("PNG"))
     source = ImageFolder(tmp_path)
     assert list(source.defects) == [1]
-    with pytest.raises(DataError, match=r"measured\.tif .*8 or 16 bits a channel.*--data\.root"):
+    with pytest.raises(DataError, match=r"measured\.tif .*8 or 16 bits per channel.*--data\.root"):
         source.pixels(1)
 
 

@@ -1,4 +1,4 @@
-"""Executors turn plans into batches; all of them apply the same numbers, so they differ in speed alone."""
+"""Executors turn plans into batches; all apply the same random values, so they differ only in speed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.sources.listing import being_read
 
-UNREADABLE_AT_MOST = 0.01  # Of the images of a source
+UNREADABLE_AT_MOST = 0.01  # Fraction of the images of a source
 
 TIMEOUT_S = 600.0
-THREADS_NAME = "fastssl-"  # How the names of the threads begin that read and decode
+THREADS_NAME = "fastssl-"  # Prefix of the names of all input threads
 
 _log = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ _REQUIREMENTS = {
 
 
 class Executor(ABC):
-    """Decodes, cuts and resizes the images of a plan, augments them and hands over batches on `device`.
+    """Decodes, crops, resizes and augments the images of a plan; yields batches on `device`.
 
     `mean`, `std`: of the normalization, in units of the [0, 1] range. `dtype`: of the views.
-    `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead. `timeout_s`: how long
-    nothing may be finished before InputError ends a stream.
-    `unreadable`: a sentence by the number of each image that could not be decoded so far. `notes`: what the executor
-    chose and found, for the user; whoever shows a sentence takes it out.
+    `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead. `timeout_s`: longest
+    wait for a batch before InputError ends a stream.
+    `unreadable`: maps the index of each image that could not be decoded so far to a sentence. The executor logs what
+    it chooses and which images it replaces.
     """
 
     name: ClassVar[str]
@@ -80,45 +80,45 @@ class Executor(ABC):
         self.source = source
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
-            # Every thread has a current GPU of its own, so the stream's thread needs the number.
+            # The current GPU differs between threads, so the stream's thread needs the index.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.augmentation = Augmentation(mean=mean, std=std, device=self.device, dtype=dtype)
         self.workers = workers
         self.prefetch = prefetch
         self.timeout_s = timeout_s
         self._input_stream = InputStream(self.device)
-        self._processes: list[BaseProcess] = []  # That work for streams just now
-        self._turns: Turns | None = None  # Of these processes, where there have been any and they compute on a CPU
+        self._processes: list[BaseProcess] = []  # Now working for streams
+        self._turns: Turns | None = None  # Of the processes, once there are any that augment on a CPU
         self._stuck = False
-        self._lock = threading.Lock()  # Around what the threads of all streams change
+        self._lock = threading.Lock()  # Guards what the threads of all streams change
         self.unreadable: dict[int, str] = {}
         self._is_unreadable = np.zeros(len(source), np.bool_)
         self._exclude(source.defects)
 
     @abstractmethod
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """The boxes of every view, resized: uint8 [B, size, size, 3] on `device`; UnreadableImages for broken files."""
+        """Resized boxes of every view: uint8 [B, size, size, 3] on `device`; UnreadableImages for broken files."""
 
     def batch(self, plan: BatchPlan, step: int) -> Batch:
-        """The finished batch of one plan; UnreadableImages for broken files."""
+        """Finished batch of one plan; UnreadableImages for broken files."""
         return self._finished(plan, self.crops(plan), step)
 
     def stream(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
-        """The batches of steps first, ..., last - 1, prepared ahead by one background thread.
+        """Yield the batches of steps first, ..., last - 1, prepared ahead by a background thread.
 
-        An image that cannot be read is excluded: the next one in plan order takes its place, with a sentence in
-        `notes`. Where more than 1 % of the images are excluded, DataError ends the stream. An error of the input
-        path is raised where the consumer asks for the batch it belongs to. InputError where no batch is finished within
-        `timeout_s` while the consumer waits, or where a worker process dies; no other stream will work then.
+        An image that cannot be read is excluded: a warning is logged and the next image in plan order takes its place.
+        DataError ends the stream once more than 1 % of the images are excluded. An error of the input path is raised
+        when the consumer asks for the batch that it concerns. InputError if the consumer waits longer than `timeout_s`
+        for a batch, or if a worker process dies; after that, no other stream works either.
 
-        On a GPU the batches are made on a CUDA stream of the executor's own, for which the one that is current where a
-        batch is asked for waits in the consumer's place (see fastssl_pipelines.executors.transfer).
+        On a GPU, batches are made on a separate CUDA stream, and the consumer's current CUDA stream waits for them,
+        not the consumer's thread (see fastssl_pipelines.executors.transfer).
         """
         with closing(self._prepared(steps, first, last)) as batches:
             yield from handed_over(batches)
 
     def _prepared(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
-        """The batches of `stream` as they are when its thread has made them."""
+        """Batches of `stream`, before they are handed to the consumer's CUDA stream."""
         batches = self._batches(steps, first, last)
         thread = DaemonThreads(1, f"{THREADS_NAME}input", self._enter_thread)
         pending: deque[Future[Batch]] = deque()
@@ -140,23 +140,23 @@ class Executor(ABC):
         return self._input_stream.finish(next(batches))
 
     def _in_time(self, future: Future[_T], what: str) -> _T:
-        """The result; InputError if it is not there within `timeout_s`, after which all that works on it is given up.
+        """Return the result; if it takes longer than `timeout_s`, abandon the work and raise InputError.
 
-        The one before was finished when this one was asked for, so that slow input has that time for each.
+        The previous batch was finished before this call, so slow input has that time for every batch.
         """
         if self._turns and not future.done():
             self._turns.give()
         if not wait([future], self.timeout_s).done:
             self._stuck = True
             for process in self._processes:
-                process.kill()  # A stopped one would outlive a gentle end
+                process.kill()  # A stopped process would survive terminate()
             files = being_read()
             reading = f", and {files[0]} is being read" if files else ""
             workers = " or a worker process" if self._processes else ""
             raise InputError(
-                f"{what} was not there within {self.timeout_s:g} s{reading}: a disk{workers} does not answer, or is"
-                " very slow; mend it, copy the images to a disk of this machine or raise --train.timeout-s, and then"
-                " `fastssl resume` the run"
+                f"{what} was not ready within {self.timeout_s:g} s{reading}: a disk{workers} does not respond or is"
+                " very slow; fix it, copy the images to a local disk or raise --train.timeout-s, then `fastssl resume`"
+                " the run"
             )
         return future.result()
 
@@ -194,12 +194,12 @@ class Executor(ABC):
             _log.warning(printable(f"{reason}; the next image takes its place"))
 
     def _enter_thread(self) -> None:
-        # A second team of OpenMP threads on the training cores was seen to make a step 20 times slower
+        # A second team of OpenMP threads on the training cores made a step 20 times slower
         torch.set_num_threads(1)
         self._input_stream.enter()
 
     def _batches_of_processes(self, crops: Crops, steps: Sampler, first: int, last: int) -> Generator[Batch]:
-        """The batches of what `crops` gives in worker processes, which for a CPU augment as well."""
+        """Batches of the crops that worker processes make with `crops`; for a CPU they augment as well."""
         on_cpu = self.device.type == "cpu"
         if on_cpu and self.workers and not self._turns:
             self._turns = Turns(context(), self.workers)
@@ -231,7 +231,7 @@ class Executor(ABC):
 
 
 def available_executors() -> dict[str, str | None]:
-    """For every executor None if it works here, else what to do about it."""
+    """Map each executor to None if it works here, else to a sentence that says what to do."""
     return {name: _missing(name) for name in _REQUIREMENTS}
 
 
@@ -249,11 +249,11 @@ def build_executor(
     decode: str = "auto",
     resident_gib: float = 2.0,
 ) -> Executor:
-    """The executor called `name`: "dali", "torchvision", "resident" or "auto".
+    """Build the executor called `name`: "dali", "torchvision", "resident" or "auto".
 
-    "auto" is "resident" for a data set that decodes to at most `resident_gib` GiB; else "dali" for a GPU, where it is
-    installed, and "torchvision", which leaves the cores more time to train, for a CPU. `decode` is the DALI executor's.
-    DataError for an unknown name or one that does not work here; the other arguments are those of Executor.
+    "auto" is "resident" for a data set that decodes to at most `resident_gib` GiB; otherwise "dali" on a GPU if it is
+    installed, and "torchvision", which leaves more CPU time to training. `decode`: option of the DALI executor. The
+    other arguments are those of Executor. DataError for an unknown name, or for an executor that does not work here.
     """
     if name == "auto":
         name = _automatic(source, torch.device(device), resident_gib)
@@ -299,7 +299,7 @@ def _warn_of_outlier(source: Source, name: str, resident_gib: float) -> None:
 
 
 def _decoded_gib(source: Source, size: Callable[[NDArray[np.int32]], Any]) -> float:
-    """What all images take if each has the height and the width that `size` tells of all heights and widths."""
+    """Memory of all decoded images if each has the height `size(heights)` and the width `size(widths)`."""
     return len(source) * float(size(source.heights)) * float(size(source.widths)) * 3 / 2**30
 
 
@@ -307,6 +307,6 @@ def _missing(name: str) -> str | None:
     module, remedy = _REQUIREMENTS[name]
     try:
         import_module(module)
-    except Exception as error:  # A broken installation fails in ways of its own
+    except Exception as error:  # A broken installation can fail in any way
         return f"{remedy} ({error})"
     return None
