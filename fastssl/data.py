@@ -1,4 +1,4 @@
-"""The training and test images that a configuration names."""
+"""Training and test images of a configuration."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from fastssl_pipelines.synthetic.shapes import picture_source
 
 _log = logging.getLogger(__name__)
 
-_SHOWN = 5  # Names in a sentence
-HELD_OUT = 10  # Without a test split, every tenth image of a class is kept from training and used as one
+_SHOWN = 5  # Names listed in a message
+HELD_OUT = 10  # Without a test split, every tenth image of a class is held out as one
 
 
-# The first that is there is taken.
+# The first name that exists is used.
 _TRAIN_NAMES = ("train", "training")
 _TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 class Splits(NamedTuple):
-    """Images to train on, the unlabeled ones last, and images to test on, with the same classes."""
+    """Training images, the unlabeled ones last, and test images with the same classes."""
 
     train: Source
     test: Source
 
 
 def open_splits(config: Config) -> Splits:
-    """The images of --data.root or --data.dataset, or the embedded pictures where no root is given.
+    """Open the images of --data.root or --data.dataset, or the embedded pictures if no root is given.
 
-    Those of --data.unlabeled stand behind the training images; those of --data.quarantine are left out. A bar shows
-    how the index is made, where that takes long.
+    Those of --data.unlabeled follow the training images; those of --data.quarantine are left out. A progress bar
+    appears if building the index takes long. What may be a mistake is logged as a warning.
     """
     with DelayedProgressBar() as progress:
         splits = _labeled_splits(config, progress)
@@ -59,16 +59,16 @@ def open_splits(config: Config) -> Splits:
 
 
 def split_roots(root: Path) -> tuple[Path, ...]:
-    """Where under --data.root the training images are and, if there are any apart, the test images."""
+    """Paths of the training images and, if there is a test split, the test images under --data.root."""
     train = _split(root, _TRAIN_NAMES)
     return tuple(filter(None, (train, _split(root, _TEST_NAMES)))) if train else (root,)
 
 
 def _split(root: Path, names: tuple[str, ...]) -> Path | None:
-    """What is called by the first of the names that is there, in small or capital letters."""
+    """Folder, shard or list file with the first of the names that exists, in upper or lower case."""
     try:
-        entries = sorted(os.listdir(root), reverse=True)  # Small letters first
-    except OSError:  # Which opening it explains
+        entries = sorted(os.listdir(root), reverse=True)  # Lower case first
+    except OSError:  # Opening it will raise the error
         return None
     for name in names:
         for suffix, is_there in (("", os.path.isdir), (SHARD_SUFFIX, os.path.isfile), (".txt", os.path.isfile)):
@@ -89,12 +89,12 @@ def known_labels(config: Config, source: Source) -> NDArray[np.int64]:
     else:
         labels, unmatched = listed_labels(source, path)
         if unmatched:
-            _warn(f"{path}: {len(unmatched)} of its names belong to no labeled training image, as {unmatched[0]}")
+            _warn(f"{path}: {len(unmatched)} of its names match no labeled training image, among them {unmatched[0]}")
     known = np.unique(labels[labels >= 0])
     if len(known) == 1 and METHODS[config.method.name].uses_labels:
         _warn(
-            f"all known labels are one class, {source.classes[known[0]]}, so its images have no negatives among one "
-            f"another, and without other images the loss is 0; {config.method.name} needs labels of two classes"
+            f"all known labels are one class, {source.classes[known[0]]}, so its images have no negatives among each "
+            f"other, and without other images the loss is 0; {config.method.name} needs labels of two classes"
         )
     return labels
 
@@ -124,21 +124,21 @@ def _labeled_splits(config: Config, progress: Progress) -> Splits:
 
 
 def _warn_of_oddities(root: Path, roots: tuple[Path, ...], train: Source) -> None:
-    """Warn of unused folders next to the splits, and of classes that are called like splits."""
+    """Warn of unused folders next to the splits, and of classes with the names of splits."""
     if roots[0] != root and roots[0].is_dir():
         beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
         if unused := sorted(set(beside) - {path.name for path in roots}):
             taken = " and ".join(path.name for path in roots)
-            _warn(f"{root}: {taken} is what is used; the folders beside it are not: {_some(unused)}")
+            _warn(f"{root}: only {taken} is used; these folders are not: {_some(unused)}")
     if train.classes and all(name.lower() in _TRAIN_NAMES + _TEST_NAMES for name in train.classes):
         _warn(
-            f"the classes of {train.name} are called {_some(train.classes)}, as splits are; if they are splits, call "
-            "the folder of the training images train"
+            f"the classes of {train.name} have the names of splits, {_some(train.classes)}; if they are splits, rename "
+            "the folder of the training images to train"
         )
 
 
 def _number_alike(train: Source, test: Source) -> None:
-    """Give the test images the labels that their classes have in training; ConfigError for a class that is not there.
+    """Relabel the test images by the training classes; ConfigError for a class without training images.
 
     Warns of classes without test images, which are allowed.
     """
@@ -150,7 +150,7 @@ def _number_alike(train: Source, test: Source) -> None:
             f"images have none called {_some(unknown)}; the test images under --data.root must be of training classes"
         )
     label_of = {name: label for label, name in enumerate(train.classes)}
-    # The last one is for the label -1
+    # The last entry is for label -1
     renumbered = np.array([*(label_of[name] for name in test.classes), -1], np.int64)
     without_test = [name for name in train.classes if name not in set(test.classes)]
     test.labels, test.classes = renumbered[test.labels], train.classes
@@ -162,7 +162,7 @@ def _warn(message: str) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first of the names, and how many more there are."""
+    """First few names, and how many more there are."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -171,14 +171,14 @@ def _unlabeled(config: Config, progress: Progress) -> Source:
     root, more = config.data.root, config.data.unlabeled
     assert root is not None
     assert more is not None
-    # What a list names lies anywhere
+    # A list may name files anywhere
     is_list = more.is_file() and more.suffix != SHARD_SUFFIX
     if config.data.dataset is None and not is_list:
         for path in split_roots(root):
             if _overlap(path, more):
                 raise ConfigError(
-                    f"--data.unlabeled {more} and {path}, which --data.root names, lie in one another, so images "
-                    "would count twice; give a folder apart from it"
+                    f"--data.unlabeled {more} and {path}, which --data.root names, overlap, so images "
+                    "would count twice; give a separate folder"
                 )
     return open_source(more, labeled=False, progress=progress)
 
@@ -187,18 +187,18 @@ def _without_quarantined(splits: Splits, path: Path) -> Splits:
     names = quarantine_list(path)
     train, test = (without(source, names) for source in splits)
     if unmatched := sorted(names - train.matched - test.matched):
-        _warn(f"{path}: {len(unmatched)} of its names belong to no image, as {unmatched[0]}")
+        _warn(f"{path}: {len(unmatched)} of its names match no image, among them {unmatched[0]}")
     return Splits(train.source, test.source)
 
 
 def _hold_out(source: Source) -> Splits:
     order = np.argsort(source.labels, kind="stable")
     held = np.zeros(len(source), bool)
-    held[order[min(HELD_OUT, len(order)) - 1 :: HELD_OUT]] = True  # Of a handful of images, one
+    held[order[min(HELD_OUT, len(order)) - 1 :: HELD_OUT]] = True  # At least one, even of a handful of images
     train, test = Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held))
     return Splits(train, test)
 
 
 def _overlap(one: Path, other: Path) -> bool:
-    one, other = Path(os.path.realpath(one)), Path(os.path.realpath(other))  # Resolve raises for a link to itself
+    one, other = Path(os.path.realpath(one)), Path(os.path.realpath(other))  # Path.resolve raises for a link to itself
     return one.is_relative_to(other) or other.is_relative_to(one)

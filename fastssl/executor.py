@@ -1,4 +1,4 @@
-"""The executor that a configuration asks for."""
+"""Input executor of a configuration."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastssl_pipelines.sources.base import Source
 
 _log = logging.getLogger(__name__)
 
-_FEWEST_FOR_CPU, _MOST = 2, 12  # Workers that nobody asked for
+_FEWEST_FOR_CPU, _MOST = 2, 12  # Default numbers of workers
 
 
 def input_executor(
     data: DataConfig, source: Source, *, device: torch.device, dtype: torch.dtype, timeout_s: float = TIMEOUT_S
 ) -> Executor:
-    """The executor for the images of `source`, which hands over views in `dtype` on `device`.
+    """Build the executor for the images of `source`, with views in `dtype` on `device`.
 
-    Its notes say how many workers a GPU gets where --data.workers does not.
+    Logs the number of workers on a GPU if --data.workers is not given.
     """
     workers = worker_count(data, device)
     executor = build_executor(
@@ -45,10 +45,10 @@ def input_executor(
 
 
 def worker_count(data: DataConfig, device: torch.device) -> int:
-    """--data.workers, or what suits the cores that each process of this machine has."""
+    """--data.workers, or a default that fits the cores of each process on this machine."""
     if data.workers is not None:
         return data.workers
     own = cores() // local_ranks()
     if device.type == "cuda":
-        return min(max(1, own - 1), _MOST)  # One trains
-    return min(max(_FEWEST_FOR_CPU, own // 4), _MOST)  # The others train
+        return min(max(1, own - 1), _MOST)  # One core trains
+    return min(max(_FEWEST_FOR_CPU, own // 4), _MOST)  # The other cores train

@@ -114,7 +114,7 @@ def test_of_several_test_splits_the_others_are_told(root, notes):
     _, test = splits(root)
     assert test.name == str(root / "test")
     (note,) = notes.take()
-    assert "train and test is what is used; the folders beside it are not: annotations, val" in note
+    assert "only train and test is used; these folders are not: annotations, val" in note
 
 
 def test_classes_that_are_called_as_splits_are_told(root, notes):
@@ -122,7 +122,7 @@ def test_classes_that_are_called_as_splits_are_told(root, notes):
     train, _ = splits(root)
     assert train.classes == ("test", "val")
     (note,) = notes.take()
-    assert "are called test, val, as splits are" in note
+    assert "have the names of splits, test, val; " in note
 
 
 def test_files_that_are_no_images_are_told(root, notes):
@@ -143,7 +143,7 @@ def test_quarantined_images_are_left_out_of_training_and_test(root, tmp_path, no
     assert [len(part) for part in names] == [18, 2]
     assert train.labels.tolist() == [0] * 9 + [1] * 9
     (note,) = notes.take()
-    assert "bad.txt: 1 of its names belong to no image, as none.png" in note
+    assert "bad.txt: 1 of its names match no image, among them none.png" in note
 
 
 def test_an_empty_quarantine_changes_nothing(root, tmp_path, notes):

@@ -116,7 +116,7 @@ def test_names_that_are_not_found_are_counted(data, notes):
     (data / "list.txt").write_text("cat_3.png\nbird_1.png\ncat_11.png\n")
     labels = seen(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
     note, _ = notes.take()  # The other one is about the one class that is left
-    assert re.search(r"list\.txt: 2 of its names .* as bird_1\.png", note)
+    assert re.search(r"list\.txt: 2 of its names .* among them bird_1\.png", note)
     assert known(labels) == {"cat_3.png": 0}
 
 
@@ -176,7 +176,9 @@ def test_a_run_with_a_list_and_unlabeled_images_from_another_folder(data, monkey
     assert (config.data.label_list, config.data.unlabeled) == (data / "list.txt", data / "more")
     assert (start(folder)["images"], start(folder)["labels"]) == (27, 10)
     assert "warning" in capsys.readouterr().out
-    assert "1 of its names belong to no labeled training image, as cat_10.png" in (folder / "console.log").read_text()
+    assert (
+        "1 of its names match no labeled training image, among them cat_10.png" in (folder / "console.log").read_text()
+    )
     # Two steps of 8 fill the queue of 16
     steps = train_sampler(config, open_splits(config).train)
     assert queue == [*steps[0].labels, *steps[1].labels]

@@ -112,8 +112,8 @@ def test_what_is_not_used_is_told_and_kept_with_the_index(tmp_path, notes):
         archive.addfile(info)
     expected = [
         f"{tmp_path}: 6 files are not used: 2 .json, 2 .webm, 1 without a suffix, 1 .png link",
-        f"{tmp_path}: no .cls in the shards: labels in .json or .txt are not read; write the number of a class into "
-        "KEY.cls beside each image",
+        f"{tmp_path}: no .cls in the shards: labels in .json or .txt are not read; write the index of a class into "
+        "KEY.cls next to each image",
     ]
     for _ in range(2):
         open_source(tmp_path)

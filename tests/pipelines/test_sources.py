@@ -69,7 +69,7 @@ def test_more_files_than_a_scan_chunk(tmp_path):
         (lambda root: (root / "cat").mkdir(parents=True), "class folder .*cat holds no"),
         (
             lambda root: [save(root / "cat" / "1.png", picture(2, 2)), save(root / "2.png", picture(2, 2))],
-            "also 2.png beside them",
+            "also 2.png next to them",
         ),
     ],
 )
