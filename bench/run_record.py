@@ -19,6 +19,7 @@ from fastssl.errors import ConfigError
 from fastssl.observe.screen import open_screen
 from fastssl.observe.table import Table
 from fastssl_pipelines.errors import DISTRIBUTION
+from fastssl_pipelines.files import write_atomic
 
 PACKAGES = (DISTRIBUTION, "torch", "triton", "numpy", "lightly", "pytorch-metric-learning")
 
@@ -81,7 +82,7 @@ def write(folder: Path, name: str, facts: dict[str, Any], rows: Sequence[Any]) -
     path = folder / f"{name}-{device}-{re.sub('[^0-9T]', '', facts['date'])}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2), encoding="utf-8")
+        write_atomic(path, json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2).encode())
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); change --out") from None
     return path

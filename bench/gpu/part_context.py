@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastssl_pipelines.files import write_whole
+from fastssl_pipelines.files import write_atomic
 
 NUMBERS = "numbers.json"
 
@@ -60,4 +60,4 @@ class PartContext:
     def write(self, **more: Any) -> None:
         """Save the results so far in the folder."""
         text = json.dumps({"numbers": self.numbers, "errors": self.errors, **more}, indent=1, default=str)
-        write_whole(self.folder / NUMBERS, text.encode())
+        write_atomic(self.folder / NUMBERS, text.encode())

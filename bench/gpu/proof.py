@@ -16,7 +16,7 @@ import torch
 from fastssl.arguments import parse
 from fastssl.errors import ConfigError
 from fastssl.validation import Checked, Range
-from fastssl_pipelines.files import write_whole
+from fastssl_pipelines.files import write_atomic
 
 from . import part_runner, verdicts
 from .parts import FAILED, PARTS, Part, chosen, left_to_do, seconds_for
@@ -104,7 +104,7 @@ def _write(out: Path, records: Records, device: str) -> None:
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            write_whole(out / name, json.dumps(content, indent=1).encode())
-        write_whole(out / "summary.md", verdicts.markdown(in_order, device).encode())
+            write_atomic(out / name, json.dumps(content, indent=1).encode())
+        write_atomic(out / "summary.md", verdicts.markdown(in_order, device).encode())
     except OSError as error:
         raise ConfigError(f"{out} cannot be written to ({error.strerror}); give another folder with --out") from None

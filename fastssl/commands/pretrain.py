@@ -11,6 +11,7 @@ from fastssl.config import Config, RunConfig, from_json
 from fastssl.device import choose_device
 from fastssl.distributed import from_first_rank, joined_ranks, rank
 from fastssl.errors import ConfigError
+from fastssl.observe.notes import NoteQueue
 from fastssl.presets import load
 from fastssl.run_folder import claimed, config_text, new_folder, prepare, taken
 
@@ -53,7 +54,7 @@ def train(config: Config, folder: Path | None, *, new: bool) -> int:
             folder = Path(from_first_rank(lambda: str(stack.enter_context(new_folder(config.preset)))))
         elif new and (folder / "config.json").exists():
             raise taken(folder)
-        trainer = Trainer(config, folder)
+        trainer = Trainer(config, folder, stack.enter_context(NoteQueue()))
         if rank() > 0:
             return trainer.train()
         claim = stack.enter_context(claimed(folder))

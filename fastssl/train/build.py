@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-
 import torch
 
 from fastssl.config import Config
@@ -66,13 +63,13 @@ def compiles(config: Config, device: torch.device) -> bool:
     return config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
 
 
-def train_sampler(config: Config, source: Source, warn: Callable[[str], object] = warnings.warn) -> TrainSampler:
-    """This rank's part of the sample plan; the method sees the labels of `known_labels`, which explains `warn`."""
+def train_sampler(config: Config, source: Source) -> TrainSampler:
+    """This rank's part of the sample plan; the method sees the labels of `known_labels`."""
     _check_parts(config)
     plan = SamplePlan(
         widths=source.widths,
         heights=source.heights,
-        labels=known_labels(config, source, warn),
+        labels=known_labels(config, source),
         views=config.views,
         odd_views=config.odd_views,
         seed=config.seed,

@@ -58,9 +58,10 @@ FLOORS = {
         "aot parity",
     ),
     "fastssl_pipelines": (
-        "errors names views",
+        "errors views",
         "batch files plan",
-        "sampler sources",
+        "names sampler",
+        "sources",
         "labels synthetic",
         "executors",
     ),

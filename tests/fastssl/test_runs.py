@@ -254,7 +254,7 @@ def test_of_two_runs_that_start_at_once_the_later_is_refused(tmp_path, capsys, m
 
         identity: ClassVar[dict] = {}
 
-        def __init__(self, config, folder):
+        def __init__(self, config, folder, notes):
             folder.mkdir()
             (folder / "config.json").write_text("theirs")
 

@@ -172,7 +172,7 @@ def crops_by_id(source, world_size, first_step=0):
     for step in range(first_step, 6):
         ids, crops = [], []
         for rank in range(world_size):
-            # every rank and every restart has a copy of its own, as another process
+            # Every rank and every restart has a copy of its own, as another process
             executor = build_executor(
                 "torchvision", pickle.loads(pickle.dumps(source)), mean=(0, 0, 0), std=(1, 1, 1), workers=0
             )

@@ -19,7 +19,7 @@ from fastssl_pipelines.sources.torchvision_sets import NAMED, open_named
 
 RNG = np.random.default_rng(0)
 CIFAR = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
-STL = RNG.integers(0, 256, (9, 3, 96, 96), dtype=np.uint8)  # channel, column, row
+STL = RNG.integers(0, 256, (9, 3, 96, 96), dtype=np.uint8)  # Channel, column, row
 GRAY = RNG.integers(0, 256, (7, 28, 28), dtype=np.uint8)
 STL_FILES = ("train_X.bin", "train_y.bin", "unlabeled_X.bin", "test_X.bin", "test_y.bin")
 
@@ -91,7 +91,7 @@ def test_cifar(tmp_path, monkeypatch, no_network, name):
     for source, rows in ((train, range(10)), (test, (10, 11))):
         for number, row in enumerate(rows):
             np.testing.assert_array_equal(source.pixels(number), CIFAR[row].transpose(1, 2, 0))
-    assert np.shares_memory(train.pixels(0), train.pixels(1).base)  # no copies
+    assert np.shares_memory(train.pixels(0), train.pixels(1).base)  # No copies
 
 
 def test_stl10_has_its_unlabeled_images_last(tmp_path, monkeypatch, no_network):

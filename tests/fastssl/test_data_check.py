@@ -105,7 +105,7 @@ NAMES = [
 ]
 
 
-def test_any_name_is_shown_and_listed_and_found_again(tmp_path, capsys):
+def test_any_name_is_shown_and_listed_and_found_again(tmp_path, capsys, notes):
     root = tmp_path / "data"
     write(root / "train", GOOD | {f"a/{name}": b"" for name in NAMES})
     write(root / "test", {"a/8.jpg": picture(98), "b/9.jpg": picture(99)})
@@ -114,7 +114,7 @@ def test_any_name_is_shown_and_listed_and_found_again(tmp_path, capsys):
     assert printed.replace("\n", "").isprintable()
     assert r"    train: a/\x1b[31mred.jpg" in printed
     train = open_splits(parse(["--data.root", str(root), "--data.quarantine", str(tmp_path / "bad.txt")])).train
-    assert train.notes == ()
+    assert notes.take() == []
     assert {train.name_of(row) for row in range(len(train))} == GOOD.keys()
     assert not train.defects
 

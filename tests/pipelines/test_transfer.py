@@ -17,14 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl_kernels import use_backend
 from fastssl_pipelines import ArraySource, Batch, Executor, TrainSampler, ViewSpec, available_executors, build_executor
-from fastssl_pipelines.executors import augmentation, resident
-from fastssl_pipelines.executors.handover import HOST_AHEAD, TURN_S
-from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
+from fastssl_pipelines.executors import pixels, resident
+from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, HOST_AHEAD, TURN_S, to_device
 from tests.pipelines import fake_cuda
 from tests.pipelines.photos import NORMALIZATION, photo, plan_of
 
 BATCHES = 9
-COPIES_AT_MOST = 4  # a batch: pixels in host memory, ids and boxes, numbers of all views, labels and ids
+COPIES_AT_MOST = 4  # A batch: pixels in host memory, ids and boxes, numbers of all views, labels and ids
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_batches_are_made_on_a_stream_of_their_own_and_handed_over_by_events(mon
     cuda.consumer.log.clear()
     taken = []
     for batch in executor.stream(steps, 0, BATCHES):
-        # the consumer's stream has been told to wait before anything can be queued on it
+        # The consumer's stream has been told to wait before anything can be queued on it
         assert cuda.consumer.log[-1] == ("wait", batch.ready)
         kept = cuda.kept[-4:]
         tensors = (*batch.views, batch.labels, batch.ids)
@@ -86,9 +85,9 @@ def test_batches_are_made_on_a_stream_of_their_own_and_handed_over_by_events(mon
     (own,) = cuda.streams
     assert {batch.ready.stream for batch in taken} == {own}
     assert ("copy", True) not in own.log
-    assert {kind for kind, *_ in cuda.consumer.log} == {"wait", "record"}  # nothing of the input is queued there
+    assert {kind for kind, *_ in cuda.consumer.log} == {"wait", "record"}  # Nothing of the input is queued there
     assert 0 < own.log.count(("copy", False)) <= COPIES_AT_MOST * BATCHES
-    assert own.log[-1] == ("record", taken[-1].ready)  # behind all that was queued for the batch
+    assert own.log[-1] == ("record", taken[-1].ready)  # Behind all that was queued for the batch
 
 
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
@@ -103,7 +102,7 @@ def test_batches_for_a_gpu_are_those_for_a_cpu(monkeypatch, cuda, source, name, 
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.labels, other.labels)
         for view, wanted in zip(one.views, other.views, strict=True):
-            if name == "resident":  # its resize is two matrix products, and colors make a level more of it
+            if name == "resident":  # Its resize is two matrix products, and colors make a level more of it
                 assert (view - wanted).abs().mean() < one_level
             else:
                 assert torch.equal(view, wanted)
@@ -112,7 +111,7 @@ def test_batches_for_a_gpu_are_those_for_a_cpu(monkeypatch, cuda, source, name, 
 def test_a_batch_that_is_made_here_is_copied_from_pinned_memory_on_the_current_stream(monkeypatch, cuda, source):
     executor = executor_on(fake_cuda.DEVICE, "torchvision", source, monkeypatch, workers=0)
     batch = executor.batch(steps_of(source)[0], 0)
-    assert cuda.consumer.log == [("copy", False)] * 3  # pixels, numbers of the views, labels and ids
+    assert cuda.consumer.log == [("copy", False)] * 3  # Pixels, numbers of the views, labels and ids
     assert batch.ready is None
 
 
@@ -136,7 +135,7 @@ def test_dali_writes_over_crops_when_the_input_has_read_them(monkeypatch, cuda, 
         pass
     (own,) = cuda.streams
     assert {event.stream for event in waited} == {own, cuda.consumer}
-    assert [event.stream for event in waited].count(own) == BATCHES  # the last at the end
+    assert [event.stream for event in waited].count(own) == BATCHES  # The last at the end
 
 
 def test_two_streams_of_an_executor_share_its_cuda_stream(monkeypatch, cuda, source):
@@ -203,10 +202,10 @@ def test_views_are_made_of_resident_images_without_looking_at_the_device_and_in_
     def on_the_device(arrays, device):
         return [torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device) for array in arrays]
 
-    for module in (resident, augmentation):
+    for module in (resident, pixels):
         monkeypatch.setattr(module, "to_device", on_the_device)
     plan = steps_of(source)[0]
-    augment = augmentation.Augmentation(**NORMALIZATION, device=fake_cuda.DEVICE, dtype=torch.bfloat16)
+    augment = pixels.Augmentation(**NORMALIZATION, device=fake_cuda.DEVICE, dtype=torch.bfloat16)
     with FakeTensorMode(), use_backend("blockwise"):
         images = torch.empty(40, 32, 3, 32, dtype=torch.uint8, device=fake_cuda.DEVICE)
         with Launches() as launches:
