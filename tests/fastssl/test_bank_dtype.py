@@ -150,7 +150,7 @@ def test_positive_pairs_are_not_rounded():
     torch.manual_seed(0)
     method = build("mocov2", bank_dtype=torch.bfloat16)
     batch = a_batch("mocov2")
-    kept = method(batch).kept[1]
+    updates = method(batch).updates[1]
     assert kept.dtype == torch.float32
     assert not torch.equal(kept, kept.bfloat16().float())
 
