@@ -3,8 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress
-from fastssl.methods.registry import METHODS, register_method
+from fastssl.methods.base import METHODS, Method, MethodConfig, MethodOutput, TrainProgress, register_method
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastssl.distributed import gather_rows
 from fastssl.errors import ConfigError
 from fastssl.models.encoders import Encoder
+from fastssl.registration import Registry
 from fastssl.validation import Checked, Dim, Temperature
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
@@ -146,3 +147,13 @@ class Method(nn.Module):
     def encoder(self) -> nn.Module:
         """The module that is evaluated and exported: images to features, without the head."""
         raise NotImplementedError
+
+
+METHODS: Registry[type[Method]] = Registry("method")
+_Registered = TypeVar("_Registered", bound=type[Method])
+
+
+def register_method(cls: _Registered) -> _Registered:
+    """Class decorator: make a method available under `Config.name`; ConfigError if that name is taken."""
+    METHODS.register(cls.Config.name, cls, cls)
+    return cls

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fastssl.methods.base import register_method
 from fastssl.methods.moco import MoCoConfig, MoCoV2
-from fastssl.methods.registry import register_method
 from fastssl.validation import Temperature, Weight
 from fastssl_kernels import consistency
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastssl.distributed import rank
-from fastssl.methods.base import MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, register_method
 from fastssl.methods.mixing import uniform_rows
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
-from fastssl.methods.registry import register_method
 from fastssl.validation import Temperature, Weight
 from fastssl_pipelines.batch import Batch
 

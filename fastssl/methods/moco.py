@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fastssl.methods.base import MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, register_method
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
-from fastssl.methods.registry import register_method
 from fastssl.validation import Temperature
 from fastssl_pipelines.batch import Batch
 

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 
 from fastssl.distributed import gather_rows
-from fastssl.methods.base import MethodConfig, MethodOutput, TrainProgress
+from fastssl.methods.base import MethodConfig, MethodOutput, TrainProgress, register_method
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod, momentum_rows
-from fastssl.methods.registry import register_method
 from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
 from fastssl.validation import Decay, Rows, Temperature, Width

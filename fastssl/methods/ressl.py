@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastssl.methods.base import MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, register_method
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
-from fastssl.methods.registry import register_method
 from fastssl.validation import Dim, Rows, Temperature, Width
 from fastssl_pipelines.batch import Batch
 

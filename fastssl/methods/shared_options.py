@@ -9,8 +9,7 @@ import torch
 
 from fastssl.distributed import world_size
 from fastssl.errors import ConfigError
-from fastssl.methods.base import MethodConfig
-from fastssl.methods.registry import METHODS
+from fastssl.methods.base import METHODS, MethodConfig
 from fastssl.models.queue import KeyQueue
 from fastssl.validation import Decay, Rows, Width
 

@@ -12,8 +12,7 @@ from torch.nn.functional import normalize
 
 from fastssl.distributed import gather_rows, gather_rows_with_gradient
 from fastssl.errors import ConfigError
-from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress
-from fastssl.methods.registry import register_method
+from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress, register_method
 from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
 from fastssl.models.heads import MLPBatchNormHead, ProjectionHead

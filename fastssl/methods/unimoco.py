@@ -7,8 +7,8 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
+from fastssl.methods.base import register_method
 from fastssl.methods.moco import MoCoConfig, MoCoV2
-from fastssl.methods.registry import register_method
 from fastssl_kernels import unicon
 
 

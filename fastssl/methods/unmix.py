@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastssl.methods.base import MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, register_method
 from fastssl.methods.mixing import swap_neighbors
 from fastssl.methods.moco import MoCoConfig, MoCoV2
-from fastssl.methods.registry import register_method
 from fastssl.validation import Share
 from fastssl_pipelines.batch import Batch
 

@@ -31,6 +31,7 @@ VARIANTS = {name: (name, {}) for name in METHODS} | {
     for name, cls in METHODS.items()
     for words, options in vars(cls).get("variants", {}).items()
 }
+SHARDABLE = [name for name, cls in METHODS.items() if getattr(cls.Config, "shardable", False)]
 
 
 class SmallEncoder(Encoder):

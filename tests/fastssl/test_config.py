@@ -30,7 +30,7 @@ def test_config_file_is_the_default_and_options_go_over_it(tmp_path):
     ("arguments", "words"),
     [
         ("mocov2-cifra10", ["mocov2-cifra10", "did you mean 'mocov2-cifar10'"]),
-        ("--train.bath-size 5", ["--train.bath-size", "did you mean --train.batch-size"]),
+        ("--train.bath-size 5", ["--train.bath-size", "did you mean '--train.batch-size'"]),
         ("--train.batch-size many", ["--train.batch-size", "many"]),
         ("--train.batch-size 0", ["--train.batch-size 0", "at least 1"]),
         ("mocov2-cifar10 --train.batch-size 100", ["--train.batch-size 100", "--model.splits 8", "multiple"]),

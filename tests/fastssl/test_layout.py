@@ -40,7 +40,7 @@ def imported_modules(path: Path) -> set[str]:
 FLOORS = {
     "fastssl": (
         "errors renamed",
-        "apex distributed validation",
+        "apex distributed plugins registration validation",
         "plain_arguments",
         "arguments models",
         "methods",

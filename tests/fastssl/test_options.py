@@ -100,7 +100,7 @@ def test_every_preset_survives_its_file(name):
             lambda: METHODS["mocov2"].Config(momentum=1),
             "--method.momentum 1 was given; it must be at least 0 and below 1",
         ),
-        (lambda: METHODS["mocov2"].Config(queue_size=2**28, dim=2**14), "--method.dim 16384; they ask for 16384 GiB"),
+        (lambda: METHODS["mocov2"].Config(queue_size=2**28, dim=2**14), "--method.dim 16384; they need 16384 GiB"),
         (lambda: METHODS["smog"].Config(bank_size=2**28, dim=256), "--method.bank-size 268435456 was given with"),
         (
             lambda: METHODS["smog"].Config(groups=2**20, heads=1024, bank_size=2**20),

@@ -12,12 +12,12 @@ import fastssl_kernels
 from fastssl.distributed import local_rows, world_size
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS
-from fastssl.methods.queue_method import SHARDABLE, MomentumConfig
 from fastssl.methods.sharded import sharded_read
+from fastssl.methods.shared_options import ShardableQueueConfig
 from fastssl.models.queue import KeyQueue, gather_state, queue_hash
 from fastssl_kernels import queue_read
 from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join
-from tests.fastssl.small_methods import QUEUE, build
+from tests.fastssl.small_methods import QUEUE, SHARDABLE, build
 
 WORLDS = (2, 4)
 VARIANTS = {
@@ -185,8 +185,8 @@ def test_a_queue_that_ranks_cannot_share_evenly(folder):
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match="a queue of 7 keys in 2 shards"):
         KeyQueue(7, 2, shards=2)
-    with_a_queue = {name for name, method in METHODS.items() if issubclass(method.Config, MomentumConfig)}
+    with_a_queue = {name for name, method in METHODS.items() if issubclass(method.Config, ShardableQueueConfig)}
     assert set(SHARDABLE) < with_a_queue
     for name in with_a_queue - set(SHARDABLE):
-        with pytest.raises(ConfigError, match=f"--method.shard-queue was given with {name}, .*mocov1, mocov2"):
+        with pytest.raises(ConfigError, match=f"--method.shard-queue was given with {name}, .*mixco, .*mocov1"):
             METHODS[name].Config(shard_queue=True)
