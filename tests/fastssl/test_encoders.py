@@ -131,7 +131,7 @@ class _Convolutions(TorchDispatchMode):
 
 @pytest.mark.parametrize("width", [1 / 32, 1 / 16, 3 / 32, 1 / 8, 1 / 4])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_narrow_encoders_spare_the_cpu_what_onednn_gets_wrong(name: str, width: float) -> None:
+def test_narrow_encoders_avoid_the_convolution_that_onednn_gets_wrong(name: str, width: float) -> None:
     """Backward of a strided 1x1 convolution of a few channels writes past its workspace, uxlfoundation/oneDNN#6035."""
     encoder = build_encoder(name, width=width, stem="small").to(memory_format=torch.channels_last)
     with _Convolutions() as convolutions, torch.no_grad():
@@ -142,12 +142,14 @@ def test_narrow_encoders_spare_the_cpu_what_onednn_gets_wrong(name: str, width: 
 
 
 def test_gradients_of_a_narrow_encoder_are_those_of_float64() -> None:
+    # At one seed in 40 float32 rounds the input of a ReLU to the other side of zero
+    torch.manual_seed(0)
     encoder = build_encoder("resnet18", width=1 / 16, stem="small").to(memory_format=torch.channels_last).eval()
     images = torch.rand(16, 3, 32, 32).to(memory_format=torch.channels_last)
     encoder(images).square().sum().backward()
     exact = build_encoder("resnet18", width=1 / 16, stem="small").double().eval()
     exact.load_state_dict(encoder.state_dict())
-    # without oneDNN's kernels, which have no float64
+    # Without oneDNN's kernels, which have no float64
     exact(images.double()).square().sum().backward()
     for (name, parameter), other in zip(encoder.named_parameters(), exact.parameters(), strict=True):
         assert parameter.grad is not None
