@@ -186,6 +186,6 @@ def _show(rows: Sequence[Row]) -> None:
     table = Table(headings, "lrrrrr", "top-1 on the test images, %")
     for row in rows:
         labels = "" if row.label_fraction is None else f"{row.label_fraction:.0%}"
-        numbers = [f"{value:.2f}" for value in (row.untrained_top1, row.knn_top1, row.linear_top1)]
-        table.add_row(row.method, labels, *numbers, f"{row.images_per_s:.0f}")
+        accuracies = [f"{value:.2f}" for value in (row.untrained_top1, row.knn_top1, row.linear_top1)]
+        table.add_row(row.method, labels, *accuracies, f"{row.images_per_s:.0f}")
     open_screen().table(table)

@@ -15,18 +15,19 @@ class Registry(dict[str, _Entry]):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self._origins: dict[str, tuple[str, str]] = {}
+        self.origins: dict[str, tuple[str, str]] = {}
+        """Module and qualified name of each definition."""
 
     def register(self, name: str, entry: _Entry, definition: Any) -> None:
         """Add `entry` under `name`; `definition` is the class or function that a user wrote for it."""
         origin = definition.__module__, definition.__qualname__
         # A definition that runs again, as in a notebook, replaces itself
-        if self._origins.get(name, origin) != origin:
+        if self.origins.get(name, origin) != origin:
             raise ConfigError(
-                f"{self.kind} {name!r} was given by {origin[0]}, and {self._origins[name][0]} already registers that "
+                f"{self.kind} {name!r} was given by {origin[0]}, and {self.origins[name][0]} already registers that "
                 "name; rename one of them"
             )
-        self._origins[name] = origin
+        self.origins[name] = origin
         self[name] = entry
 
     def find(self, name: str) -> _Entry:

@@ -244,7 +244,7 @@ class TestQueue:
             queue.enqueue(keys, labels, step)
             keys_in_time = torch.cat((keys_in_time, keys))
             labels_in_time = torch.cat((labels_in_time, labels))
-            # Arrival number a (the first `size` are the initial rows) lives in slot a mod size.
+            # Arrival a (the first `size` are the initial rows) is in slot a mod size
             arrivals = torch.arange(len(keys_in_time))[-size:]
             assert torch.equal(queue.keys[arrivals % size], keys_in_time[-size:])
             assert torch.equal(queue.labels[arrivals % size], labels_in_time[-size:])
@@ -263,7 +263,7 @@ class TestQueue:
         assert not queue.keys.requires_grad
         assert torch.equal(queue.keys[:2], torch.ones(2, 2))
 
-    def test_state_dict_is_the_whole_state(self) -> None:
+    def test_state_dict_is_the_complete_state(self) -> None:
         queue, resumed = KeyQueue(10, 2), KeyQueue(10, 2)
         queue.enqueue(torch.ones(4, 2), torch.arange(4), 0)
         resumed.load_state_dict(queue.state_dict())
