@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
         (["check", "no/such/folder"], "no/such/folder"),
         (["check", ".", "--workers", "0"], "--workers 0 was given; it must be at least 1"),
         (["check", ".", "--quarantine", "no/folder/bad.txt"], "no/folder must be a folder that can be written to"),
-        (["check", ".", "--quarantin", "bad.txt"], "did you mean --quarantine?"),
+        (["check", ".", "--quarantin", "bad.txt"], "did you mean '--quarantine'?"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, capsys):

@@ -31,7 +31,7 @@ MOST_LINES = 400
 FLOORS = {
     "fastssl": (
         "errors renamed",
-        "apex distributed validation",
+        "apex distributed plugins registration validation",
         "plain_arguments",
         "arguments models",
         "methods",

@@ -224,7 +224,7 @@ def test_a_folder_without_a_test_split_is_judged_on_images_kept_from_training(im
             ["64", "48", "--train.batch-size"],
         ),
         ("pretrain mocov2-cifra10", ["mocov2-cifra10", "did you mean"]),
-        ("pretrain --train.bath-size 5", ["--train.bath-size", "did you mean --train.batch-size"]),
+        ("pretrain --train.bath-size 5", ["--train.bath-size", "did you mean '--train.batch-size'"]),
         ("pretrain --model.encoder resnet19", ["resnet19", "did you mean 'resnet18'"]),
         ("pretrain --train.device cuda", ["cuda"]),
         ("pretrain --run.dir {data}", ["{data}", "already"]),

@@ -1,4 +1,4 @@
-"""What recipes share: the data sets, the views, and a configuration made of them."""
+"""Data sets and views that recipes share, and a configuration built from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastssl_pipelines.views import ViewSpec
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set as recipes see it: the side of a view in pixels, normalization, encoder and evaluation view."""
+    """What recipes need of a data set: view size in pixels, normalization, encoder and evaluation view."""
 
     size: int
     data: DataConfig
@@ -23,8 +23,8 @@ class DataSet:
 _SMALL = ModelConfig(encoder="resnet18", stem="small")
 _SMALL_POOL = ModelConfig(encoder="resnet18", stem="small-pool")
 
-# Normalization as in MSVQ's dataset/data.py; ImageNet's is the default of DataConfig. STL-10 is evaluated at its own
-# 96 pixels there, and so here.
+# Normalization as in MSVQ's dataset/data.py; ImageNet's is the default of DataConfig. STL-10 is evaluated at its native
+# 96 pixels, as there.
 IMAGENET = DataSet(
     size=224,
     data=DataConfig(),
@@ -89,15 +89,15 @@ def configuration(
 
 
 def smog_views(
-    a: ViewSpec, b: ViewSpec, *, small: int, number: int
+    a: ViewSpec, b: ViewSpec, *, small: int, count: int
 ) -> tuple[tuple[ViewSpec, ...], tuple[ViewSpec, ...]]:
-    """Views of SMoG in even and in odd steps, where the large views `a` and `b` have swapped their roles.
+    """Views of SMoG in even and in odd steps; the large views `a` and `b` swap roles at every step.
 
-    Two views of the encoder that learns, two of the momentum encoder, then `number` small ones of the former.
+    Two views for the trained encoder, two for the momentum encoder, then `count` small ones for the trained encoder.
     """
 
     def roles(query: ViewSpec, key: ViewSpec) -> tuple[ViewSpec, ...]:
         part = replace(query, size=small, scale=(0.05, 0.2))
-        return query, query, key, key, *[part] * number
+        return query, query, key, key, *[part] * count
 
     return roles(a, b), roles(b, a)

@@ -1,4 +1,4 @@
-"""What the recipes for CIFAR, STL-10 and Tiny ImageNet share."""
+"""ResNet-18 recipes that CIFAR, STL-10 and Tiny ImageNet share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastssl.methods import MethodConfig
 from fastssl.methods.msvq import MSVQConfig
 from fastssl.methods.queue_method import MomentumConfig
 from fastssl.methods.ressl import ReSSLConfig
-from fastssl.presets.data import DataSet, configuration, strong_view, weak_view
+from fastssl.presets.data_sets import DataSet, configuration, strong_view, weak_view
 from fastssl_pipelines.views import ViewSpec
 
 _Momentum = TypeVar("_Momentum", bound=MomentumConfig)
@@ -31,18 +31,18 @@ def notebook(on: DataSet, method: type[_Momentum], *, epochs: int = 200, **optio
 
 
 def msvq_like(on: DataSet, method: MethodConfig, *views: ViewSpec) -> Config:
-    """What MSVQ's code shares between data sets: split batch norm, five epochs of warm-up, cosine."""
+    """MSVQ's settings for every data set: split batch norm, five epochs of warm-up, cosine."""
     optim = OptimConfig(lr=0.06, weight_decay=5e-4, schedule="cosine", warmup_epochs=5)
     return configuration(on, method, optim, *views, epochs=200, batch_size=256)
 
 
-def teacher_views(on: DataSet, number: int) -> tuple[ViewSpec, ...]:
-    """A strong view for the student and weak ones, mostly flipped, for the teachers."""
-    return (strong_view(on.size), *[weak_view(on.size, flip=0.9)] * number)
+def teacher_views(on: DataSet, teachers: int) -> tuple[ViewSpec, ...]:
+    """A strong view for the student and one weak, mostly flipped view per teacher."""
+    return (strong_view(on.size), *[weak_view(on.size, flip=0.9)] * teachers)
 
 
 def queue_of(on: DataSet, method: type[_Momentum], **options: Any) -> _Momentum:
-    """The method with the queue, momentum and head of MSVQ's author: larger and slower for 64 pixels than for 32."""
+    """The method with the queue, momentum and head of MSVQ's author, who uses larger ones for 64 pixels than for 32."""
     queue_size, momentum = (4096, 0.99) if on.size == 32 else (16384, 0.996)
     return method(**{"queue_size": queue_size, "momentum": momentum, "hidden_dim": 2048, "dim": 128, **options})
 
@@ -54,7 +54,7 @@ def moco_of_msvq(on: DataSet, method: type[_Momentum], **options: Any) -> Config
 
 
 def msvq(on: DataSet, **options: Any) -> Config:
-    """MSVQ's command, whose second momentum and teacher temperature depend on the data set."""
+    """The official MSVQ command; second momentum and teacher temperature depend on the data set."""
     return msvq_like(on, queue_of(on, MSVQConfig, **options), *teacher_views(on, 3))
 
 
