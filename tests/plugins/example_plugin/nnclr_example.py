@@ -19,7 +19,7 @@ from fastssl.models.heads import MLPBatchNormHead, ProjectionHead
 from fastssl.models.norm import NormLayer
 from fastssl.presets import preset
 from fastssl.validation import Rows, Temperature, Width
-from fastssl_kernels import assign_groups, group_cross_entropy
+from fastssl_kernels import bank_cross_entropy, nearest_entry
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 
@@ -70,10 +70,10 @@ class NNCLR(Method):
 
     def _loss(self, projection: Tensor, prediction: Tensor) -> Tensor:
         rows = normalize(projection.detach().float(), dim=1)
-        nearest = self.queue.keys[assign_groups(rows, self.queue.keys)].float()
+        nearest = self.queue.keys[nearest_entry(rows, self.queue.keys)].float()
         bank = gather_rows_with_gradient(normalize(prediction.float(), dim=1))
         target = rank() * len(rows) + torch.arange(len(rows), device=rows.device)
-        return group_cross_entropy(nearest, bank, target, temperature=self.config.temperature)
+        return bank_cross_entropy(nearest, bank, target, temperature=self.config.temperature)
 
     @torch.no_grad()
     def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
