@@ -132,8 +132,8 @@ class Reporter:
     def _write(self, event: str, **values: Any) -> None:
         if self.quiet:
             return
-        self.log.write(event, **values)
+        problem = self.log.write(event, **values)
         if self._mirror:
             self._mirror.write(event, values)
-        if problem := self.log.problem():
+        if problem:
             self.say(f"note: {problem}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,10 @@ import torch
 from fastssl.errors import ConfigError, TrainingError
 from fastssl.renamed import current_facts
 from fastssl_pipelines.errors import MachineError
-from fastssl_pipelines.files import new_file, open_regular, raise_if_of_the_machine
+from fastssl_pipelines.files import open_atomic, open_regular, raise_if_of_the_machine
+from fastssl_pipelines.names import printable
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 4
 """What is written. Format 1 had no checksum, 2 no identity of the run; 3 had earlier names of some options."""
@@ -35,18 +39,15 @@ class DamagedCheckpoint(ConfigError):
 class Checkpoints:
     """The checkpoints in the folder `checkpoints` of a run, written by a thread while training goes on.
 
-    Kept are the newest `keep`, and each whose step is a multiple of `keep_every`. `notes` gets a sentence for every
-    damaged one that `newest` met. Write from one process only; any number may read.
+    Kept are the newest `keep`, and each whose step is a multiple of `keep_every`. A damaged checkpoint and a write
+    that failed are logged as warnings. Write from one process only; any number may read.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None):
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.notes: list[str] = []
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._under_way: Future[Path] | None = None
-        self._step = 0  # of the last write
+        self._under_way: Future[str | None] | None = None
         self._failure: str | None = None  # of the last write
-        self._untold: str | None = None
         self._pinned: dict[tuple[object, ...], torch.Tensor] = {}
 
     def save(self, state: dict[str, Any], *, step: int, wait: bool = False) -> None:
@@ -55,7 +56,7 @@ class Checkpoints:
         Nested dicts, lists and tuples of tensors, numbers, strings and None (TypeError for anything else). Returns once
         the copy of a CPU is made or that of a GPU queued on its current stream, and with `wait` when the file is on the
         disk. Waits for the write before, if it is under way. A write that fails leaves training alone and the older
-        checkpoints as they are: `problem` tells; with `wait`, TrainingError as `flush` raises it.
+        checkpoints as they are: a warning is logged, or with `wait`, TrainingError as `flush` raises it.
         """
         self._settle()
         copy = self._on_host(state, ())
@@ -63,8 +64,7 @@ class Checkpoints:
         if torch.cuda.is_initialized():
             copied = torch.cuda.Event()
             copied.record()
-        self._step = step
-        self._under_way = self._writer.submit(self._write, copy, copied)
+        self._under_way = self._writer.submit(self._write, copy, copied, step, warn=not wait)
         if wait:
             self.flush()
 
@@ -72,7 +72,6 @@ class Checkpoints:
         """Return when the last state given to `save` is on the disk; TrainingError if it could not be written."""
         self._settle()
         if self._failure:
-            self._untold = None
             raise TrainingError(
                 f"{self._failure}; make room or let the folder be written to, and go on from the one before with "
                 f"`fastssl resume {self.folder.parent}`"
@@ -82,13 +81,6 @@ class Checkpoints:
         """Return when no write is under way, however it ended; also on the way out of a run that failed."""
         self._settle()
         self._writer.shutdown()
-
-    def problem(self) -> str | None:
-        """The sentence about the last write that failed, once; None if there is nothing new. Never waits."""
-        if self._under_way and self._under_way.done():
-            self._settle()
-        sentence, self._untold = self._untold, None
-        return sentence
 
     def newest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU, with its "step"; None if there is no checkpoint at all.
@@ -104,7 +96,7 @@ class Checkpoints:
                 # a read-only folder, or another rank was faster
                 with suppress(OSError):
                     path.rename(aside)
-                self.notes.append(f"{error}; it is kept as {aside.name}, and the one before is used")
+                _log.warning(f"{error}; it is kept as {aside.name}, and the one before is used")
         damaged = sorted(path.name for path in self.folder.glob("step_*.damaged"))
         if damaged:
             raise ConfigError(
@@ -132,23 +124,29 @@ class Checkpoints:
             buffer = self._pinned[name] = torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
-    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None) -> Path:
+    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None, step: int, *, warn: bool) -> str | None:
+        """Write in the thread; returns why that failed, or None."""
         if copied is not None:
             copied.synchronize()
-        return save(self.folder, state, step=self._step, keep=self.keep, keep_every=self.keep_every)
+        try:
+            save(self.folder, state, step=step, keep=self.keep, keep_every=self.keep_every)
+        except OSError as error:
+            path = error.filename or path_of(self.folder, step)
+            failure = f"the checkpoint after step {step} was not written ({error.strerror}: {path})"
+            if warn:
+                _log.warning(
+                    printable(f"{failure}; training goes on, and the older ones stay until one can be written")
+                )
+            return failure
+        return None
 
     def _settle(self) -> None:
-        """Wait for the write under way and take down how it ended."""
+        """Wait for the write under way and record how it ended."""
         if self._under_way is None:
             return
         write, self._under_way = self._under_way, None
         self._failure = None
-        try:
-            write.result()
-        except OSError as error:
-            path = error.filename or path_of(self.folder, self._step)
-            self._failure = f"the checkpoint after step {self._step} was not written ({error.strerror}: {path})"
-            self._untold = f"{self._failure}; training goes on, and the older ones stay until one can be written"
+        self._failure = write.result()
 
 
 def save(folder: Path, state: dict[str, Any], *, step: int, keep: int, keep_every: int | None = None) -> Path:
@@ -160,17 +158,8 @@ def save(folder: Path, state: dict[str, Any], *, step: int, keep: int, keep_ever
     for leftover in folder.glob("step_*.tmp"):
         leftover.unlink()
     path = path_of(folder, step)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with new_file(temporary) as file:
-            _write_with_checksum({"format": FORMAT, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with open_atomic(path, temporary=path.with_suffix(".tmp")) as file:
+        _write_with_checksum({"format": FORMAT, "step": step, **state}, file)
     # the rename itself must be on the disk before older checkpoints go
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -22,6 +22,7 @@ from fastssl.methods import METHODS, TrainProgress
 from fastssl.models.norm import averaged_statistics
 from fastssl.models.queue import gather_state, queue_hash
 from fastssl.observe.meter import NonFiniteStep, StepMeter
+from fastssl.observe.notes import NoteQueue
 from fastssl.observe.run_logger import Reporter
 from fastssl.renamed import current_facts
 from fastssl.run_folder import Claim
@@ -62,19 +63,19 @@ class Trainer:
     """One run: everything that a configuration builds, and the loop over it.
 
     The run folder is the only memory: with a checkpoint in it, training goes on from there. All ranks run the same
-    loop; the first one alone writes.
+    loop; the first one alone writes. What `notes` collects is written to the run's log.
     """
 
-    def __init__(self, config: Config, folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Path, notes: NoteQueue):
+        self.config, self.folder, self.notes = config, folder, notes
         self.device = choose_device(config.train)
         options = facts_of_options(config)
         require_equal_on_ranks(options)  # before anything that would wait for the others in another shape
         self.numerics = set_numerics(config.train, self.device)
         with first_on_each_machine():  # which makes the index, for the others to find it
             splits = open_splits(config)
-        self.notes = [*splits.train.notes, *splits.test.notes]
-        self.steps = train_sampler(config, splits.train, self.notes.append)
+        self.steps = train_sampler(config, splits.train)
+        self.warnings = notes.take()
         self.total_steps = config.train.steps or config.train.epochs * self.steps.steps_per_epoch
         queue_dtype = config.method.bank_dtype(self.device, self.numerics.dtype)
         self.facts = options | {
@@ -173,8 +174,8 @@ class Trainer:
         compiled = "compiled" if compiles(self.config, self.device) else "not compiled"
         graph = ", CUDA graph" if self.config.train.cuda_graph else ""
         say(f"{self.device}, {self.numerics.text}, {compiled}{graph}, {self.executor.name} pipeline")
-        for note in self.notes:
-            say(f"warning: {note}")
+        for warning in self.warnings:
+            say(f"warning: {warning}")
         changes = [*self._harmless_changes()]
         self.start_record = {"images": plan.num_samples, "labels": known, "ranks": world_size()} | {
             "identity": digest(self.facts),
@@ -200,11 +201,7 @@ class Trainer:
             yield from harmless_changes(current_facts(then), self.facts)
 
     def _flush_notes(self, done: int) -> None:
-        for teller in (self.executor, self.test_executor, self.checkpoints):
-            notes, teller.notes = teller.notes, []
-            self.reporter.notes(done, notes)
-        if problem := self.checkpoints.problem():
-            self.reporter.notes(done, [problem])
+        self.reporter.notes(done, self.notes.take())
 
     def _report(self, done: int, window: StepMeter) -> None:
         self._flush_notes(done)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastssl.methods import METHODS, TrainProgress, sharded, smog
-from fastssl.methods.queue_method import SHARDABLE, MomentumMethod
+from fastssl.methods.queue_method import MomentumMethod
 from fastssl.models.encoders import Encoder
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.presets import PRESETS, load
@@ -23,6 +23,7 @@ from fastssl_kernels.triton import bank_gradient, consistency, losses, nearest, 
 from fastssl_kernels.triton.configuration import Configuration, launched
 from fastssl_kernels.triton.launch import H100_PROCESSORS, noted_launches
 from fastssl_pipelines.batch import Batch
+from tests.fastssl.small_methods import SHARDABLE
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
