@@ -221,14 +221,17 @@ def _require_memory(needed: int) -> None:
 
 def _fastssl(case: Case, *, return_accuracy: bool = False) -> Step:
     entry = LOSSES[case.loss]
-    arguments = entry.arguments(case.inputs, case.temperature) | {"reduction": "mean"}
+    arguments = entry.arguments(case.inputs, case.temperature)
+    if "reduction" in arguments:
+        arguments["reduction"] = "mean"
     if return_accuracy:
         arguments["return_accuracy"] = True
     name = next(name for name, value in arguments.items() if value is case.inputs.query)
 
     def loss(query: Tensor) -> Tensor:
         result = entry.function(**{**arguments, name: query})
-        return result[0] if return_accuracy else result
+        value = result[0] if return_accuracy else result
+        return value if value.ndim == 0 else value.mean()
 
     return _step(case, loss)
 
