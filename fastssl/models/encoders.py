@@ -80,7 +80,12 @@ def build_encoder(
         return _build_timm(name.removeprefix("timm/"))
     if name not in ENCODERS:
         raise unknown_name("encoder", name, (*ENCODERS, "timm/<model>"), pluggable=True)
-    return ENCODERS[name](width=width, stem=stem, norm_layer=norm_layer)
+    encoder = ENCODERS[name](width=width, stem=stem, norm_layer=norm_layer)
+    if not isinstance(getattr(encoder, "feature_dim", None), int):
+        raise ConfigError(
+            f"encoder {name!r} was given, which has no feature_dim; its plug-in must set it to an integer"
+        )
+    return encoder
 
 
 class ResNet(Encoder):
