@@ -60,7 +60,7 @@ class ShardableQueueConfig(QueueConfig):
             others = [name for name, cls in sorted(METHODS.items()) if getattr(cls.Config, "shardable", False)]
             raise ConfigError(
                 f"--method.shard-queue was given with {self.name}, whose loss needs the whole queue on every device; "
-                f"drop it or take one of {', '.join(others)}"
+                f"drop it or use one of {', '.join(others)}"
             )
 
     def new_queue(self, dtype: torch.dtype) -> KeyQueue:

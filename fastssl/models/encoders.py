@@ -75,7 +75,7 @@ def build_encoder(
         if width != 1 or stem != "imagenet" or norm_layer is not nn.BatchNorm2d:
             raise ConfigError(
                 f"encoder {name!r} was given with a width, stem or split batch norm; a timm model has its own: "
-                "take --model.width 1 --model.stem imagenet --model.norm local"
+                "use --model.width 1 --model.stem imagenet --model.norm local"
             )
         return _build_timm(name.removeprefix("timm/"))
     if name not in ENCODERS:
