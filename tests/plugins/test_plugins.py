@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,7 +117,7 @@ def test_a_plugin_trains_and_resumes_and_needs_to_be_installed_for_that(example:
 def test_the_contract_tests_accept_a_plugin_without_a_transcription(example: list[Path]) -> None:
     tested = contract(example, "nnclr-example")
     assert tested.returncode == 0, tested.stdout
-    assert tested.stdout.splitlines()[-1].startswith("6 passed")
+    assert re.fullmatch(r"[1-9]\d* passed, \d+ deselected in .*", tested.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
