@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from fastssl.errors import ConfigError
-from fastssl.methods import METHODS, TrainProgress
+from fastssl.methods import METHODS, MethodConfig, TrainProgress
+from fastssl.methods.queue_method import MomentumConfig
+from fastssl.methods.shared_options import EMAConfig, HeadConfig, QueueConfig
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 from tests.fastssl.small_methods import (
@@ -31,6 +34,18 @@ from tests.fastssl.small_methods import (
     sizes,
 )
 from tests.fastssl.transcriptions import STEPS, rows
+
+
+def test_a_configuration_has_only_the_options_of_its_parts():
+    """In the order of config.json."""
+    common = [field.name for field in fields(MethodConfig)]
+    for part, options in (
+        (QueueConfig, ["queue_size"]),
+        (EMAConfig, ["momentum"]),
+        (HeadConfig, ["head", "hidden_dim"]),
+        (MomentumConfig, ["queue_size", "momentum", "head", "hidden_dim", "shuffle", "shard_queue"]),
+    ):
+        assert [field.name for field in fields(part)] == common + options
 
 
 def test_every_method_of_this_package_has_a_transcription():
