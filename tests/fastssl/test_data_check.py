@@ -129,7 +129,7 @@ def test_the_list_is_not_written_through_what_lies_there(tmp_path, capsys, kind)
         if kind == "link":
             victim.write_text("precious")
     assert check(root, "--quarantine", listed) == 2
-    assert "bad.txt is there already" in capsys.readouterr().err
+    assert "bad.txt already exists" in capsys.readouterr().err
     assert victim.exists() == (kind == "link")
 
 
@@ -177,7 +177,7 @@ def test_an_empty_list_may_be_overwritten_and_another_file_not(tmp_path, capsys)
     assert check(root, "--quarantine", listed) == EXIT_FOUND
     before = listed.read_bytes()
     assert check(root, "--quarantine", listed) == 2
-    assert "bad.txt is there already; remove it or give the name of a new file" in capsys.readouterr().err
+    assert "bad.txt already exists; remove it or give the name of a new file" in capsys.readouterr().err
     assert listed.read_bytes() == before
 
 

@@ -223,8 +223,8 @@ def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
         ("--data.unlabeled {data}/list.txt", ["line 1 of {data}/list.txt", "cannot be found", "--data.unlabeled"]),
         ("--data.unlabeled {data}/round", ["{data}/round is not a folder", "--data.unlabeled"]),
         ("--data.unlabeled {data}/nothing", ["{data}/nothing holds no", "--data.unlabeled"]),
-        ("--data.unlabeled {data}/labeled", ["--data.unlabeled {data}/labeled", "in one another"]),
-        ("--data.unlabeled {data}/labeled/test/cat", ["--data.unlabeled {data}/labeled/test/cat", "one another"]),
+        ("--data.unlabeled {data}/labeled", ["--data.unlabeled {data}/labeled", "overlap"]),
+        ("--data.unlabeled {data}/labeled/test/cat", ["--data.unlabeled {data}/labeled/test/cat", "overlap"]),
     ],
 )
 def test_bad_label_options_are_one_sentence_and_leave_no_run(data, capsys, options, words):

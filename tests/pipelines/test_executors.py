@@ -329,20 +329,17 @@ def test_a_negative_number_of_workers_is_refused(small):
 
 
 @pytest.mark.parametrize(("room", "taken"), [(7, 3), (6, 2), (4, 1), (2, 0)])
-def test_as_many_workers_decode_as_share_memory_for_their_batches(monkeypatch, folder, room, taken):
-    """Each has two batches under way, and one more is being copied."""
+def test_as_many_workers_decode_as_share_memory_for_their_batches(monkeypatch, notes, folder, room, taken):
+    """Each has two batches in progress, and one more is being copied."""
     plan = plan_of(folder, REDUCED).batch(0, 0, 8)
     free_bytes = 2 * room * 8 * 16 * 16 * 3  # Half of which may be taken
     monkeypatch.setattr(workers.os, "statvfs", lambda path: SimpleNamespace(f_bavail=free_bytes, f_frsize=1))
     asked = []
     monkeypatch.setattr(workers, "_views_of_processes", lambda *given: asked.append((len(given[2]), given[3])) or ())
-    said = []
-    views = workers.views_of(
-        [plan], lambda plan: (), None, workers=3, own_memory=False, processes=[], turns=None, say=said.append
-    )
+    views = workers.views_of([plan], lambda plan: (), None, workers=3, own_memory=False, processes=[], turns=None)
     assert len(list(views)) == (taken == 0)
     assert asked == ([(2 * taken + 1, taken)] if taken else [])
     who = {3: [], 0: ["in this process, by one thread"]}.get(taken, [f"by {taken} of 3 workers"])
-    assert [sentence.partition("so images are decoded ")[2] for sentence in said] == [
+    assert [sentence.partition("so images are decoded ")[2] for sentence in notes.take()] == [
         f"{words}; lower --data.workers" for words in who
     ]
