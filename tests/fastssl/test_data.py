@@ -98,7 +98,7 @@ def test_test_images_are_labeled_by_the_names_of_the_training_classes(root, note
     [("training", "validation"), ("Train", "Test"), ("TRAIN", "valid"), ("Training", "VAL")],
 )
 @pytest.mark.parametrize("form", [None, pack, listed])
-def test_splits_may_be_called_otherwise(root, train, test, form, notes):
+def test_splits_may_have_other_names(root, train, test, form, notes):
     for old, new in (("train", train), ("val", test)):
         (root / old).rename(root / new)
         if form:
@@ -108,7 +108,7 @@ def test_splits_may_be_called_otherwise(root, train, test, form, notes):
     assert notes.take() == []
 
 
-def test_of_several_test_splits_the_others_are_told(root, notes):
+def test_unused_test_splits_are_reported(root, notes):
     shutil.copytree(root / "val", root / "test")
     (root / "annotations").mkdir()
     _, test = splits(root)
@@ -117,7 +117,7 @@ def test_of_several_test_splits_the_others_are_told(root, notes):
     assert "only train and test is used; these folders are not: annotations, val" in note
 
 
-def test_classes_that_are_called_as_splits_are_told(root, notes):
+def test_classes_with_the_names_of_splits_are_reported(root, notes):
     (root / "train").rename(root / "test")
     train, _ = splits(root)
     assert train.classes == ("test", "val")
@@ -125,7 +125,7 @@ def test_classes_that_are_called_as_splits_are_told(root, notes):
     assert "have the names of splits, test, val; " in note
 
 
-def test_files_that_are_no_images_are_told(root, notes):
+def test_files_that_are_not_images_are_reported(root, notes):
     for number in range(3):
         (root / "train" / "cat" / f"{number}.webm").touch()
     for _ in range(2):  # The second time from the cached index
@@ -188,7 +188,7 @@ def test_a_file_without_a_header_does_not_stop_the_others(root):
     assert len(held_out_train.defects) + len(held_out_test.defects) == 1
 
 
-def test_a_note_is_there_once(root, tmp_path, monkeypatch, notes):
+def test_a_cache_that_cannot_be_written_is_reported_once(root, tmp_path, monkeypatch, notes):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "file" / "cache"))
     splits(root / "train")
@@ -248,7 +248,7 @@ def test_a_bar_shows_any_name(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("waited", "shown"), [(0.5, False), (1.5, True)])
-def test_a_bar_is_for_those_who_wait(monkeypatch, capsys, waited, shown):
+def test_a_bar_appears_after_a_second(monkeypatch, capsys, waited, shown):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

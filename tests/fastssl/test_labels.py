@@ -60,7 +60,7 @@ def known(labels):
     return {name.rsplit("/", 1)[1]: label for name, label in labels.items() if label != -1}
 
 
-def test_a_list_shows_the_labels_of_its_names_alone(data):
+def test_a_list_reveals_only_the_labels_of_its_names(data):
     labels = seen(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
     assert len(labels) == 20
     assert known(labels) == {"cat_3.png": 0, "cat_9.png": 0, "dog_0.png": 1}
@@ -96,7 +96,7 @@ def test_an_unlabeled_folder_adds_images_and_no_labels(data, labels):
     assert all(label == -1 for name, label in joint.items() if "/more/" in name)
 
 
-def test_unlabeled_images_stand_last_and_only_in_training(data):
+def test_unlabeled_images_come_last_and_only_in_training(data):
     train, test = open_splits(parse(["unimoco-cifar10", *arguments(data, "--data.unlabeled {data}/more")]))
     assert train.labels.tolist() == [0] * 10 + [1] * 10 + [-1] * 7
     assert test.labels.tolist() == [0, 0, 1, 1]
@@ -121,7 +121,7 @@ def test_names_that_are_not_found_are_counted(data, notes):
 
 
 @pytest.mark.parametrize("method", ["unimoco", "supcon", "mocov2"])
-def test_known_labels_of_one_class_are_told_to_methods_that_use_them(data, method, notes):
+def test_known_labels_of_one_class_are_reported_for_methods_that_use_labels(data, method, notes):
     (data / "list.txt").write_text("\n".join(f"dog_{number}.png" for number in range(10)))
     config = parse([f"{method}-cifar10", *arguments(data, "--data.label-list {data}/list.txt")])
     train_sampler(config, open_splits(config).train)
@@ -190,7 +190,7 @@ def test_a_run_without_labels_never_sees_one(data):
     assert (code, queue, start(folder)["labels"]) == (0, [-1] * 16, 0)
 
 
-def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
+def test_a_run_resumes_only_with_its_original_labels(data, capsys):
     code, folder, _ = run(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
     assert code == 0
     before = (folder / "metrics.jsonl").read_text()

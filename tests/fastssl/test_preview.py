@@ -42,7 +42,7 @@ def same_picture(pixels):
     return pixels.repeat(ENLARGED, 0).repeat(ENLARGED, 1)
 
 
-def test_views_have_their_pixels_back_from_the_normalization(tmp_path):
+def test_the_normalization_of_views_is_undone(tmp_path):
     config = plain_config(pictures=300)
     page = drawn(config, tmp_path, images=1, step=1)
     source = open_splits(config).train
@@ -53,7 +53,7 @@ def test_views_have_their_pixels_back_from_the_normalization(tmp_path):
     assert np.array_equal(tile(page, LEFTS[0])[inner, inner], expected[inner, inner])
 
 
-def test_the_boxes_are_drawn_where_the_plan_has_them(tmp_path):
+def test_the_boxes_are_those_of_the_plan(tmp_path):
     config = load("quickstart")
     config = replace(config, seed=3, data=replace(config.data, pictures=300))
     page = tile(drawn(config, tmp_path, images=1), LEFTS[0])
@@ -104,7 +104,7 @@ def test_an_unreadable_image_is_replaced_as_in_training(tmp_path, pipeline):
     assert (tile(page, LEFTS[1]) == (second, 0, 0)).all()
 
 
-def test_the_command_takes_the_options_of_pretrain_and_tells_the_file(tmp_path, capsys):
+def test_the_command_accepts_the_options_of_pretrain_and_prints_the_file(tmp_path, capsys):
     out = tmp_path / "views.png"
     arguments = [
         "--images",
@@ -124,7 +124,7 @@ def test_the_command_takes_the_options_of_pretrain_and_tells_the_file(tmp_path, 
         assert page.width == LEFTS[-1] + 160 + 10
 
 
-def test_views_of_different_sizes_stand_beside_one_another(tmp_path):
+def test_views_of_different_sizes_are_side_by_side(tmp_path):
     config = load("quickstart")
     config = replace(config, views=(PLAIN, replace(PLAIN, size=200)), data=replace(config.data, pictures=300))
     page = drawn(config, tmp_path, images=2)

@@ -66,7 +66,7 @@ def tampered(arrays):
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_tampered_index_does_no_harm(cached, sealed):
+def test_a_forged_index_does_no_harm(cached, sealed):
     """Not used without its checksum; with a right one never a fault that blames the images or ends the run."""
     reopened, arrays, _ = cached
     cases = list(tampered(arrays))
@@ -78,7 +78,7 @@ def test_a_tampered_index_does_no_harm(cached, sealed):
             assert found == RIGHT, (name, array)
 
 
-def test_a_bomb_as_index_is_not_unpacked(cached, memory):
+def test_a_compressed_bomb_is_not_unpacked(cached, memory):
     reopened, _, file = cached
     assert reopened(np.savez_compressed, widths=np.zeros(10**8, np.int32)) == RIGHT
     for shape in ((10**12,), (2**31, 2**31)):

@@ -75,7 +75,7 @@ def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_what_a_machine_may_have_of_its_own_may_differ_among_ranks(commands, tmp_path):
+def test_ranks_may_differ_in_what_belongs_to_a_machine(commands, tmp_path):
     for name in "ab":
         image_folder(tmp_path / name)
     both = ["mocov2-cifar10", *TINY, *RANKS]
@@ -85,7 +85,7 @@ def test_what_a_machine_may_have_of_its_own_may_differ_among_ranks(commands, tmp
 
 
 @pytest.mark.parametrize("name", ["mocov2", "smog"])
-def test_the_hash_sees_one_bit_of_every_weight_and_no_statistics(name):
+def test_the_hash_depends_on_every_weight_and_no_statistics(name):
     method = build(name, splits=2)
     before = weights_hash(method)
     assert weights_hash(method) == before
@@ -120,7 +120,7 @@ def a_rank_whose_weights_drift(number, store, folder):
 
 
 @pytest.mark.slow
-def test_weights_that_drift_apart_end_the_run(tmp_path):
+def test_diverging_weights_end_the_run(tmp_path):
     (tmp_path / "run").mkdir()
     arguments = (str(tmp_path / "store"), str(tmp_path / "run"))
     torch.multiprocessing.spawn(a_rank_whose_weights_drift, arguments, nprocs=2)

@@ -61,7 +61,7 @@ def refusal(root: Path, **options) -> str:
         ("bird/b", "{elsewhere}"),
     ],
 )
-def test_a_folder_that_is_reached_in_two_ways_is_refused(root, tmp_path, link, target):
+def test_a_folder_reached_on_two_paths_is_refused(root, tmp_path, link, target):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "9.png").write_bytes(png(9))
@@ -77,7 +77,7 @@ def test_a_folder_that_is_reached_in_two_ways_is_refused(root, tmp_path, link, t
         assert f"/{link}" in told
 
 
-def test_two_links_to_one_another_end(root):
+def test_two_links_to_each_other_end(root):
     for one, other in (("bird", "cat"), ("cat", "bird")):
         (root / one / "other").symlink_to(f"../{other}")
     assert "one folder" in refusal(root)
@@ -97,7 +97,7 @@ def test_links_to_folders_and_images_elsewhere_are_followed(root, tmp_path):
 
 
 @pytest.mark.parametrize("link", ["zdead", "cat/dead", "loop"])
-def test_a_link_that_leads_nowhere_is_no_class_left_out(root, link):
+def test_a_dangling_link_is_not_silently_left_out(root, link):
     (root / link).symlink_to(link if link == "loop" else "/nonexistent")
     assert re.search(rf"{link} is a link to .*, which cannot be reached.*--data\.root", refusal(root))
 
@@ -118,7 +118,7 @@ def test_files_that_are_no_images_are_counted(root):
     assert flat.ignored == ((".txt", 2),)
 
 
-def test_an_empty_class_says_how_to_go_on(root):
+def test_an_empty_class_is_explained(root):
     (root / "dog").mkdir()
     told = refusal(root)
     assert "class folder" in told
@@ -138,7 +138,7 @@ def special(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "dead", "self", "terminal"])
-def test_special_files_called_images_are_named_and_not_waited_for(root, kind):
+def test_special_files_with_image_names_are_reported_without_blocking(root, kind):
     special(root / "bird" / "x.jpg", kind)
     source = open_source(root)
     assert len(source) == 4
@@ -148,7 +148,7 @@ def test_special_files_called_images_are_named_and_not_waited_for(root, kind):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "dead", "self", "folder"])
-def test_special_files_are_no_lists(root, tmp_path, kind):
+def test_special_files_are_not_lists(root, tmp_path, kind):
     special(tmp_path / "list", kind)
     for read in (quarantine_list, lambda path: listed_labels(ImageFolder(root), path), open_source):
         with pytest.raises(DataError, match=r"list .*--data\.") as raised:
@@ -240,7 +240,7 @@ def test_a_wrong_list_of_paths_is_explained(tmp_path, text, words):
         assert word in told
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_passed_over(tmp_path):
+def test_a_byte_order_mark_and_windows_line_ends_are_ignored(tmp_path):
     for name in ("a.png", "b c.png"):
         (tmp_path / name).write_bytes(png())
     (tmp_path / "list").write_bytes(b"\xef\xbb\xbfa.png\tcat\r\nb c.png\tdog\r\n")

@@ -50,7 +50,7 @@ def test_no_descriptor_left_is_the_machines_fault(tmp_path, kind):
     assert source.encoded(1) == png(2)
 
 
-def test_special_files_as_images_are_unreadable_images(tmp_path):
+def test_special_files_count_as_unreadable_images(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     os.mkfifo(tmp_path / "a.png")

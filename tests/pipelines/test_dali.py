@@ -38,7 +38,7 @@ def encoded(source: ImageFolder, ids) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("decode", ["cpu", "cpu-region"])
 @pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, center_crop=0.875)])
-def test_the_cut_and_resize_of_a_gpu_are_torchvisions_within_one_level_but_for_the_border(folder, view, decode):
+def test_gpu_crops_are_within_one_level_of_torchvisions_except_at_the_border(folder, view, decode):
     plan = plan_of(folder, view, view).batch(0, 0, 24)
     decoder = Decoder((view.size, view.size), 24, threads=2, device=None, decode=decode)
     outputs = decoder.run(encoded(folder, plan.ids), [each.boxes for each in plan.views])
@@ -83,7 +83,7 @@ def test_a_file_that_only_pillow_reads_is_used(tmp_path):
     assert_the_crops_of_torchvision(executor)
 
 
-def test_a_file_that_dali_alone_refuses_is_used(monkeypatch, tmp_path):
+def test_a_file_that_only_dali_refuses_is_used(monkeypatch, tmp_path):
     paths = save_photos(tmp_path, 40)
     source = ImageFolder(tmp_path)
     refused = paths[5].read_bytes()
@@ -100,7 +100,7 @@ def test_a_file_that_dali_alone_refuses_is_used(monkeypatch, tmp_path):
     assert executor.unreadable == {}
 
 
-def test_an_error_that_is_about_no_file_reaches_the_user(monkeypatch, folder):
+def test_an_error_unrelated_to_a_file_reaches_the_user(monkeypatch, folder):
     run = Decoder.run
 
     def broken(self, encoded, boxes):
@@ -129,7 +129,7 @@ def test_two_streams_at_once_do_not_mix(folder):
             assert torch.equal(batch.views[0], expected[batch.step].views[0])
 
 
-def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder, notes):
+def test_auto_chooses_the_fastest_decoder_and_logs_it(monkeypatch, folder, notes):
     seconds = {"gpu": 0.02, "gpu-region": 0.004, "cpu": 0.03, "cpu-region": 0.03}
     clock = [100.0]
 
@@ -149,7 +149,7 @@ def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder, notes):
     assert "auto takes gpu-region; images/s with 3 threads: gpu 1200, gpu-region 6000, cpu 800, cpu-region 800" in note
 
 
-def test_decoding_on_a_gpu_that_is_not_there_is_refused(folder):
+def test_decoding_on_a_missing_gpu_is_refused(folder):
     with pytest.raises(DataError, match=r"--data\.decode gpu was given with device cpu"):
         build_executor("dali", folder, decode="gpu", **NORMALIZATION)
 
@@ -197,7 +197,7 @@ def slow(monkeypatch, folder):
     return build_executor("dali", folder, device=fake_cuda.DEVICE, workers=2, **NORMALIZATION), decoder
 
 
-def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder, notes):
+def test_auto_measures_once_while_nothing_else_is_decoded(slow, folder, notes):
     executor, decoder = slow
     steps = TrainSampler(plan_of(folder), batch_size=8)
     with ThreadPoolExecutor(2) as consumers:  # As an evaluation beside the training
@@ -225,7 +225,7 @@ def test_auto_measures_before_other_batches_are_read(slow, folder, monkeypatch):
     assert len(decode_then) == 7  # The first batch is decoded twice
 
 
-def test_a_decoder_is_taken_by_one_thread_alone(slow, folder):
+def test_a_decoder_is_used_by_one_thread_at_a_time(slow, folder):
     class SlowList(list):
         """Gives other threads the time that a pop is about to take."""
 
@@ -244,7 +244,7 @@ def test_a_decoder_is_taken_by_one_thread_alone(slow, folder):
     assert executor._idle == []
 
 
-def test_what_is_fed_is_kept_while_dali_may_read_it(monkeypatch, folder):
+def test_inputs_are_kept_while_dali_may_read_them(monkeypatch, folder):
     """DALI makes no copies of its own: nobody else holds the arrays that `run` makes."""
     decoder = Decoder((24,), 8, threads=1, device=None, decode="cpu-region")
     plan = plan_of(folder, REDUCED).batch(0, 0, 8)

@@ -84,7 +84,7 @@ def test_a_whole_image_at_its_own_size_is_unchanged(name, small):
 
 
 @pytest.mark.parametrize("name", ["resident", "dali"])
-def test_every_kind_of_file_is_decoded_alike(name, tmp_path):
+def test_every_format_is_decoded_the_same_way(name, tmp_path):
     image = Image.fromarray(photo(48, 48, 0))
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -215,7 +215,7 @@ def broken(tmp_path) -> ImageFolder:
 
 
 @pytest.mark.parametrize("name", ["torchvision", "dali"])
-def test_a_truncated_file_is_named_and_earlier_batches_still_come(name, broken):
+def test_a_truncated_file_is_named_and_earlier_batches_still_arrive(name, broken):
     executor = build(name, broken)
     steps = EvaluationSampler(plan_of(broken, shuffle=False), batch_size=4)
     stream = executor.stream(steps, 0, len(steps))
@@ -260,7 +260,7 @@ def test_a_stream_stops_with_its_consumer(name, workers, small):
     ]
 
 
-def test_a_stream_prepares_no_more_than_it_was_told(small):
+def test_a_stream_prepares_no_more_than_its_prefetch(small):
     asked = []
 
     class Watched(TrainSampler):
@@ -298,7 +298,7 @@ def test_the_interpreter_exits_with_an_open_stream(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
-def test_a_misspelt_pipeline_is_refused(small):
+def test_a_misspelled_pipeline_is_refused(small):
     with pytest.raises(DataError, match=r"jax .*--data\.pipeline is auto, dali, torchvision, resident"):
         build_executor("jax", small, **NORMALIZATION)
 
@@ -329,7 +329,7 @@ def test_a_negative_number_of_workers_is_refused(small):
 
 
 @pytest.mark.parametrize(("room", "taken"), [(7, 3), (6, 2), (4, 1), (2, 0)])
-def test_as_many_workers_decode_as_share_memory_for_their_batches(monkeypatch, notes, folder, room, taken):
+def test_the_shared_memory_limits_the_number_of_workers(monkeypatch, notes, folder, room, taken):
     """Each has two batches in progress, and one more is being copied."""
     plan = plan_of(folder, REDUCED).batch(0, 0, 8)
     free_bytes = 2 * room * 8 * 16 * 16 * 3  # Half of which may be taken

@@ -82,7 +82,7 @@ def test_pixels_are_those_of_a_cpu(images, expected, name, workers):
 
 @pytest.mark.parametrize("consumer", ["slow", "fast"])
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
-def test_batches_are_whole_beside_a_consumer_of_any_speed(images, expected, name, workers, consumer):
+def test_batches_are_intact_with_a_consumer_of_any_speed(images, expected, name, workers, consumer):
     """The consumer's stream copies each batch late, when the host has let go of it long ago: memory that the input
     uses again too early, and a batch that is read before it is finished, would show.
     """
@@ -104,7 +104,7 @@ def test_batches_are_whole_beside_a_consumer_of_any_speed(images, expected, name
 
 
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
-def test_a_consumer_on_a_stream_of_its_own_gets_whole_batches(images, expected, name, workers):
+def test_a_consumer_on_another_stream_gets_intact_batches(images, expected, name, workers):
     with torch.cuda.stream(torch.cuda.Stream()):
         for batch, wanted in zip(
             build(name, images, "cuda", workers).stream(steps_of(images), 0, STEPS), expected, strict=True
@@ -171,7 +171,7 @@ def test_images_in_host_memory_give_the_same_batches(monkeypatch, images, expect
         assert_the_same(on_host(batch), wanted)
 
 
-def test_the_last_batch_of_an_evaluation_is_whole(images):
+def test_the_last_batch_of_an_evaluation_is_complete(images):
     steps = EvaluationSampler(plan_of(images, *VIEWS, shuffle=False), batch_size=36)
     wanted = list(build("torchvision", images, "cpu", 0).stream(steps, 0, len(steps)))
     for name, workers in PIPELINES:
@@ -182,7 +182,7 @@ def test_the_last_batch_of_an_evaluation_is_whole(images):
                 assert_the_same(on_host(batch), other)
 
 
-def test_arrays_come_over_as_they_are_also_when_they_are_changed_at_once():
+def test_arrays_arrive_unchanged_even_if_modified_right_after():
     """The buffer of pinned memory is not used again while a copy from it has not been made."""
     device = torch.device("cuda", torch.cuda.current_device())
     rng = np.random.default_rng(0)
@@ -200,7 +200,7 @@ def test_arrays_come_over_as_they_are_also_when_they_are_changed_at_once():
             assert tensor.data_ptr() % ALIGNED_BYTES == 0
 
 
-def test_small_images_that_are_resident_are_those_of_a_cpu_over_many_batches():
+def test_small_resident_images_match_a_cpu_over_many_batches():
     images = np.stack([photo(32, 32, seed) for seed in range(512)])
     source = ArraySource("small", images, np.arange(512) % 4, ("a", "b", "c", "d"))
     steps = TrainSampler(plan_of(source, ViewSpec(size=32), ViewSpec(size=32)), batch_size=128)

@@ -69,7 +69,7 @@ def test_a_subset_of_a_joint_source(joint):
 
 
 @pytest.mark.parametrize("pipeline", ["dali", "torchvision", "resident"])
-def test_every_executor_takes_a_joint_source(joint, pipeline):
+def test_every_executor_accepts_a_joint_source(joint, pipeline):
     source = pickle.loads(pickle.dumps(joint))  # As worker processes get it
     plan = SamplePlan(
         widths=source.widths,

@@ -75,7 +75,7 @@ def test_every_kind_is_recognized(root, path, kind, classes):
 
 
 @pytest.mark.parametrize("path", ["folders", "shard.tar", "tabs.txt", "caffe.txt"])
-def test_every_kind_can_be_taken_without_labels(root, path):
+def test_every_kind_can_be_opened_without_labels(root, path):
     for source in (open_source(root / path, labeled=False), list_images(root / path, labeled=False)):
         assert (source.labels.tolist(), source.classes, source.option) == ([-1] * 4, (), "--data.unlabeled")
 

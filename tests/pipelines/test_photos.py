@@ -60,7 +60,7 @@ def test_color_channels_are_correlated_but_not_equal(files):
     assert (correlation < 0.99).all()
 
 
-def test_a_file_is_a_function_of_seed_and_number(files):
+def test_a_file_is_a_function_of_seed_and_index(files):
     assert photograph(7, seed=0) == files[7]
     assert photograph(7, seed=1) != files[7]
     assert len(set(files)) == len(files)

@@ -126,7 +126,7 @@ def test_a_compressed_shard_is_refused(tmp_path, name, alone):
 
 
 @pytest.mark.parametrize("beside", ["cat/1.png", "1.png"])
-def test_shards_beside_images_are_refused(tmp_path, beside):
+def test_shards_next_to_images_are_refused(tmp_path, beside):
     shard(tmp_path / "cat.tar", {"a.png": png(1)})
     (tmp_path / beside).parent.mkdir(exist_ok=True)
     (tmp_path / beside).write_bytes(png(1))
@@ -172,7 +172,7 @@ def test_a_shard_that_shrinks_after_the_index_is_named(webdataset):
     assert (source.pixels(0) == 0).all()
 
 
-def test_a_shard_that_goes_after_the_index_is_named(webdataset):
+def test_a_shard_that_disappears_after_the_index_is_named(webdataset):
     source = open_source(webdataset)
     (webdataset / "part-1.tar").unlink()
     again = pickle.loads(pickle.dumps(source))
@@ -215,7 +215,7 @@ def test_a_mixture_is_found_where_one_shard_changed(webdataset):
         open_source(webdataset)
 
 
-def test_unreadable_images_in_a_shard_keep_their_numbers(tmp_path):
+def test_unreadable_images_in_a_shard_keep_their_indices(tmp_path):
     members = {"a/1.png": png(1), "a/2.png": b"", "a/3.png": b"no image", "b/4.png": png(4)}
     source = open_source(shard(tmp_path / "one.tar", members))
     assert (source.labels.tolist(), list(source.defects)) == ([0, 0, 0, 1], [1, 2])

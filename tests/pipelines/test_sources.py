@@ -90,7 +90,7 @@ def with_garbage(tmp_path) -> ImageFolder:
     return ImageFolder(tmp_path)
 
 
-def test_files_without_a_readable_header_keep_their_numbers(with_garbage):
+def test_files_without_a_readable_header_keep_their_indices(with_garbage):
     assert with_garbage.labels.tolist() == [0, 0, 0, 1]
     assert with_garbage.widths.tolist() == [5, 0, 0, 5]
     assert with_garbage.heights.tolist() == [4, 0, 0, 4]
@@ -122,7 +122,7 @@ def test_a_data_set_without_any_readable_image_is_refused(tmp_path):
         ImageFolder(tmp_path)
 
 
-def test_a_file_that_breaks_or_goes_after_the_scan_is_named(tmp_path):
+def test_a_file_that_breaks_or_disappears_after_the_scan_is_named(tmp_path):
     for name in ("cut.jpg", "gone.jpg"):
         save(tmp_path / name, picture(40, 40))
     source = ImageFolder(tmp_path)

@@ -68,7 +68,7 @@ PIPELINES = [("resident", 1), ("torchvision", 0), ("torchvision", 2), ("dali", 2
 
 
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
-def test_batches_are_made_on_a_stream_of_their_own_and_handed_over_by_events(monkeypatch, cuda, source, name, workers):
+def test_batches_are_made_on_a_separate_stream_and_handed_over_by_events(monkeypatch, cuda, source, name, workers):
     steps = steps_of(source)
     executor = executor_on(fake_cuda.DEVICE, name, source, monkeypatch, workers=workers)
     cuda.consumer.log.clear()
@@ -108,7 +108,7 @@ def test_batches_for_a_gpu_are_those_for_a_cpu(monkeypatch, cuda, source, name, 
                 assert torch.equal(view, wanted)
 
 
-def test_a_batch_that_is_made_here_is_copied_from_pinned_memory_on_the_current_stream(monkeypatch, cuda, source):
+def test_a_single_batch_is_copied_from_pinned_memory_on_the_current_stream(monkeypatch, cuda, source):
     executor = executor_on(fake_cuda.DEVICE, "torchvision", source, monkeypatch, workers=0)
     batch = executor.batch(steps_of(source)[0], 0)
     assert cuda.consumer.log == [("copy", False)] * 3  # Pixels, numbers of the views, labels and ids
@@ -146,7 +146,7 @@ def test_two_streams_of_an_executor_share_its_cuda_stream(monkeypatch, cuda, sou
     assert len(streams) == 1
 
 
-def test_threads_take_short_turns_beside_a_gpu_and_the_usual_ones_beside_a_cpu(monkeypatch, cuda, source):
+def test_the_switch_interval_is_short_with_a_gpu_only(monkeypatch, cuda, source):
     monkeypatch.setattr(sys, "getswitchinterval", lambda: 5e-3)
     next(executor_on("cpu", "resident", source, monkeypatch).stream(steps_of(source), 0, 1))
     assert cuda.turns_s == []
@@ -154,7 +154,7 @@ def test_threads_take_short_turns_beside_a_gpu_and_the_usual_ones_beside_a_cpu(m
     assert cuda.turns_s == [TURN_S]
 
 
-def test_taking_a_batch_that_was_made_here_does_nothing():
+def test_taking_a_single_batch_does_nothing():
     tensor = torch.zeros(2)
     Batch(views=(tensor,), labels=tensor, ids=tensor, step=0).take()
 
@@ -169,7 +169,7 @@ ARRAYS = (
 )
 
 
-def test_many_arrays_come_to_a_device_in_one_copy(cuda):
+def test_many_arrays_are_moved_to_a_device_in_one_copy(cuda):
     tensors = to_device([*ARRAYS, torch.arange(6)], fake_cuda.DEVICE)
     for tensor, array in zip(tensors, (*ARRAYS, np.arange(6)), strict=True):
         assert tensor.dtype == torch.from_numpy(array).dtype
@@ -196,7 +196,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_views_are_made_of_resident_images_without_looking_at_the_device_and_in_few_launches(monkeypatch, source):
+def test_views_of_resident_images_need_no_synchronization_and_few_launches(monkeypatch, source):
     """With tensors that have no values: whoever asks for one, or for a shape that depends on them, gets an error."""
 
     def on_the_device(arrays, device):

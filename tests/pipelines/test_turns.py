@@ -36,12 +36,12 @@ def waiting(turns):
     return worker, worker.is_alive()
 
 
-def test_workers_begin_at_will_before_anyone_has_waited(monkeypatch):
+def test_workers_start_at_will_before_the_consumer_waits(monkeypatch):
     turns = of(monkeypatch, 1)
     assert [waiting(turns)[1] for _ in range(3)] == [False] * 3
 
 
-def test_each_worker_begins_once_for_a_wait_however_often_there_was_one(monkeypatch):
+def test_each_worker_starts_once_per_wait(monkeypatch):
     turns = of(monkeypatch, 2)
     turns.give()
     turns.give()
@@ -53,7 +53,7 @@ def test_each_worker_begins_once_for_a_wait_however_often_there_was_one(monkeypa
     assert not worker.is_alive()
 
 
-def test_workers_that_wait_at_the_end_of_a_stream_go_on(monkeypatch):
+def test_waiting_workers_continue_at_the_end_of_a_stream(monkeypatch):
     turns = of(monkeypatch, 1)
     turns.give()
     turns.wait()
@@ -65,7 +65,7 @@ def test_workers_that_wait_at_the_end_of_a_stream_go_on(monkeypatch):
     assert not waiting(turns)[1]
 
 
-def test_a_step_that_leaves_a_core_holds_up_nobody(monkeypatch):
+def test_a_step_that_leaves_a_core_free_holds_up_no_worker(monkeypatch):
     turns = of(monkeypatch, 1, threads=3)
     turns.give()
     assert [waiting(turns)[1] for _ in range(3)] == [False] * 3
