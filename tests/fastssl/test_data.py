@@ -1,4 +1,4 @@
-"""The training and test images of a configuration, from every kind of --data.root, without those in quarantine."""
+"""Training and test images of a configuration, from every kind of --data.root, without quarantined ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def root(tmp_path):
 
 
 def pack(folder):
-    """A .tar file in place of a folder of class folders."""
+    """Replace a folder of class folders by a .tar file."""
     with tarfile.open(folder.with_suffix(".tar"), "w") as archive:
         for path in sorted(folder.rglob("*.png")):
             archive.add(path, path.relative_to(folder))
@@ -45,14 +45,14 @@ def pack(folder):
 
 
 def listed(folder):
-    """A list file beside a folder that is renamed, so that only the list leads to the images."""
+    """Write a list file and rename the folder, so that only the list leads to the images."""
     moved = folder.rename(folder.with_name(f"images of {folder.name}"))
     lines = [f"{path.relative_to(folder.parent)}\t{path.parent.name}\n" for path in sorted(moved.rglob("*.png"))]
     folder.with_suffix(".txt").write_text("".join(lines))
 
 
 def shards(folder):
-    """A folder of .tar files in place of one of class folders."""
+    """Replace a folder of class folders by a folder of .tar files."""
     pack(folder)
     folder.mkdir()
     folder.with_suffix(".tar").rename(folder / "part-0.tar")

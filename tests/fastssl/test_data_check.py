@@ -1,4 +1,4 @@
-"""`fastssl data check`: what is printed, the exit code, and that its list leaves exactly the bad images out."""
+"""`fastssl data check`: its output, exit code, and list of exactly the bad images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run makes of its input: bad images, and the options of the input path."""
+"""Runs with bad images and with options of the input path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY = (
 
 @pytest.fixture
 def root(tmp_path):
-    """Two classes of 120 images each; one of the training images is cut, another is no image at all."""
+    """Two classes of 120 images each; one training image is cut, another is not an image."""
     for label, name in enumerate(("cat", "dog")):
         folder = tmp_path / "images" / name
         folder.mkdir(parents=True)

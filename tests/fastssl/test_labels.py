@@ -1,4 +1,4 @@
-"""Which labels a method sees: a share of each class, a list of names, unlabeled images beside the labeled ones."""
+"""Labels that a method sees: a fraction of each class, a label list, and unlabeled images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def arguments(data, *more):
 
 
 def seen(data, *more):
-    """Label by file name, as one epoch of training steps gives them to the method."""
+    """Labels by file name that one epoch of training passes to the method."""
     config = parse(["unimoco-cifar10", *arguments(data, "--train.batch-size 1 --model.norm group", *more)])
     source = open_splits(config).train
     steps = train_sampler(config, source)
@@ -100,7 +100,7 @@ def test_unlabeled_images_come_last_and_only_in_training(data):
     train, test = open_splits(parse(["unimoco-cifar10", *arguments(data, "--data.unlabeled {data}/more")]))
     assert train.labels.tolist() == [0] * 10 + [1] * 10 + [-1] * 7
     assert test.labels.tolist() == [0, 0, 1, 1]
-    # Without a test split, the images kept from training are labeled ones
+    # Without a test split, only labeled images are held out
     options = f"--data.root {data}/labeled/train --data.unlabeled {data}/more"
     train, test = open_splits(parse(["unimoco-cifar10", *options.split()]))
     assert train.labels.tolist() == [0] * 9 + [1] * 9 + [-1] * 7
@@ -115,7 +115,7 @@ def test_a_list_takes_the_place_of_the_presets_fraction(data, form):
 def test_names_that_are_not_found_are_counted(data, notes):
     (data / "list.txt").write_text("cat_3.png\nbird_1.png\ncat_11.png\n")
     labels = seen(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
-    note, _ = notes.take()  # The other one is about the one class that is left
+    note, _ = notes.take()  # The other note is about the only class
     assert re.search(r"list\.txt: 2 of its names .* among them bird_1\.png", note)
     assert known(labels) == {"cat_3.png": 0}
 
@@ -155,7 +155,7 @@ def test_the_new_paths_survive_json(data):
 
 
 def run(data, *more, preset="unimoco-cifar10"):
-    """A run's exit code, its folder and the labels in the queue at its end."""
+    """Train; returns the exit code, the run folder and the labels in the final queue."""
     folder = data / "run"
     code = main(["pretrain", preset, *arguments(data, f"--run.dir {folder}", *more)])
     (checkpoint,) = (folder / "checkpoints").glob("*2.pt")

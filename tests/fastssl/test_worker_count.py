@@ -1,4 +1,4 @@
-"""How many workers a run takes where --data.workers does not say."""
+"""Default number of workers."""
 
 from __future__ import annotations
 

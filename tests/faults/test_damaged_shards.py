@@ -1,4 +1,4 @@
-"""Shards written by others: clear labels or a sentence, damaged headers refused, in bounded memory."""
+"""Untrusted shards: clear labels or an error, damaged headers refused, in bounded memory."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_unused_files_are_reported_and_kept_in_the_index(tmp_path, notes):
     for _ in range(2):
         open_source(tmp_path)
         assert notes.take() == expected
-    os.utime(tmp_path / "0.tar", ns=(1, 1))  # That one alone is scanned again
+    os.utime(tmp_path / "0.tar", ns=(1, 1))  # Only this one is scanned again
     open_source(tmp_path)
     assert notes.take() == expected
 
@@ -187,7 +187,7 @@ def test_a_sparse_member_of_gnu_tar_is_refused(tmp_path):
 def test_chains_of_headers_do_not_recurse(tmp_path):
     link = header("L", 6, b"L") + padded(b"a.png\0")
     (tmp_path / "a.tar").write_bytes(link * 5000 + header("x", 3) + padded(b"abc") + bytes(1024))
-    message = refused(tmp_path, "none of the 1 images")  # It is no image, but it is called as the last header says
+    message = refused(tmp_path, "none of the 1 images")  # It is not an image, but has the name in the last header
     assert "a.tar/a.png" in message
 
 
@@ -226,7 +226,7 @@ def test_a_shard_that_is_not_a_regular_file_is_one_sentence(tmp_path):
 
 
 def test_damaged_shards_are_refused_or_read(tmp_path):
-    """Cuts and flips at random: a sentence, or as many images as there are, all of which can be asked for."""
+    """Random cuts and bit flips give an error, or a listing whose images can all be read."""
     rng = random.Random(0)
     members = {f"d/{i}.png": png(i) for i in range(6)} | {"n" * 150 + ".png": png(7)}
     members = {f"k/{name}": content for name, content in members.items()}

@@ -1,4 +1,4 @@
-"""A run goes on from its own checkpoints, with its own options and images, and with nothing else."""
+"""A run resumes only from its own checkpoints, with its own options and images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.faults.runs import PICTURES, TINY, contents, image_folder, refusal, t
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """A run of 4 steps whose configuration asks for 8 with a schedule that allows it; not to be changed."""
+    """A finished run of 4 steps with a schedule that allows more; tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "ours"
     assert train(folder, "--optim.schedule", "step") == 0
     return folder
@@ -32,14 +32,14 @@ def run(ours, tmp_path):
 
 
 def edit(run, option, value):
-    """Change an option in config.json as somebody with an editor would."""
+    """Change an option in config.json, like a user with an editor."""
     values = json.loads((run / "config.json").read_text())
     section, _, name = option.rpartition(".")
     (values[section] if section else values)[name] = value
     (run / "config.json").write_text(json.dumps(values))
 
 
-# What another run has, and the words of the refusal.
+# Options of another run, and words in the refusal.
 FOREIGN = {
     "seed": (["--seed", "7"], ["--seed is 0", "was 7"]),
     "rate": (["--optim.lr", "0.5"], ["--optim.lr is", "was 0.5"]),
@@ -200,7 +200,7 @@ def test_harmless_edits_are_accepted_and_logged(ours, run, change):
         f"--{option.replace('_', '-')} is {value} from here on and was "
         f"{facts_of_options(parse([*TINY, *PICTURES]))[option]} before"
     ]
-    if option != "data.pipeline":  # Whose pixels differ in their last bits
+    if option != "data.pipeline":  # Its pixels differ in their last bits
         assert_same(final_state(run)["method"], final_state(ours)["method"])
 
 
@@ -236,7 +236,7 @@ def test_nothing_is_bound_before_the_first_checkpoint(run):
 
 @pytest.fixture
 def on_images(tmp_path):
-    """A run on class folders, and these."""
+    """A run on class folders, and the folder of these."""
     data = image_folder(tmp_path / "data")
     assert train(tmp_path / "run", data=["--data.root", str(data)], preset="mocov2-cifar10", steps=2) == 0
     edit(tmp_path / "run", "train.steps", 2)

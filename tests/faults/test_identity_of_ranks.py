@@ -1,4 +1,4 @@
-"""Ranks with different options, images or weights end with a sentence instead of training something else."""
+"""Ranks with different options, images or weights end with an error instead of training something else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.fastssl.small_methods import build
 from tests.faults.runs import PICTURES, TINY, image_folder
 from tests.faults.test_identity import another_name, another_size, fewer
 
-# Ranks: what the second one has of its own.
+# Options of the second rank only.
 DIFFERENT_RANKS = {
     "rate": ["--optim.lr", "0.5"],
     "temperature": ["--method.temperature", "0.9"],
@@ -115,7 +115,7 @@ def a_rank_whose_weights_drift(number, store, folder):
     trainer = Trainer(parse([*TINY, *PICTURES, *RANKS]), Path(folder), NoteQueue())
     with pytest.raises(TrainingError, match="the weights of the processes differ after step 1"):
         trainer.train()
-    # Not `destroy_process_group`: both have had enough
+    # Skip `destroy_process_group`, which could wait for the other rank
     os._exit(0)
 
 

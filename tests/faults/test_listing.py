@@ -1,4 +1,4 @@
-"""Listings hide nothing: links that lead round, special files, names of all kinds, and lists of them."""
+"""Listings hide nothing: circular links, special files, names of all kinds, and lists of them."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ file_names = st.binary(min_size=1, max_size=60).map(lambda raw: raw.translate(No
 
 
 def round_trips(folder: Path, given_names: set[str]) -> None:
-    """Images of these names in two classes of such names, by folder, list file, quarantine list and label list."""
+    """Images with these names in two classes with such names, by folder, list, quarantine list and label list."""
     classes = ["a", to_line(min(given_names))[:40].replace("/", "")]
     for label, name in enumerate(sorted(given_names)):
         path = folder / "data" / f"{classes[label % 2]} {label % 2}" / f"{name[:60]}.png"

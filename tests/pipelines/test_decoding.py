@@ -1,4 +1,4 @@
-"""Formats, modes and EXIF orientations: every pipeline sees the same upright pixels, and Pillow says nothing."""
+"""Formats, modes and EXIF orientations: every pipeline has the same upright pixels, and Pillow prints nothing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ TURNED = {
 
 
 def upright(content: bytes) -> np.ndarray:
-    """By Pillow alone."""
+    """Upright pixels according to Pillow."""
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
 
 
@@ -73,7 +73,7 @@ def test_an_orientation_is_applied_to_size_and_pixels(kind, orientation, tmp_pat
     source = ImageFolder(tmp_path)
     assert (source.heights[0], source.widths[0]) == expected.shape[:2]
     np.testing.assert_array_equal(source.pixels(0), expected)
-    # Not by Pillow: the corner that EXIF calls the first row and column
+    # Independent of Pillow: the corner that EXIF defines as the first row and column
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
     stored = np.asarray(Image.open(io.BytesIO(TURNED[kind](1))).convert("RGB"))
     np.testing.assert_array_equal(expected[corner[orientation]], stored[0, 0])
@@ -153,7 +153,7 @@ FIRST, SECOND = Image.fromarray(STORED).quantize(), Image.fromarray(255 - STORED
 
 
 def tiff(order: str, bits: int, strip: bytes, *, photometric: int = 1) -> bytes:
-    """One strip of gray as Pillow reads and does not write it; `order`: "<" or ">"."""
+    """TIFF file with one strip of gray, which Pillow reads but cannot write; `order`: "<" or ">"."""
     tags = {256: 40, 257: 24, 258: bits, 259: 1, 262: photometric, 273: 200, 277: 1, 278: 24, 279: len(strip)}
     entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
     header = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags)) + entries + bytes(4)
@@ -161,7 +161,7 @@ def tiff(order: str, bits: int, strip: bytes, *, photometric: int = 1) -> bytes:
 
 
 def packed_12_bits(levels: np.ndarray) -> bytes:
-    """Two pixels in three bytes."""
+    """Pack two 12-bit pixels into three bytes."""
     digits = "".join(f"{level:03x}" for level in levels.ravel().tolist())
     return bytes.fromhex(digits)
 

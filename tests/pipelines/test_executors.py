@@ -43,7 +43,7 @@ def build(name: str, source: Source, workers: int = 0, **options) -> Executor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> ImageFolder:
-    """24 JPEG and PNG files of two classes, no two of one size."""
+    """24 JPEG and PNG files of two classes and different sizes."""
     root = tmp_path_factory.mktemp("images")
     for number in range(24):
         path = root / f"class{number % 2}" / f"{number:02}.{'png' if number % 3 else 'jpg'}"
@@ -72,7 +72,7 @@ def test_pixels_are_those_of_torchvision(request, name, kind, view):
     assert crops.dtype == torch.uint8
     assert crops.shape == expected.shape == (len(source), view.size, view.size, 3)
     levels = difference(crops, expected)
-    # On a CPU, all resize with torchvision's function, and dali decodes like PIL
+    # On a CPU, all executors resize like torchvision, and DALI decodes like PIL
     assert levels.max() == 0
 
 
@@ -206,7 +206,7 @@ def test_crops_stay_intact_while_later_ones_are_made(name, small):
 
 @pytest.fixture
 def broken(tmp_path) -> ImageFolder:
-    """16 images, of which number 11 has a good header and no end."""
+    """16 images; the file of index 11 has a good header and is cut."""
     for number in range(16):
         Image.fromarray(photo(40, 50, number)).save(tmp_path / f"{number:02}.jpg")
     content = (tmp_path / "11.jpg").read_bytes()
@@ -235,7 +235,7 @@ def test_worker_processes_give_the_same_batches(monkeypatch, name, small):
     monkeypatch.setattr("fastssl_pipelines.executors.resident._WORTH_PROCESSES", 3)
     steps = TrainSampler(plan_of(small), batch_size=16)
     in_process = list(build(name, small).stream(steps, 1, 15))
-    # All are kept, so that memory that is used again would show
+    # Keep all batches, to notice reused memory
     for one, other in zip(in_process, list(build(name, small, workers=2).stream(steps, 1, 15)), strict=True):
         assert (one.step, one.ids.tolist()) == (other.step, other.ids.tolist())
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
@@ -250,7 +250,7 @@ def test_a_worker_process_gives_the_same_error(broken):
 
 @pytest.mark.parametrize(("name", "workers"), [("resident", 0), ("torchvision", 0), ("torchvision", 1), ("dali", 1)])
 def test_a_stream_stops_with_its_consumer(name, workers, small):
-    before = threading.enumerate()  # Other tests leave stuck threads behind, on purpose
+    before = threading.enumerate()  # Some tests leave stuck threads behind on purpose
     executor = build(name, small, workers=workers)
     stream = executor.stream(TrainSampler(plan_of(small), batch_size=4), 0, 10**9)
     assert next(stream).step == 0
@@ -332,7 +332,7 @@ def test_a_negative_number_of_workers_is_refused(small):
 def test_the_shared_memory_limits_the_number_of_workers(monkeypatch, notes, folder, room, taken):
     """Each has two batches in progress, and one more is being copied."""
     plan = plan_of(folder, REDUCED).batch(0, 0, 8)
-    free_bytes = 2 * room * 8 * 16 * 16 * 3  # Half of which may be taken
+    free_bytes = 2 * room * 8 * 16 * 16 * 3  # Half of it may be used
     monkeypatch.setattr(workers.os, "statvfs", lambda path: SimpleNamespace(f_bavail=free_bytes, f_frsize=1))
     asked = []
     monkeypatch.setattr(workers, "_views_of_processes", lambda *given: asked.append((len(given[2]), given[3])) or ())

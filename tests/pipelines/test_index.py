@@ -1,4 +1,4 @@
-"""The index: what is read at a start, what comes from the cache, and what a cache may not do."""
+"""The index: what a start reads, what the cache provides, and what a bad cache cannot do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def headers(monkeypatch):
-    """The names of the images whose headers were read since the list was last cleared."""
+    """Names of the images whose headers were read since the list was last cleared."""
     read, size = [], index._size
     monkeypatch.setattr(index, "_size", lambda listing, row: (read.append(listing.names[row]), size(listing, row))[1])
     return read

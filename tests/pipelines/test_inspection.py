@@ -38,7 +38,7 @@ def kinds(encoded: bytes, name: str) -> list[DefectKind]:
 
 
 def rgb16() -> bytes:
-    """A PNG of 16 bits and three channels, which Pillow reads but does not write: the 8-bit one with its depth set."""
+    """16-bit RGB PNG, which Pillow reads but cannot write: an 8-bit one with its bit depth changed."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

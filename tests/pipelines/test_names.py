@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastssl_pipelines.names import from_line, printable, to_line
 
-# Whatever a POSIX file system takes: bytes but NUL and the slash.
+# All names that POSIX allows: bytes except NUL and the slash.
 file_names = st.binary(min_size=1, max_size=40).map(lambda raw: os.fsdecode(raw.translate(None, b"\0/") or b"x"))
 
 

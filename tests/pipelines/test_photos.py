@@ -19,7 +19,7 @@ def files():
 
 
 def spectrum_slope(gray: np.ndarray) -> float:
-    """The exponent of a power law through the amplitudes of the central square, from three waves to 0.35 a pixel."""
+    """Exponent of a power law fit to the amplitudes of the central square, from 3 waves to 0.35 per pixel."""
     side = min(gray.shape)
     top, left = (length - side for length in gray.shape)
     square = gray[top // 2 :, left // 2 :][:side, :side]

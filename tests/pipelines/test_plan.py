@@ -84,7 +84,7 @@ def test_seed_epoch_position_and_view_all_change_the_values():
     drawn = [view.brightness for batch in batches for view in batch.views]
     for number, one in enumerate(drawn):
         for other in drawn[:number]:
-            assert np.mean(one == other) < 0.3  # Neutral values coincide, drawn ones do not
+            assert np.mean(one == other) < 0.3  # Neutral values may coincide, drawn ones do not
     assert len({tuple(batch.ids) for batch in batches}) == len(batches)
 
 
@@ -289,7 +289,7 @@ def test_a_center_view_is_neutral():
 
 
 def test_golden_values_of_a_plan():
-    """The plan is part of every run's identity: when this fails, old runs can no longer be resumed."""
+    """The plan determines every run: if this fails, old runs cannot be resumed."""
     batch = make_plan(1000, width=500, height=375).batch(3, 0, 1000)
     view = batch.views[1]
     assert batch.ids[:8].tolist() == GOLDEN["ids"]

@@ -25,7 +25,7 @@ def test_pictures_have_the_promised_shape_and_balance():
 
 
 def test_color_and_position_do_not_reveal_the_class():
-    """The class means of color differ no more than means of random groups do: within 5 standard errors."""
+    """Mean colors of the classes differ no more than those of random groups: within 5 standard errors."""
     images, labels = draw_pictures(2400, seed=3)
     color = images.reshape(len(images), -1, 3).mean(1)
     means = np.stack([color[labels == c].mean(0) for c in range(len(CLASSES))])

@@ -1,4 +1,4 @@
-"""Tar shards: what is an image there, where its label comes from, and what becomes of a damaged shard."""
+"""Tar shards: their images, the origin of labels, and damaged shards."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_shard_cut_anywhere_is_refused(webdataset):
     content = path.read_bytes()
     with tarfile.open(path) as archive:
         end = [member.offset_data + member.size for member in archive][-1]
-    end += -end % 512  # The end mark
+    end += -end % 512  # The end marker
     cuts = [*range(0, end, 256), end - 1, end, end + 100]
     for cut in cuts:
         path.write_bytes(content[:cut])

@@ -1,4 +1,4 @@
-"""Sources: what counts as an image, its size, its label, and what the user is told about a broken one."""
+"""Sources: which files are images, their sizes and labels, and the messages about broken ones."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_wrong_root_is_explained(tmp_path, make, message):
 
 @pytest.fixture
 def with_garbage(tmp_path) -> ImageFolder:
-    """Numbers 1 and 2 of four images have no readable header."""
+    """Indices 1 and 2 of four images have no readable header."""
     for name in ("a/0.png", "b/3.png"):
         save(tmp_path / name, picture(4, 5))
     (tmp_path / "a" / "1.jpg").write_bytes(b"hello" * 50)

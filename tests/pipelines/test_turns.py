@@ -1,4 +1,4 @@
-"""Input workers beside a step that takes all cores: they begin when a batch is waited for, and never wait long."""
+"""Workers next to a step on all cores: they start when the consumer waits for a batch, and never wait long."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def of(monkeypatch, workers, threads=4):
 
 
 def waiting(turns):
-    """A thread that waits as a worker does, and whether it still waits."""
+    """Start a thread that waits like a worker; returns it with a check whether it still waits."""
     worker = threading.Thread(target=turns.wait, daemon=True)
     worker.start()
     worker.join(0.2)

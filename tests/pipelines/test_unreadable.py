@@ -1,4 +1,4 @@
-"""Unreadable images: the next in plan order takes the place, the same for every executor, and not for many."""
+"""Unreadable images: the next in plan order replaces them, for every executor, unless there are many."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build(name: str, source: ImageFolder, workers: int = 0, **options) -> Execut
 
 @pytest.fixture
 def folder(tmp_path) -> ImageFolder:
-    """240 images, of which one has a good header and no end and another went after the index was made."""
+    """240 images; one is cut after a good header, another was deleted after the index was built."""
     paths = save_photos(tmp_path, COUNT)
     content = paths[CUT].read_bytes()
     paths[CUT].write_bytes(content[: len(content) * 2 // 3])
