@@ -126,8 +126,8 @@ def _labeled_splits(config: Config, progress: Progress) -> Splits:
 def _warn_of_oddities(root: Path, roots: tuple[Path, ...], train: Source) -> None:
     """Warn of unused folders next to the splits, and of classes with the names of splits."""
     if roots[0] != root and roots[0].is_dir():
-        beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
-        if unused := sorted(set(beside) - {path.name for path in roots}):
+        others = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
+        if unused := sorted(set(others) - {path.name for path in roots}):
             taken = " and ".join(path.name for path in roots)
             _warn(f"{root}: only {taken} is used; these folders are not: {_some(unused)}")
     if train.classes and all(name.lower() in _TRAIN_NAMES + _TEST_NAMES for name in train.classes):

@@ -77,8 +77,8 @@ def test_every_form_of_a_split(root, form, notes):
 def test_splits_of_different_classes_are_refused(root):
     write(root / "val" / "bird" / "1.png")
     write(root / "val" / "ape" / "1.png")
-    told = r"val has 4 classes and .*train 2, and the training images have none called ape, bird; .*--data\.root"
-    with pytest.raises(ConfigError, match=told):
+    message = r"val has 4 classes and .*train 2, and the training images have none called ape, bird; .*--data\.root"
+    with pytest.raises(ConfigError, match=message):
         splits(root)
 
 

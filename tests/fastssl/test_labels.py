@@ -125,9 +125,10 @@ def test_known_labels_of_one_class_are_reported_for_methods_that_use_labels(data
     (data / "list.txt").write_text("\n".join(f"dog_{number}.png" for number in range(10)))
     config = parse([f"{method}-cifar10", *arguments(data, "--data.label-list {data}/list.txt")])
     train_sampler(config, open_splits(config).train)
-    told = notes.take()
-    assert len(told) == (method != "mocov2")
-    assert all(note.startswith("all known labels are one class, dog, so its images have no negatives") for note in told)
+    messages = notes.take()
+    assert len(messages) == (method != "mocov2")
+    start = "all known labels are one class, dog, so its images have no negatives"
+    assert all(note.startswith(start) for note in messages)
 
 
 def test_with_one_class_nothing_is_classified(data, capsys):
@@ -142,9 +143,9 @@ def test_with_one_class_nothing_is_classified(data, capsys):
     assert "knn_top1" not in (folder / "metrics.jsonl").read_text()
     for protocol in ("knn", "linear"):
         assert main(["eval", protocol, str(folder)]) == 2
-        told = capsys.readouterr().err.splitlines()
-        assert len(told) == 1
-        assert "are all of one class, and an evaluation needs two" in told[0]
+        messages = capsys.readouterr().err.splitlines()
+        assert len(messages) == 1
+        assert "are all of one class, and an evaluation needs two" in messages[0]
 
 
 def test_the_new_paths_survive_json(data):

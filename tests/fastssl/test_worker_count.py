@@ -75,6 +75,6 @@ def test_the_default_number_of_workers_on_a_gpu_is_logged(monkeypatch, notes, wo
     assert notes.take() == []
     fake_cuda.install(monkeypatch)
     executor = input_executor(data, source, device=GPU, dtype=torch.float32)
-    told = [note for note in notes.take() if "--data.workers" in note]
-    assert told == [f"5 of 6 cores decode {source.name}; --data.workers chooses"] * count
+    messages = [note for note in notes.take() if "--data.workers" in note]
+    assert messages == [f"5 of 6 cores decode {source.name}; --data.workers chooses"] * count
     assert executor.workers == (workers or 5)

@@ -71,10 +71,10 @@ def test_a_folder_reached_on_two_paths_is_refused(root, tmp_path, link, target):
     (root / link).parent.mkdir(parents=True, exist_ok=True)
     (root / link).symlink_to(target.format(elsewhere=elsewhere))
     for labeled in (True, False):
-        told = refusal(root, labeled=labeled)
-        assert re.search(r"a link makes (\S+) and (\S+) one folder, (\S+), so its images would count twice", told)
-        assert "--data.root" in told if labeled else "--data.unlabeled" in told
-        assert f"/{link}" in told
+        message = refusal(root, labeled=labeled)
+        assert re.search(r"a link makes (\S+) and (\S+) one folder, (\S+), so its images would count twice", message)
+        assert "--data.root" in message if labeled else "--data.unlabeled" in message
+        assert f"/{link}" in message
 
 
 def test_two_links_to_each_other_end(root):
@@ -120,10 +120,10 @@ def test_files_that_are_no_images_are_counted(root):
 
 def test_an_empty_class_is_explained(root):
     (root / "dog").mkdir()
-    told = refusal(root)
-    assert "class folder" in told
-    assert "dog holds no image file" in told
-    assert "remove the folder, or name the images and their classes in a list file as --data.root" in told
+    message = refusal(root)
+    assert "class folder" in message
+    assert "dog holds no image file" in message
+    assert "remove the folder, or name the images and their classes in a list file as --data.root" in message
 
 
 def special(path: Path, kind: str) -> None:
@@ -235,9 +235,9 @@ def test_any_names_round_trip(some):
 def test_a_wrong_list_of_paths_is_explained(tmp_path, text, words):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "list").write_bytes(text)
-    told = refusal(tmp_path / "list")
+    message = refusal(tmp_path / "list")
     for word in [*words, "--data.root"]:
-        assert word in told
+        assert word in message
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_ignored(tmp_path):

@@ -272,7 +272,7 @@ def test_images_in_tar_shards_are_inspected(tmp_path):
 def test_findings_keep_the_order_and_progress_ends_at_the_number_of_images(tmp_path):
     files = {f"a/{number:03d}.jpg": b"" if number % 7 == 0 else jpeg(number % 256) for number in range(100)}
     done = []
-    findings = inspect_all([write(tmp_path, files)], workers=3, progress=lambda *told: done.append(told))
+    findings = inspect_all([write(tmp_path, files)], workers=3, progress=lambda *arguments: done.append(arguments))
     assert [finding.name for finding in findings] == [f"a/{number:03d}.jpg" for number in range(0, 100, 7)]
     assert done == sorted(done)
     assert done[-1] == ("reading images", 100, 100)

@@ -97,7 +97,9 @@ def test_files_without_a_readable_header_keep_their_indices(with_garbage):
     assert list(with_garbage.defects) == [1, 2]
     for number, name in ((1, "1.jpg"), (2, "2.jpg")):
         for read in (with_garbage.pixels, with_garbage.encoded):
-            with pytest.raises(DataError, match=rf"{name} cannot be read .*none of JPEG, PNG.*--data\.root") as raised:
+            with pytest.raises(
+                DataError, match=rf"{name} cannot be read .*not one of JPEG, PNG.*--data\.root"
+            ) as raised:
                 read(number)
             assert str(raised.value) == with_garbage.defects[number]
             assert "\n" not in str(raised.value)

@@ -80,15 +80,15 @@ def test_a_worker_is_held_for_half_a_second_and_no_longer(monkeypatch):
 
 
 def test_a_stream_gives_turns_while_it_waits_and_ends_them_with_its_consumer(monkeypatch):
-    told = []
+    calls = []
     for name in ("give", "end"):
         real = getattr(Turns, name)
-        monkeypatch.setattr(Turns, name, lambda self, name=name, real=real: (told.append(name), real(self)))
+        monkeypatch.setattr(Turns, name, lambda self, name=name, real=real: (calls.append(name), real(self)))
     source = ArraySource("black", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, int), ("a",))
     executor = build_executor("torchvision", source, workers=1, **NORMALIZATION)
     stream = executor.stream(TrainSampler(plan_of(source), batch_size=4), 0, 10**9)
     for _ in range(20):
         next(stream)
-    assert "give" in told
+    assert "give" in calls
     stream.close()
-    assert told[-1] == "end"
+    assert calls[-1] == "end"
