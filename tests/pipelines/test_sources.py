@@ -163,7 +163,7 @@ def test_an_array_source_encodes_without_loss():
 def test_an_array_source_refuses_other_arrays():
     with pytest.raises(ValueError, match=r"uint8 \[n, H, W, 3\]"):
         ArraySource("wrong", np.zeros((2, 3, 4, 4), np.float32), np.zeros(2, int), ())
-    with pytest.raises(ValueError, match="2 images came with 3 labels"):
+    with pytest.raises(ValueError, match="2 images were given with 3 labels"):
         ArraySource("wrong", np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, int), ())
 
 
