@@ -114,7 +114,7 @@ def test_unused_test_splits_are_reported(root, notes):
     _, test = splits(root)
     assert test.name == str(root / "test")
     (note,) = notes.take()
-    assert "only train and test is used; these folders are not: annotations, val" in note
+    assert "only train and test are used; these folders are not: annotations, val" in note
 
 
 def test_classes_with_the_names_of_splits_are_reported(root, notes):
