@@ -1,4 +1,4 @@
-"""Ranks with different options, images or weights end with a sentence instead of training something else."""
+"""Ranks with different options, images or weights end with an error instead of training something else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.fastssl.small_methods import build
 from tests.faults.runs import PICTURES, TINY, image_folder
 from tests.faults.test_identity import another_name, another_size, fewer
 
-# Ranks: what the second one has of its own.
+# Options of the second rank only.
 DIFFERENT_RANKS = {
     "rate": ["--optim.lr", "0.5"],
     "temperature": ["--method.temperature", "0.9"],
@@ -75,7 +75,7 @@ def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_what_a_machine_may_have_of_its_own_may_differ_among_ranks(commands, tmp_path):
+def test_ranks_may_differ_in_what_belongs_to_a_machine(commands, tmp_path):
     for name in "ab":
         image_folder(tmp_path / name)
     both = ["mocov2-cifar10", *TINY, *RANKS]
@@ -85,7 +85,7 @@ def test_what_a_machine_may_have_of_its_own_may_differ_among_ranks(commands, tmp
 
 
 @pytest.mark.parametrize("name", ["mocov2", "smog"])
-def test_the_hash_sees_one_bit_of_every_weight_and_no_statistics(name):
+def test_the_hash_depends_on_every_weight_and_no_statistics(name):
     method = build(name, splits=2)
     before = weights_hash(method)
     assert weights_hash(method) == before
@@ -115,12 +115,12 @@ def a_rank_whose_weights_drift(number, store, folder):
     trainer = Trainer(parse([*TINY, *PICTURES, *RANKS]), Path(folder), NoteQueue())
     with pytest.raises(TrainingError, match="the weights of the processes differ after step 1"):
         trainer.train()
-    # Not `destroy_process_group`: both have had enough
+    # Skip `destroy_process_group`, which could wait for the other rank
     os._exit(0)
 
 
 @pytest.mark.slow
-def test_weights_that_drift_apart_end_the_run(tmp_path):
+def test_diverging_weights_end_the_run(tmp_path):
     (tmp_path / "run").mkdir()
     arguments = (str(tmp_path / "store"), str(tmp_path / "run"))
     torch.multiprocessing.spawn(a_rank_whose_weights_drift, arguments, nprocs=2)
