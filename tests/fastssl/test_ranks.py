@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 
 from fastssl.distributed import gather_rows, gather_rows_with_gradient, local_rows, rank, world_size
 from fastssl.methods import METHODS
 from fastssl.methods.queue_method import momentum_rows
 from fastssl.models.norm import averaged_statistics, convert_to_sync
-from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join, part
+from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join, part, run_ranks
 from tests.fastssl.small_methods import a_batch
 
 RANKS = 2
@@ -109,7 +108,7 @@ def a_rank(number, store, results):
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     arguments = (str(folder / "store"), str(folder / "results"))
-    torch.multiprocessing.spawn(a_rank, arguments, nprocs=RANKS)
+    run_ranks(a_rank, arguments, RANKS)
     return folder / "results"
 
 
