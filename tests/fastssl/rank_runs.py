@@ -17,7 +17,7 @@ from tests.fastssl.small_methods import a_batch, build
 LR = 0.0005  # with more ReSSL collapses in a few steps, and of its gradient nothing but rounding is left
 
 
-def run_ranks(function, arguments, ranks):
+def fork_ranks(function, arguments, ranks):
     """Call `function(rank, *arguments)` in a process for each rank, forked where torch is imported already."""
     context()  # names what the fork server imports
     torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")

@@ -11,7 +11,7 @@ from fastssl.distributed import gather_rows, gather_rows_with_gradient, local_ro
 from fastssl.methods import METHODS
 from fastssl.methods.queue_method import momentum_rows
 from fastssl.models.norm import averaged_statistics, convert_to_sync
-from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join, part, run_ranks
+from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, fork_ranks, join, part
 from tests.fastssl.small_methods import a_batch
 
 RANKS = 2
@@ -108,7 +108,7 @@ def a_rank(number, store, results):
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     arguments = (str(folder / "store"), str(folder / "results"))
-    run_ranks(a_rank, arguments, RANKS)
+    fork_ranks(a_rank, arguments, RANKS)
     return folder / "results"
 
 

@@ -15,7 +15,7 @@ from fastssl.methods.queue_method import SHARDABLE, MomentumConfig
 from fastssl.methods.sharded import sharded_read
 from fastssl.models.queue import KeyQueue, gather_state, queue_hash
 from fastssl_kernels import queue_read
-from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join, run_ranks
+from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, fork_ranks, join
 from tests.fastssl.small_methods import QUEUE, build
 
 WORLDS = (2, 4)
@@ -86,7 +86,7 @@ def a_process(number, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    run_ranks(a_process, (str(folder),), 4)
+    fork_ranks(a_process, (str(folder),), 4)
     return folder
 
 

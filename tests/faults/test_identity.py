@@ -18,7 +18,7 @@ from fastssl.train.identity import facts_of_options, weights_hash
 from fastssl.train.step import TrainStep
 from fastssl.train.trainer import Trainer
 from tests.fastssl.commands import commands_into
-from tests.fastssl.rank_runs import join, run_ranks
+from tests.fastssl.rank_runs import fork_ranks, join
 from tests.fastssl.small_methods import build
 from tests.fastssl.test_runs import assert_same, final_state, records
 from tests.faults.runs import PICTURES, TINY, contents, image_folder, refusal, train
@@ -409,4 +409,4 @@ def a_rank_whose_weights_drift(number, store, folder):
 def test_weights_that_drift_apart_end_the_run(tmp_path):
     (tmp_path / "run").mkdir()
     arguments = (str(tmp_path / "store"), str(tmp_path / "run"))
-    run_ranks(a_rank_whose_weights_drift, arguments, 2)
+    fork_ranks(a_rank_whose_weights_drift, arguments, 2)
