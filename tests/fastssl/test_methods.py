@@ -109,7 +109,11 @@ def test_the_loss_goes_down_on_64_images(name):
     assert losses[-1] < 0.9 * losses[0]  # with soft targets it ends at their entropy, not at 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Variants whose graphs consist of parts that other variants compile
+SAME_PARTS = {"unimoco symmetric", "unmix symmetric", "mocov2 head with batch norm", "co2 alone"}
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in SAME_PARTS])
 def test_forward_compiles_without_a_graph_break(variant):
     name, options = VARIANTS[variant]
     method, twin = build(name, **options), build(name, **options)

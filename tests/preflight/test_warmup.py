@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+import triton
 
 from fastssl_kernels import aot
 from tests.preflight import warmup
@@ -58,13 +59,26 @@ def test_a_kernel_too_large_for_a_target_fails() -> None:
     assert done.stdout.startswith("OutOfResources: out of resource: shared memory"), done.stderr
 
 
-def test_the_command_refuses_what_it_cannot_do() -> None:
-    done = run(TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "unset it" in done.stderr
-    done = run("--targets", "sm_70")
-    assert done.returncode == 2
-    assert "'sm_70'; it takes sm_80, sm_90, sm_100, sm_120" in done.stderr
+@pytest.mark.parametrize(
+    ("interpret", "arguments", "sentence"),
+    [
+        (True, [], "unset it"),
+        (False, ["--targets", "sm_70"], "'sm_70'; it takes sm_80, sm_90, sm_100, sm_120"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(
+    interpret: bool,
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+    monkeypatch.setattr(sys, "argv", ["warmup", *arguments])
+    with pytest.raises(SystemExit) as refused:
+        warmup.main()
+    assert refused.value.code == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_the_driver_is_put_back() -> None:
