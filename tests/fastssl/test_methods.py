@@ -113,6 +113,7 @@ def test_the_loss_goes_down_on_64_images(name):
 SAME_PARTS = {"unimoco symmetric", "unmix symmetric", "mocov2 head with batch norm", "co2 alone"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in SAME_PARTS])
 def test_forward_compiles_without_a_graph_break(variant):
     name, options = VARIANTS[variant]
