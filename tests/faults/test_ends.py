@@ -74,6 +74,7 @@ def stopped_and_resumed(commands, folder, seed, number):
     return stops
 
 
+@pytest.mark.slow
 def test_the_log_of_a_stopped_run_is_that_of_one_left_alone(commands, alone, tmp_path):
     stops = stopped_and_resumed(commands, tmp_path / "run", 0, signal.SIGTERM)
     assert any(step % 5 for step in stops)  # between two log lines

@@ -338,6 +338,7 @@ def run_ranks(commands, first, second):
     return commands.exit_codes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", [*DIFFERENT_RANKS, "method"])
 def test_ranks_with_other_options_end_with_a_sentence(commands, tmp_path, difference):
     arguments = [*TINY, *PICTURES, *RANKS, "--run.dir", str(tmp_path / "run")]
@@ -350,6 +351,7 @@ def test_ranks_with_other_options_end_with_a_sentence(commands, tmp_path, differ
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [fewer, another_size, another_name])
 def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change):
     image_folder(tmp_path / "a")
@@ -361,6 +363,7 @@ def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_what_a_machine_may_have_of_its_own_may_differ_among_ranks(commands, tmp_path):
     for name in "ab":
         image_folder(tmp_path / name)
