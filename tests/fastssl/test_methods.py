@@ -143,7 +143,12 @@ def test_the_loss_goes_down_on_64_images(name):
     assert losses[-1] < 0.9 * losses[0]  # With soft targets it converges to their entropy, not to 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Variants whose graphs consist of parts that other variants compile
+SAME_PARTS = {"unimoco symmetric", "unmix symmetric", "mocov2 head with batch norm", "co2 alone"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in SAME_PARTS])
 def test_forward_compiles_without_a_graph_break(variant):
     name, options = VARIANTS[variant]
     method, twin = build(name, **options), build(name, **options)

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from fastssl.cli import main
 from fastssl.commands.pretrain import parse

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from fastssl.commands.pretrain import parse
 from fastssl.errors import TrainingError
@@ -17,7 +16,7 @@ from fastssl.train.identity import weights_hash
 from fastssl.train.step import TrainStep
 from fastssl.train.trainer import Trainer
 from tests.fastssl.commands import commands_into
-from tests.fastssl.rank_runs import join
+from tests.fastssl.rank_runs import fork_ranks, join
 from tests.fastssl.small_methods import build
 from tests.faults.runs import PICTURES, TINY, image_folder
 from tests.faults.test_identity import another_name, another_size, fewer
@@ -52,6 +51,7 @@ def run_ranks(commands, first, second):
     return commands.exit_codes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", [*DIFFERENT_RANKS, "method"])
 def test_ranks_with_other_options_end_with_a_sentence(commands, tmp_path, difference):
     arguments = [*TINY, *PICTURES, *RANKS, "--run.dir", str(tmp_path / "run")]
@@ -64,6 +64,7 @@ def test_ranks_with_other_options_end_with_a_sentence(commands, tmp_path, differ
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [fewer, another_size, another_name])
 def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change):
     image_folder(tmp_path / "a")
@@ -75,6 +76,7 @@ def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_ranks_may_differ_in_what_belongs_to_a_machine(commands, tmp_path):
     for name in "ab":
         image_folder(tmp_path / name)
@@ -123,4 +125,4 @@ def a_rank_whose_weights_drift(number, store, folder):
 def test_diverging_weights_end_the_run(tmp_path):
     (tmp_path / "run").mkdir()
     arguments = (str(tmp_path / "store"), str(tmp_path / "run"))
-    torch.multiprocessing.spawn(a_rank_whose_weights_drift, arguments, nprocs=2)
+    fork_ranks(a_rank_whose_weights_drift, arguments, 2)

@@ -70,7 +70,7 @@ def test_collapsed_queue(
 @each_backend
 @pytest.mark.parametrize("loss", [name for name in parity.LOSSES if name != "update_groups"])  # Equal entries tie
 def test_entries_that_occur_three_times(loss: str, backend: str, device: str, temperature: float) -> None:
-    given = make_inputs(33, 60, 48)
+    given = make_inputs(17, 60, 48)
     given.queue, given.queue_labels = given.queue.repeat_interleave(3, 0), given.queue_labels.repeat_interleave(3)
     given.target *= 3
     prepared = parity.prepare(loss, given, torch.float32, device)
