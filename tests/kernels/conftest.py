@@ -7,15 +7,23 @@ from typing import Any
 import pytest
 import torch
 
+from fastssl import plugins
+from fastssl_kernels import LOSSES
 from fastssl_kernels.parity import make_inputs
+
+plugins.load()  # The parity tests run for losses of plug-ins, too
 
 # While working these stand for the others: every loss once, in float32 and with the dtypes of training
 INTERPRETED = ("test_loss_contract.py", "test_backends.py", "test_triton_launch.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the other interpreted cases slow: each takes up to a second."""
+    """Mark the other interpreted cases slow: each takes up to a second. Skip what a plug-in's loss does not have."""
     for item in items:
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        loss = LOSSES.get(given.get("loss", ""))
+        if loss and given.get("backend", "reference") not in ("reference", *loss.backends):
+            item.add_marker(pytest.mark.skip(reason=f"{given['loss']} is not registered for {given['backend']}"))
         if item.path.parent == Path(__file__).parent and "triton" in item.name and item.path.name not in INTERPRETED:
             item.add_marker(pytest.mark.slow)
 

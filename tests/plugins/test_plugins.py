@@ -1,4 +1,4 @@
-"""A package outside this repository adds a method, an encoder and a preset; a broken one is one sentence."""
+"""A package outside this repository adds a method, an encoder, a preset and a loss; a broken one is one sentence."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ class Broken(NNCLR):
         return output
 """
 
+BROKEN_LOSS = """
+from nnclr_example import decoupled_info_nce, decoupled_info_nce_definition
+from fastssl_kernels import register_loss
+
+def broken(query, key, queue, **options):
+    return decoupled_info_nce(query, key.detach() + (query - query.detach()), queue, **options)
+
+register_loss("broken-loss", broken, decoupled_info_nce_definition)
+"""
+
 
 def installed(folder: Path, distribution: str, **entries: str) -> Path:
     """`folder` as a place on sys.path with a distribution that has these entry points."""
@@ -74,9 +84,9 @@ def fastssl(path: list[Path], *arguments: str | Path) -> subprocess.CompletedPro
     return run(path, "-m", "fastssl", *arguments)
 
 
-def contract(path: list[Path], name: str) -> subprocess.CompletedProcess[str]:
-    """The contract tests of one method."""
-    return run(path, "-m", "pytest", "-q", "-n", "0", "tests/fastssl/test_methods.py", "-k", name)
+def contract(path: list[Path], name: str, tests: str = "fastssl/test_methods.py") -> subprocess.CompletedProcess[str]:
+    """The contract tests of one method, or of one loss."""
+    return run(path, "-m", "pytest", "-q", "-n", "0", f"tests/{tests}", "-k", name)
 
 
 def test_methods_presets_and_options_of_a_plugin_are_listed(example: list[Path]) -> None:
@@ -118,6 +128,26 @@ def test_the_contract_tests_accept_a_plugin_without_a_transcription(example: lis
     tested = contract(example, "nnclr-example")
     assert tested.returncode == 0, tested.stdout
     assert re.fullmatch(r"[1-9]\d* passed, \d+ deselected in .*", tested.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_loss_of_a_plugin_is_verified_and_tested_like_ours(example: list[Path]) -> None:
+    verified = fastssl(example, "verify", "decoupled-example", "--device", "cpu", "--dtype", "float32")
+    assert verified.returncode == 0, verified.stdout
+    assert re.search(r"decoupled-example +float32 +blockwise .*pass", verified.stdout)
+    assert "all 1 passed" in verified.stdout
+    tested = contract(example, "decoupled-example", "kernels/test_parity.py")
+    assert tested.returncode == 0, tested.stdout
+    assert re.search(r"[1-9]\d* passed", tested.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_contract_tests_refuse_a_loss_with_a_wrong_gradient(example: list[Path], tmp_path: Path) -> None:
+    site = installed(tmp_path / "other", "broken", broken="broken_loss")
+    (site / "broken_loss.py").write_text(BROKEN_LOSS)
+    tested = contract([*example, site], "broken-loss and float64", "kernels/test_parity.py")
+    assert tested.returncode == 1, tested.stdout
+    assert "test_every_loss_in_float64[broken-loss" in tested.stdout
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""An example plug-in: a method like NNCLR, an encoder and a preset. Copy this folder to start your own."""
+"""An example plug-in: a method like NNCLR, an encoder, a preset and a loss. Copy this folder to start your own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastssl.models.heads import MLPBatchNormHead, ProjectionHead
 from fastssl.models.norm import NormLayer
 from fastssl.presets import preset
 from fastssl.validation import Rows, Temperature, Width
-from fastssl_kernels import bank_cross_entropy, nearest_entry
+from fastssl_kernels import bank_cross_entropy, nearest_entry, register_loss
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 
@@ -104,7 +104,32 @@ class TinyCNN(Encoder):
         return self.layers(images).mean((2, 3))
 
 
-# A loss of a plug-in goes here, registered by `fastssl_kernels.register_loss`.
+def decoupled_info_nce(
+    query: Tensor, key: Tensor, queue: Tensor, *, temperature: float, reduction: str = "mean"
+) -> Tensor:
+    """InfoNCE without the own key in its denominator (Yeh et al., arXiv 2110.06848); [N, C], [N, C], [K, C]."""
+    logits = query @ queue.to(query.dtype).T / temperature
+    rows = logits.logsumexp(1) - (query * key).sum(1) / temperature
+    return rows if reduction == "none" else rows.mean()
+
+
+def decoupled_info_nce_definition(
+    query: Tensor, key: Tensor, queue: Tensor, *, temperature: float, reduction: str = "mean"
+) -> Tensor:
+    """The same as its formula reads: minus the logarithm of a quotient."""
+    positive = ((query * key).sum(1) / temperature).exp()
+    negatives = (query @ queue.to(query.dtype).T / temperature).exp().sum(1)
+    rows = -(positive / negatives).log()
+    return rows if reduction == "none" else rows.mean()
+
+
+# A difference of logits may be much smaller than its terms
+register_loss(
+    "decoupled-example",
+    decoupled_info_nce,
+    decoupled_info_nce_definition,
+    tolerances={torch.float32: (1e-5, 1e-5)},
+)
 
 
 @preset(
