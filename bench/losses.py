@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastssl.arguments import parse
-from fastssl.benchmark.memory import peak_bytes
+from fastssl.benchmark.harness import peak_bytes
 from fastssl.errors import ConfigError, unknown_name
 from fastssl_kernels import parity, reference
 

@@ -32,7 +32,7 @@ def taken(folder: Path) -> ConfigError:
 def new_folder(preset: str) -> Iterator[Path]:
     """A folder of its own for a run that was given none, runs/PRESET-DATE; without files it goes again at the end."""
     first = Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    with _told(first):
+    with _os_error_as_config_error(first):
         first.parent.mkdir(parents=True, exist_ok=True)
         folder = next(path for path in _numbered(first) if _made(path))
     try:
@@ -80,7 +80,7 @@ def claimed(folder: Path) -> Iterator[Claim]:
 
     ConfigError where it cannot be made or another process trains there.
     """
-    with _told(folder):
+    with _os_error_as_config_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open_to_append(folder / "lock")
     with file:
@@ -104,7 +104,7 @@ def prepare(folder: Path, config: Config, *, identity: dict[str, Any], new: bool
     path = folder / "config.json"
     if new and os.path.lexists(path):
         raise taken(folder)
-    with _told(folder):
+    with _os_error_as_config_error(folder):
         if new:
             values = json.loads(to_json(config)) | {"identity": identity}
             write_whole(path, json.dumps(values, indent=2).encode())
@@ -137,7 +137,7 @@ def _exists(path: Path) -> bool:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _os_error_as_config_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:

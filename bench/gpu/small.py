@@ -16,7 +16,7 @@ import torch
 from bench import sides
 from bench import step as step_beside_others
 from bench.peers import Unavailable
-from fastssl.benchmark.command import wait
+from fastssl.benchmark.harness import wait
 from fastssl.benchmark.peer_pipelines import pil_batches
 from fastssl.commands.bench_end_to_end import EndToEnd
 from fastssl.config import Config

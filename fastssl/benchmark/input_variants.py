@@ -66,7 +66,7 @@ class ExecutorVariant:
     def __init__(self, config: Config, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         data = config.data
         self.result = Result(f"fastssl {data.pipeline}" + f" {data.decode}" * (data.pipeline == "dali"))
-        self._data, self._steps = data, train_sampler(config, source)
+        self._data, self._sampler = data, train_sampler(config, source)
         self._build: Callable[[DataConfig], Executor] = partial(
             input_executor, source=source, device=device, dtype=dtype
         )
@@ -96,13 +96,13 @@ class ExecutorVariant:
         # on a CPU in one thread, as only DALI has several for some of the stages
         threaded = executor.name == "dali" and executor.device.type == "cpu"
         staged = self._build(replace(self._data, workers=0)) if threaded else executor
-        for stage, times in rates.stage_times(staged, self._steps, seconds=seconds).items():
+        for stage, times in rates.stage_times(staged, self._sampler, seconds=seconds).items():
             before_the_first_batch = stage == "decode" and executor.name == "resident"
             result.stages_ms.setdefault(stage, []).append(0.0 if before_the_first_batch else median(times))
         result.notes += [note for note in executor.notes if note not in result.notes]
 
     def _batches(self, executor: Executor) -> Generator[Views]:
-        with closing(executor.stream(self._steps, 0, sys.maxsize)) as stream:
+        with closing(executor.stream(self._sampler, 0, sys.maxsize)) as stream:
             for batch in stream:
                 yield batch.views
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastssl.benchmark.command import wait, write_trace
-from fastssl.benchmark.memory import peak_bytes
+from fastssl.benchmark.harness import peak_bytes, wait, write_trace
 from fastssl.config import Config, TrainConfig
 from fastssl.device import choose_dtype
 from fastssl.errors import TrainingError

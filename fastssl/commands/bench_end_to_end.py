@@ -18,7 +18,7 @@ import torch
 
 from fastssl.arguments import parse_known
 from fastssl.benchmark import rates
-from fastssl.benchmark.command import require_file, torch_threads, write_json, write_trace
+from fastssl.benchmark.harness import require_file, torch_threads, write_json, write_trace
 from fastssl.benchmark.peer_pipelines import Views
 from fastssl.benchmark.step_variants import as_training, synthetic_batches
 from fastssl.commands.bench_step import PARTS
@@ -91,7 +91,7 @@ class EndToEnd:
         dtype = self.numerics.dtype
         source = open_splits(config).train
         self.notes = [*source.notes]
-        self.steps = train_sampler(config, source, self.notes.append)
+        self.sampler = train_sampler(config, source, self.notes.append)
         self.executor = input_executor(config.data, source, device=self.device, dtype=dtype)
         self.train_step = build_step(config, build_method(config, self.device), device=self.device, dtype=dtype)
         batches = synthetic_batches(config, self.device)
@@ -111,28 +111,28 @@ class EndToEnd:
 
     def stream(self) -> Generator[Batch]:
         """The batches of a run from its first step on, without end."""
-        return self.executor.stream(self.steps, 0, sys.maxsize)
+        return self.executor.stream(self.sampler, 0, sys.maxsize)
 
-    def train(self, batches: Iterator[Batch], window: StepMeter) -> Iterator[None]:
+    def train(self, batches: Iterator[Batch], meter: StepMeter) -> Iterator[None]:
         """A step a batch, as in a run."""
-        optim, per_epoch = self.config.optim, self.steps.steps_per_epoch
+        optim, per_epoch = self.config.optim, self.sampler.steps_per_epoch
         total = self.config.train.steps or self.config.train.epochs * per_epoch
-        for batch in window.timed(batches):
+        for batch in meter.timed(batches):
             step = batch.step % total
             lr = learning_rate(optim, step, total_steps=total, steps_per_epoch=per_epoch)
-            window.add(batch, self.train_step(batch, TrainProgress(step, total, per_epoch), lr))
+            meter.add(batch, self.train_step(batch, TrainProgress(step, total, per_epoch), lr))
             yield
 
     def _train(self, batches: Iterator[Batch], name: str, seconds: float) -> None:
-        window = StepMeter(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
-        steps = self.train(batches, window)
+        meter = StepMeter(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
+        steps = self.train(batches, meter)
         for _ in islice(steps, WARM_UPS):
             pass
-        window.read()
+        meter.read()
         begun = time.perf_counter()
         while time.perf_counter() - begun < seconds:
             next(steps)
-        values, result = window.read(), self.results[name]
+        values, result = meter.read(), self.results[name]
         result.images_per_s.append(values["images_per_s"])
         for key, value in values.items():
             if key.startswith("share_"):
@@ -255,8 +255,8 @@ def show(facts: dict[str, Any], results: dict[str, Result]) -> None:
 
 
 def _trace(both: EndToEnd, folder: Path) -> Path:
-    window = StepMeter(both.train_step.stopwatch, scaled=both.train_step.scaler.is_enabled())
+    meter = StepMeter(both.train_step.stopwatch, scaled=both.train_step.scaler.is_enabled())
     with closing(both.stream()) as stream:
-        steps = both.train(stream, window)
+        steps = both.train(stream, meter)
         next(steps)
         return write_trace(folder, f"e2e-{both.config.preset}", lambda: list(islice(steps, TRACED_STEPS)))

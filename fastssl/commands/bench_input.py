@@ -14,7 +14,7 @@ import torch
 
 from fastssl.arguments import Positional, parse
 from fastssl.benchmark import rates
-from fastssl.benchmark.command import require_file, write_json
+from fastssl.benchmark.harness import require_file, write_json
 from fastssl.benchmark.input_variants import Candidate, Result, candidates
 from fastssl.config import Config
 from fastssl.data import split_roots
@@ -22,8 +22,7 @@ from fastssl.device import choose_device, choose_dtype
 from fastssl.environment import measured_on
 from fastssl.errors import ConfigError
 from fastssl.executor import worker_count
-from fastssl.observe.progress import DelayedProgressBar
-from fastssl.observe.screen import open_screen
+from fastssl.observe.screen import DelayedProgressBar, open_screen
 from fastssl.observe.table import Table
 from fastssl.presets import load
 from fastssl.validation import Checked, Count, Images, Seconds, Threads

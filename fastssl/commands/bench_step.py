@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastssl.arguments import Positional, parse
-from fastssl.benchmark.command import require_file, torch_threads, write_json
+from fastssl.benchmark.harness import require_file, torch_threads, write_json
 from fastssl.benchmark.step_variants import Candidate, Passes, Result, candidates, encoder_passes, synthetic_batches
 from fastssl.config import Config
 from fastssl.device import choose_device, set_numerics

@@ -145,7 +145,7 @@ def _cached(run: FrozenRun, options: LinearOptions, recipe: Recipe) -> tuple[Acc
 def _full(run: FrozenRun, options: LinearOptions, recipe: Recipe) -> tuple[Accuracy, dict[str, Any]]:
     lr = options.lr[0] if options.lr else MOCO_RATE
     view = run.config.eval_view
-    layer = train_on_crops(run.encoder, run.train, size=view.size, lr=lr, recipe=recipe, dtype=run.dtype, say=print)
+    layer = train_on_crops(run.encoder, run.train, size=view.size, lr=lr, recipe=recipe, dtype=run.dtype, info=print)
     test = extract_features(run.encoder, run.test, view, dtype=run.dtype)
     hits = Classifiers(layer.weight.detach()[None], layer.bias.detach()[None]).hits(test)
     return percent(hits[:, 0], len(test.labels)), {"lr": lr}

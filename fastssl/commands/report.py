@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastssl.arguments import Positional, parse
 from fastssl.errors import ConfigError
-from fastssl.observe.report import write_report
+from fastssl.observe.html_report import write_report
 from fastssl.validation import Checked
 from fastssl_pipelines.names import printable
 

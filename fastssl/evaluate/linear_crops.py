@@ -31,7 +31,7 @@ def train_on_crops(
     lr: float,
     recipe: Recipe,
     dtype: torch.dtype,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
 ) -> nn.Linear:
     """A linear layer trained on crops of the labeled images; the incomplete last batch of an epoch is dropped.
 
@@ -59,7 +59,7 @@ def train_on_crops(
                     f"the loss of the linear layer is {mean} in epoch {epoch}; give an --lr below {lr:g}"
                 )
             speed = (batch.step + 1) * steps.batch_size / (time.perf_counter() - started)
-            say(f"epoch {epoch}/{recipe.epochs}: loss {mean:.4f}, {speed:.0f} images/s")
+            info(f"epoch {epoch}/{recipe.epochs}: loss {mean:.4f}, {speed:.0f} images/s")
             total.zero_()
     return classifier
 

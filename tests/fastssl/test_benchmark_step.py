@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastssl.benchmark import step_variants as training
-from fastssl.benchmark.command import write_trace
+from fastssl.benchmark.harness import write_trace
 from fastssl.benchmark.step_variants import CHOSEN, SUPERVISED, Candidate, Passes, Result
 from fastssl.commands import bench_step as step
 from fastssl.device import choose_dtype

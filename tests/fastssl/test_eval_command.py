@@ -113,7 +113,7 @@ def test_the_full_protocol_learns_from_shuffled_images_and_leaves_the_encoder_al
         lr=1 / scale**2,
         recipe=Recipe(epochs=20, batch_size=48, schedule="cosine"),
         dtype=frozen.dtype,
-        say=lambda text: losses.append(float(text.split("loss ")[1].split(",")[0])),
+        info=lambda text: losses.append(float(text.split("loss ")[1].split(",")[0])),
     )
     assert len(losses) == 20
     assert losses[-1] < losses[0]

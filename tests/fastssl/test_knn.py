@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from fastssl.benchmark.memory import peak_bytes
+from fastssl.benchmark.harness import peak_bytes
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract_features
 from fastssl.evaluate.knn import knn_accuracy, knn_of_encoder

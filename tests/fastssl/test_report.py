@@ -17,7 +17,7 @@ from fastssl.config import to_json
 from fastssl.errors import ConfigError
 from fastssl.observe import svg as chart
 from fastssl.observe.history import History, read_history
-from fastssl.observe.report import page, write_report
+from fastssl.observe.html_report import page, write_report
 from fastssl.observe.summary import ADVICE, training_s
 from tests.fastssl.written_runs import CONFIG, FINISHED, START, evaluation, train, write_run
 

@@ -70,7 +70,7 @@ def test_a_step_that_breaks_is_left_out(tmp_path, breaking):
 def test_a_run_that_breaks_again_and_again_stops(tmp_path, breaking, capsys):
     breaking(*range(5, 20))
     assert run(tmp_path / "run", "--train.non-finite", "skip") == 1
-    assert "after 10 that were skipped" in capsys.readouterr().err
+    assert "after 10 skipped steps" in capsys.readouterr().err
 
 
 def test_a_step_that_breaks_stops_the_run_by_default(tmp_path, breaking, capsys):

@@ -56,12 +56,12 @@ def test_other_work_is_made_room_for_and_its_end_is_noticed(paper):
     paper.train(choice, 300)
     assert paper.threads == 2
     assert len(paper.said) == 1
-    assert "by 2 of 4 threads" in paper.said[0]
+    assert "on 2 of 4 threads" in paper.said[0]
     assert "OMP_NUM_THREADS" in paper.said[0]
     paper.busy = 0
     paper.train(choice, 300)
     assert paper.threads == CORES
-    assert "by 4 of 4 threads" in paper.said[1]
+    assert "on 4 of 4 threads" in paper.said[1]
 
 
 def test_a_machine_that_is_busy_from_the_start(paper):
@@ -102,7 +102,7 @@ def test_threads_sleep_where_other_work_needs_the_cores_unless_the_user_chose(gi
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(start, "_our_cores", lambda: 2)
     monkeypatch.setattr(start, "_free_cores", lambda: free)
-    start.wait_asleep_beside_others()
+    start.let_waiting_threads_sleep()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
@@ -117,5 +117,5 @@ def test_free_cores_are_read_from_what_the_system_counts(tmp_path, monkeypatch):
 
 
 def test_how_threads_wait_is_settled_before_torch_is_loaded():
-    code = "import sys; from fastssl import start; start.wait_asleep_beside_others(); assert 'torch' not in sys.modules"
+    code = "import sys; from fastssl import start; start.let_waiting_threads_sleep(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
