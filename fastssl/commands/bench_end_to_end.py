@@ -50,7 +50,7 @@ class Options(Checked):
     seconds: Seconds = 10.0
     """length of each measurement"""
     repeats: Count = 3
-    """rounds, in each of which input, step and both take turns"""
+    """rounds, each of which measures input, step and both once"""
     threads: Threads | None = None
     """CPU threads for the step; by default torch's choice"""
     json: Path | None = None

@@ -336,4 +336,4 @@ class Trainer:
         if self.knn.possible and self.sampler.plan.num_samples <= RAW_PIXELS_AT_MOST:
             baselines["raw_pixels_top1"] = self.knn.raw_pixels_top1()
         self.logger.finished(**baselines)
-        self.logger.info(f"the run is in {self.folder}")
+        self.logger.info(f"finished; the run folder is {self.folder}")

@@ -1,4 +1,4 @@
-"""What torch.compile launches is within a written budget, and split batch norm costs little more than local."""
+"""The launches of torch.compile stay within a budget, and split batch norm costs little more than local."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.preflight.launches import of_encoder
 
-# Triton kernels and calls of libraries of one pass, (forward, backward), 256 images in bf16, as measured with torch
+# Triton kernels and library calls of one pass, (forward, backward), 256 images in bf16, measured with torch
 # 2.14.1; another version may need fewer. `python -m tests.preflight.launches resnet50` prints them.
 BUDGET = {
     ("resnet18", 32, "local"): (127, 119),
@@ -24,7 +24,7 @@ def test_launches_are_within_the_budget(encoder: str, size: int) -> None:
     for norm in ("local", "split"):
         passes = of_encoder(encoder, size=size, norm=norm)
         counts[norm] = passes["forward"].total, passes["backward"].total
-        assert passes["forward"].library >= 20  # a convolution each, at least
+        assert passes["forward"].library >= 20  # At least one per convolution
         assert passes["backward"].library >= 20
     for norm, found in counts.items():
         assert all(one <= allowed for one, allowed in zip(found, BUDGET[encoder, size, norm], strict=True)), counts

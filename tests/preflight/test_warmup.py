@@ -1,4 +1,4 @@
-"""Every launch function of the Triton kernels, called as on a GPU, compiles for the GPUs that are in use."""
+"""Every launch function of the Triton kernels, called as on a GPU, compiles for all supported GPUs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_kernel_too_large_for_a_target_fails() -> None:
     assert done.stdout.startswith("OutOfResources: out of resource: shared memory"), done.stderr
 
 
-def test_the_command_refuses_what_it_cannot_do() -> None:
+def test_the_command_refuses_impossible_settings() -> None:
     done = run(TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "unset it" in done.stderr
@@ -67,7 +67,7 @@ def test_the_command_refuses_what_it_cannot_do() -> None:
     assert "'sm_70'; it takes sm_80, sm_90, sm_100, sm_120" in done.stderr
 
 
-def test_the_driver_is_put_back() -> None:
+def test_the_driver_is_restored() -> None:
     from triton.runtime import driver
 
     before = driver._active
