@@ -218,7 +218,7 @@ def load(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is truncated or not a fastssl checkpoint")
     step = state.get("step")
     if type(step) is not int or step < 0 or (path in checkpoints(path.parent) and step != _step_of(path)):
-        raise DamagedCheckpoint(f"{path} claims to be from after step {step}, which contradicts its name or is no step")
+        raise DamagedCheckpoint(f"{path} says that it was written after step {step}, which is impossible")
     if written == 3 and isinstance(state.get("facts"), dict):
         state["facts"] = current_facts(state["facts"])
     return state
