@@ -163,7 +163,7 @@ def open_run(options: Options) -> FrozenRun:
     load_method(method, state, path)
     train, test = open_splits(config)
     if options.data is None and not state["facts"].items() >= facts_of_images("images", train).items():
-        print("note: these are not exactly the training images of the run; their labels may differ too")
+        print("note: these are not the training images of the run, or not all of them; their labels may differ too")
     for name, source in (("training", train), ("test", test)):
         if not number_of_classes(source):
             raise ConfigError(
