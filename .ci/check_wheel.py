@@ -1,36 +1,32 @@
-"""Whether a wheel holds every module, the data files and the command, and works where nothing else of ours is."""
+"""Check that a wheel holds every module, the data files and the command, and works without the source tree."""
 
 import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {
-    "fastssl": ROOT / "fastssl",
-    "fastssl_kernels": ROOT / "kernels" / "fastssl_kernels",
-    "fastssl_pipelines": ROOT / "pipelines" / "fastssl_pipelines",
-}
+FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+SCRIPT = "import fastssl; print(fastssl.__file__); from fastssl.cli import main; main(['doctor']); main(['slurm'])"
 
 
 def main(wheel: str) -> None:
-    """Raise AssertionError where it does not."""
+    """Raise AssertionError for the first thing that is missing."""
     with tempfile.TemporaryDirectory() as installed, zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        for package, folder in FOLDERS.items():
+        for package, name in FOLDERS.items():
+            folder = ROOT / name
             for path in [*folder.rglob("*.py"), *folder.rglob("*.sbatch"), folder / "py.typed"]:
                 assert str(Path(package) / path.relative_to(folder)) in names, path
         archive.extractall(installed)
         (entry_points,) = Path(installed).glob("*.dist-info/entry_points.txt")
         assert "fastssl = fastssl.start:command" in entry_points.read_text()
         assert list(Path(installed).glob("*.dist-info/licenses/LICENSE"))
-        script = (
-            "import fastssl; print(fastssl.__file__); from fastssl.cli import main; main(['doctor']); main(['slurm'])"
-        )
         done = subprocess.run(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", SCRIPT],
             cwd=installed,
             env={**os.environ, "PYTHONPATH": installed},
             check=True,

@@ -1,1 +1,1 @@
-"""Measurements beside what a user would take instead; run `python -m bench`."""
+"""Benchmarks next to what a user would use instead; run `python -m bench`."""

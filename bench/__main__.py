@@ -1,4 +1,4 @@
-"""`python -m bench`: which benchmark runs."""
+"""`python -m bench`: run a benchmark by name."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from fastssl.commands import bench_input
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl_pipelines.errors import DataError
 
-from . import learning, load, losses, step
-from .gpu import command as gpu
+from . import learning, load, losses, training_step
+from .gpu import proof
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "losses": losses.main,
     "learning": learning.main,
-    "step": step.main,
+    "step": training_step.main,
     "load": load.main,
-    "gpu": gpu.main,
+    "gpu": proof.main,
     "input": bench_input.main,
 }
 USAGE = """\
 usage: python -m bench COMMAND [...]
 
-  losses    loss and gradient of a query against a queue, beside eager torch, torch.compile, flash attention and peers
-  step      a MoCo training step beside lightly's and a plain loop
+  losses    loss and gradient of queries against a queue: fastssl, eager torch, torch.compile, flash attention, peers
+  step      a MoCo training step: fastssl, lightly and a plain loop
   learning  kNN of every method after the same short training on CIFAR-10 photographs
-  gpu       all that a machine with a GPU can prove, in minutes and with a summary; on a CPU a rehearsal
-  load      the first command of the README beside processes that only compute
-  input     images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators
+  gpu       tests, accuracy and speed on a GPU within a time budget, with a summary; on a CPU a rehearsal
+  load      images/s of the quickstart while other processes compute
+  input     images/s of the input pipelines, of Pillow in a DataLoader and of DALI's own random operators
 
 `python -m bench COMMAND --help` lists its options.
 """
 
 
 def main(arguments: list[str]) -> int:
-    """Run a benchmark; bad input is told in one sentence on stderr with exit code 2."""
+    """Run a benchmark; report bad input in one sentence on stderr and return 2."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2

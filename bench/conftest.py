@@ -1,4 +1,4 @@
-"""What all micro-benchmarks share: device, sizes, and a clock that waits for the device."""
+"""Fixtures of the micro-benchmarks: device, sizes, and a clock that waits for the device."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from bench import report
+from bench import run_record
 from bench.micro.sizes import CPU, GPU, TINY, Sizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def chosen_sizes(config: pytest.Config) -> Sizes:
-    """Tiny where nothing is timed, as each benchmark then only shows that it runs and what it computes."""
+    """Tiny if nothing is timed: the benchmarks then only check that they run and compute the right values."""
     if config.getoption("benchmark_disable"):
         return TINY
     return GPU if DEVICE.type == "cuda" else CPU
 
 
 def seconds_on_device() -> float:
-    """The time at which the device has done what it was given: steps between two readings overlap as in training."""
+    """The time when the device is idle; steps between two readings overlap as in training."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    facts = report.environment([], DEVICE)
+    facts = run_record.environment([], DEVICE)
     machine_info |= {name: facts[name] for name in ("device", "versions", "float32_matmul_precision")}
-    # It changes from call to call, and every comparison would warn of another machine.
+    # The clock rate varies between calls, and every comparison would warn of another machine
     machine_info["cpu"] = {name: value for name, value in machine_info["cpu"].items() if not name.startswith("hz_")}

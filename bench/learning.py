@@ -1,54 +1,55 @@
-"""`python -m bench learning`: what every method learns from CIFAR-10 photographs within one small budget."""
+"""`python -m bench learning`: accuracy of every method after the same short training on CIFAR-10 photographs."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from fastssl import cli
+from fastssl import cli, plugins
 from fastssl.arguments import parse
 from fastssl.config import Config, RunConfig, to_json
 from fastssl.device import choose_device
 from fastssl.errors import TrainingError, unknown_name
-from fastssl.methods.moco import MoCoV1Config
-from fastssl.methods.queue_method import MomentumConfig
+from fastssl.methods import METHODS
+from fastssl.methods.shared_options import HeadConfig
 from fastssl.observe.metrics_log import MetricsLog
 from fastssl.observe.screen import open_screen
 from fastssl.observe.table import Table
-from fastssl.presets import load
+from fastssl.presets import PRESETS, load
 
-from . import report
+from . import run_record
 
-LABELED = ("supcon", "unimoco")
-METHODS = ("mocov1", "mocov2", "mocov2-symmetric", "mixco", "unmix", "co2", "ressl", "msvq", "smog", *LABELED)
+DATA = "CIFAR-10"
+BASE = "mocov2-cifar10"  # Recipe of the methods that have none on this data set
 BUDGET = ("epochs", "batch_size", "width", "queue_size", "momentum", "lr", "warmup_epochs", "seed")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train each method's CIFAR-10 preset with the same small encoder, batch, length, optimizer and seed; evaluate it.
+    """Train and evaluate each method on CIFAR-10 with the same small encoder, batch, length, optimizer and seed.
 
-    Finished runs in --runs are taken as they are, so that a long list can be cut into several calls.
+    Finished runs in --runs are not repeated, so a long list can be split into several calls.
     """
 
     root: Path
-    """Folder with CIFAR-10 as train/ and test/, a folder a class."""
-    methods: tuple[str, ...] = METHODS
+    """Folder with CIFAR-10 as train/ and test/, one folder per class."""
+    methods: tuple[str, ...] = ()
+    """Methods, or presets without "-cifar10"; by default all, including those of plug-ins."""
     fractions: tuple[float, ...] = (0.1,)
-    """Label fractions, for the methods that use labels."""
+    """Label fractions for the methods that use labels."""
     epochs: int = 6
     batch_size: int = 128
     width: float = 0.25
-    """Of the ResNet-18, whose stem gets a max-pool."""
+    """Width of the ResNet-18, whose stem gets a max-pool."""
     queue_size: int = 512
     momentum: float = 0.98
-    """Of the momentum encoder."""
+    """Momentum of the momentum encoder."""
     lr: float = 0.2
     warmup_epochs: int = 1
     seed: int = 0
@@ -60,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One run: top-1 in percent on the test images, by kNN with k = 200 after each epoch, and of the linear probe."""
+    """One run: top-1 in percent on the test images by kNN with k = 200 after each epoch, and by the linear probe."""
 
     method: str
     label_fraction: float | None
@@ -76,40 +77,53 @@ class Row:
 
 
 def main(arguments: Sequence[str]) -> Path:
-    """Run what the arguments ask for and has not been run yet; print the table, write the JSON, return its path."""
+    """Run what is not finished yet, print the table, write the JSON file and return its path."""
+    plugins.load()
     options = parse(Options, arguments, prog="python -m bench learning")
     runs = list(variants(options))
-    facts = report.environment(["python -m bench learning", shlex.join(arguments)], choose_device(runs[0][1].train))
+    facts = run_record.environment(["python -m bench learning", shlex.join(arguments)], choose_device(runs[0][1].train))
     rows = [_row(name, config) for name, config in runs]
     _show(rows)
     budget = {field: getattr(options, field) for field in BUDGET}
-    path = report.write(options.out, "learning", {**facts, "budget": budget}, rows)
+    path = run_record.write(options.out, "learning", {**facts, "budget": budget}, rows)
     print(path)
     return path
 
 
 def variants(options: Options) -> Iterator[tuple[str, Config]]:
     """Name and configuration of every run."""
-    for name in options.methods:
-        if name not in METHODS:
-            raise unknown_name("method", name, METHODS)
-        for fraction in options.fractions if name in LABELED else (1.0,):
-            folder = options.runs / (f"{name}-{fraction:g}" if name in LABELED else name)
-            yield name, _cut(_preset(name), options, folder, fraction)
+    recipes = _recipes()
+    for name in options.methods or recipes:
+        if name not in recipes:
+            raise unknown_name("method", name, recipes)
+        labeled = _uses_labels(recipes[name])
+        for fraction in options.fractions if labeled else (1.0,):
+            folder = options.runs / (f"{name}-{fraction:g}" if labeled else name)
+            yield name, _with_budget(recipes[name], options, folder, fraction)
 
 
-def _preset(name: str) -> Config:
-    if name == "mocov1":  # which its authors have for ImageNet alone
-        return replace(load("mocov2-cifar10"), method=MoCoV1Config())
-    return load(f"{name}-cifar10")
+def _recipes() -> dict[str, Config]:
+    """The presets on CIFAR-10 by name; a method without one has the recipe of MoCo v2 if that has the right views."""
+    recipes = {name.removesuffix("-cifar10"): load(name) for name, preset in PRESETS.items() if preset.data == DATA}
+    without = METHODS.keys() - {config.method.name for config in recipes.values()}
+    for name in sorted(without):
+        if getattr(METHODS[name], "number_of_views", None) == len(load(BASE).views):
+            recipes[name] = replace(load(BASE), method=METHODS[name].Config())
+    return recipes
 
 
-def _cut(preset: Config, options: Options, folder: Path, fraction: float) -> Config:
-    """The method, views and temperatures of a preset; all else is the same for every method."""
-    method = replace(preset.method, momentum=options.momentum)  # type: ignore[call-arg]
-    if isinstance(method, MomentumConfig):
-        # batch norm in the head gets a short run out of the collapse it starts in
-        method = replace(method, queue_size=options.queue_size, head="mlp-bn", hidden_dim=None)
+def _uses_labels(config: Config) -> bool:
+    return METHODS[config.method.name].uses_labels
+
+
+def _with_budget(preset: Config, options: Options, folder: Path, fraction: float) -> Config:
+    """The method, views and temperatures of a preset; the rest is the same for every method."""
+    budget: dict[str, Any] = {"momentum": options.momentum, "queue_size": options.queue_size}
+    if isinstance(preset.method, HeadConfig):
+        # Batch norm in the head gets a short run out of its initial collapse
+        budget |= {"head": "mlp-bn", "hidden_dim": None}
+    own = {field.name for field in fields(preset.method)}
+    method = replace(preset.method, **{name: value for name, value in budget.items() if name in own})
     return replace(
         preset,
         seed=options.seed,
@@ -130,7 +144,7 @@ def _row(name: str, config: Config) -> Row:
     per_epoch = end["step"] // config.train.epochs
     return Row(
         method=name,
-        label_fraction=config.data.label_fraction if name in LABELED else None,
+        label_fraction=config.data.label_fraction if _uses_labels(config) else None,
         untrained_top1=end["untrained_top1"],
         knn_top1=end["knn_top1"],
         linear_top1=_linear_top1(config),
@@ -142,7 +156,7 @@ def _row(name: str, config: Config) -> Row:
 
 
 def _finished(config: Config) -> list[dict[str, Any]]:
-    """The records of a run that has come to its end, now or in an earlier call."""
+    """The records of a run, which is first run to its end if necessary."""
     folder = config.run.dir
     assert folder is not None
     log = MetricsLog(folder / "metrics.jsonl")
@@ -159,7 +173,7 @@ def _finished(config: Config) -> list[dict[str, Any]]:
 
 
 def _linear_top1(config: Config) -> float:
-    """Of the cached protocol of `fastssl eval linear`, measured now or in an earlier call."""
+    """Accuracy of the cached protocol of `fastssl eval linear`, which is run if necessary."""
     assert config.run.dir is not None
     path = config.run.dir / "eval-linear.json"
     if not path.exists() and (code := cli.main(["eval", "linear", str(config.run.dir)])):
@@ -172,6 +186,6 @@ def _show(rows: Sequence[Row]) -> None:
     table = Table(headings, "lrrrrr", "top-1 on the test images, %")
     for row in rows:
         labels = "" if row.label_fraction is None else f"{row.label_fraction:.0%}"
-        numbers = [f"{value:.2f}" for value in (row.untrained_top1, row.knn_top1, row.linear_top1)]
-        table.add_row(row.method, labels, *numbers, f"{row.images_per_s:.0f}")
+        accuracies = [f"{value:.2f}" for value in (row.untrained_top1, row.knn_top1, row.linear_top1)]
+        table.add_row(row.method, labels, *accuracies, f"{row.images_per_s:.0f}")
     open_screen().table(table)

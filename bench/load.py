@@ -1,4 +1,4 @@
-"""The first command of the README beside other work on the machine: images/s, and the share of an idle machine's."""
+"""`python -m bench load`: images/s of the quickstart next to busy processes, and in percent of an idle machine's."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from fastssl.environment import measured_on
 from fastssl.errors import TrainingError
 from fastssl.validation import Checked, Count
 
-WARM_UP = 2  # log lines in which threads are chosen and caches filled
+WARM_UP = 2  # Log lines during which threads are chosen and caches filled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Measures `fastssl pretrain` beside 0, 1, 2 and 4 processes that do nothing but compute."""
+    """Measure `fastssl pretrain` next to 0, 1, 2 and 4 processes that only compute."""
 
     steps: Count = 240
     """steps of each run"""
     loops: tuple[int, ...] = (0, 1, 2, 4)
-    """busy processes beside each run"""
+    """busy processes next to each run"""
     repeats: Count = 3
-    """rounds, in each of which all numbers of busy processes take turns"""
+    """rounds; each runs every count of busy processes once"""
     json: Path | None = None
-    """file to write all numbers to"""
+    """JSON file for the settings and results"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    """`count` processes that compute inside the `with` block."""
+    """Keep `count` processes computing inside the `with` block."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     time.sleep(0.5 if loops else 0)
     try:
@@ -78,7 +78,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def images_per_s(steps: int) -> float:
-    """Median over the log lines of one run of the quickstart, after the first two."""
+    """Median over the log lines of a quickstart run, without the first two."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "fastssl", "pretrain", "--train.steps", str(steps), "--run.dir", str(run)]

@@ -16,7 +16,7 @@ from fastssl.benchmark.harness import peak_bytes
 from fastssl.errors import ConfigError, unknown_name
 from fastssl_kernels import parity, reference
 
-from . import report
+from . import run_record
 from .measure import Step, Times, captured, clones_beyond_cache, matmul_rate, time_cpu, time_cuda
 from .peers import COLUMNS, Case, Column, Unavailable, backend
 
@@ -64,11 +64,11 @@ def main(arguments: Sequence[str]) -> Path:
         raise ConfigError(f"--repeats was given {repeats}; a spread needs 2 or more")
     dtype = getattr(torch, options.dtype)
     rate = matmul_rate(dtype, device) if device.type == "cuda" else None
-    facts = report.environment(["python", "-m", "bench", "losses", *arguments], device)
+    facts = run_record.environment(["python", "-m", "bench", "losses", *arguments], device)
     losses = ("info_nce", "unicon") if options.loss == "all" else (options.loss,)
     if rate is not None:
         facts["matmul_tflops"] = rate / 1e12
-    rows: list[report.Row] = []
+    rows: list[run_record.Row] = []
     for shape in shapes:
         for loss in losses:
             inputs = parity.make_inputs(*shape).to(
@@ -77,10 +77,10 @@ def main(arguments: Sequence[str]) -> Path:
             measured = measure(Case(loss, inputs, options.temperature, dtype), columns, repeats)
             if rate is not None:
                 measured = [_with_rate(row, rate) for row in measured]
-            report.show(measured)
+            run_record.show(measured)
             rows += measured
             # each time: what was measured is not lost where a later shape fails
-            path = report.write(options.out, "losses", facts, rows)
+            path = run_record.write(options.out, "losses", facts, rows)
     print(f"written: {path}")
     return path
 
@@ -110,7 +110,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def measure(case: Case, columns: dict[str, Column], repeats: int | None) -> list[report.Row]:
+def measure(case: Case, columns: dict[str, Column], repeats: int | None) -> list[run_record.Row]:
     """A row for each column in each mode of launch and cache; one that cannot run has the reason in its note."""
     # Recompiled for each shape: dynamo silently turns to eager after a few of them.
     torch._dynamo.reset()
@@ -223,10 +223,10 @@ def _cloned(case: Case) -> Case:
 
 def _row(
     case: Case, name: str, mode: Mode, taken: Times | None, ours: Times, prepared: Prepared | None, note: str
-) -> report.Row:
+) -> run_record.Row:
     if name.startswith(OURS):
         note = ", ".join(filter(None, [note, f"backend {backend(case)}"]))
-    return report.Row(
+    return run_record.Row(
         shape="x".join(map(str, (len(case.inputs.query), *case.inputs.queue.shape))),
         loss=case.loss,
         column=name,
@@ -243,7 +243,7 @@ def _row(
     )
 
 
-def _with_rate(row: report.Row, rate: float) -> report.Row:
+def _with_rate(row: run_record.Row, rate: float) -> run_record.Row:
     """Ours with the share of the matrix product's rate in its note, where there are rows enough to reach it."""
     rows, entries, features = _shape(row.shape)
     if not row.column.startswith(OURS) or rows < 1024 or row.median_ms is None:

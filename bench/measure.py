@@ -1,4 +1,4 @@
-"""How long steps take side by side, what they allocate, and what the device's matrix product can do."""
+"""Time steps in turn, and measure the rate of the device's matrix product."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def spread(milliseconds: Sequence[float]) -> Times:
 
 
 def time_cpu(steps: Mapping[str, Step], repeats: int, warm_ups: int) -> dict[str, Times]:
-    """Times of steps that take turns, so that a busy moment hits all; caches are as the step before leaves them."""
+    """Time steps in turn, so that a busy moment affects all; caches are as the previous step left them."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-warm_ups, repeats):
         for name, step in steps.items():
@@ -41,11 +41,11 @@ def time_cpu(steps: Mapping[str, Step], repeats: int, warm_ups: int) -> dict[str
 
 
 def time_cuda(steps: Mapping[str, Sequence[Step]], repeats: int, warm_ups: int, wait: bool) -> dict[str, Times]:
-    """Times of steps that take turns, between two events on the device.
+    """Time steps in turn, between two events on the device.
 
-    Each name has one step for each clone of the queue. Ahead of a timed step runs the one of another clone:
-    with a single clone L2 is then warm, with clones larger than L2 together it is cold. `wait`: for an idle
-    device before the timed step, which thus includes its launches; without, the untimed step hides them.
+    Each name has one step per clone of the queue. Before a timed step, the step of another clone runs: with a
+    single clone L2 is then warm; with clones that exceed L2 together it is cold. `wait`: wait for an idle device
+    before the timed step, whose time then includes its launches; without, the untimed step hides them.
     """
     for turn in range(warm_ups):
         for clones in steps.values():
@@ -67,7 +67,7 @@ def time_cuda(steps: Mapping[str, Sequence[Step]], repeats: int, warm_ups: int, 
 
 
 def clones_beyond_cache(queue: Tensor) -> int:
-    """How many clones of a CUDA `queue` to rotate among so that 3 x L2 lies between two reads of one."""
+    """Clones of a CUDA `queue` to rotate through so that 3 x L2 is read between two reads of the same clone."""
     cache = torch.cuda.get_device_properties(queue.device).L2_cache_size
     return math.ceil(3 * cache / (queue.numel() * queue.element_size())) + 1
 
@@ -87,7 +87,7 @@ def captured(step: Step, pool: Any) -> Step:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of an 8192 x 8192 x 8192 product."""
+    """Floating-point operations per second of an 8192 x 8192 x 8192 product."""
     size = 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = time_cuda({"matmul": [lambda: left @ right]}, repeats=20, warm_ups=20, wait=False)

@@ -1,4 +1,4 @@
-"""The options of a dataclass by argparse, named and typed as tyro has them; for machines without tyro."""
+"""Options of a dataclass by argparse, named and typed as by tyro: for machines without tyro, and for error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastssl.validation import conform
 
 try:
     from tyro.conf import Positional, Suppress
-except ImportError:  # then marks of our own
+except ImportError:  # Then any two distinct marks will do
     Positional, Suppress = "positional", "suppress"  # type: ignore[assignment]
 
 _Options = TypeVar("_Options")
@@ -26,10 +26,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Option(NamedTuple):
-    """A field that the command line can set."""
+    """A field that can be set on the command line."""
 
     path: str
-    """With its sections, as in train.batch_size."""
+    """Name with sections, as in train.batch_size."""
     hint: Any
     default: Any
 
@@ -39,14 +39,14 @@ class _Option(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """Name as typed on the command line."""
         return self.path if self.positional else f"--{self.path.replace('_', '-')}"
 
 
 def parse_plainly(
     cls: type[_Options], arguments: Sequence[str], *, prog: str, default: _Options | None, all_known: bool
 ) -> tuple[_Options, list[str]]:
-    """What `arguments.parse` and `parse_known` return; with `all_known`, other arguments are a ConfigError."""
+    """Build the dataclass and return it with unknown arguments, which are a ConfigError if `all_known`."""
     parser = _Parser(prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     options = list(_options(cls, default))
     for option in options:
@@ -94,7 +94,7 @@ def _add(parser: argparse.ArgumentParser, option: _Option) -> None:
     count = _count(hint)
     if option.positional:
         keywords: dict[str, Any] = {"nargs": "?"} if count is None and not required else {"nargs": count}
-        # none at all is a value too
+        # No value at all is a value, too
         keywords |= {"default": []} if count == "*" else {}
     else:
         keywords = {"nargs": count, "metavar": _metavar(hint), "dest": option.path, "required": required}
@@ -102,7 +102,7 @@ def _add(parser: argparse.ArgumentParser, option: _Option) -> None:
 
 
 def _count(hint: Any) -> str | int | None:
-    """How many values a tuple has; None for what is none."""
+    """Number of values of a tuple, "*" for any; None for other types."""
     if typing.get_origin(hint) is not tuple:
         return None
     items = typing.get_args(hint)
@@ -118,13 +118,13 @@ def _metavar(hint: Any) -> str:
 
 
 def _with_dashes(argument: str) -> str:
-    """As tyro, take --train.batch_size for --train.batch-size."""
+    """Accept --train.batch_size for --train.batch-size, as tyro does."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 def _read(hint: Any, text: Any) -> Any:
-    """The text as a value of the hint's type; itself where it is none, which the check then refuses."""
+    """Convert the text to the hint's type, or return it unchanged for the check to refuse."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _read(arguments[0], text)
@@ -142,7 +142,7 @@ def _read(hint: Any, text: Any) -> Any:
 
 
 def _built(cls: type[_Options], default: _Options | None, values: dict[str, Any], section: str = "") -> _Options:
-    """The dataclass with `values`, by path, in place of the defaults; its own checks see it as a whole."""
+    """Build the dataclass with `values`, by path, over the defaults; its own checks then run on the result."""
     changes = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         path, part = section + field.name, getattr(default, field.name, None)

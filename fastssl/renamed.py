@@ -1,4 +1,4 @@
-"""Names that options had in earlier releases, so that old run folders and checkpoints can still be read."""
+"""Earlier names of options, so that old run folders and checkpoints can still be read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 _NAMES = {"unlabelled": "unlabeled", "grey": "grayscale", "centre": "center_crop"}
-"""Fields of config.json of format 1, and what they are called since."""
+"""Fields of config.json in format 1, with their current names."""
 
 
 def current_names(values: Any) -> Any:
-    """JSON values, nested or not, with every earlier name of an option replaced by its current one."""
+    """Nested JSON values with every earlier name of an option replaced by its current name."""
     if isinstance(values, list):
         return [current_names(value) for value in values]
     if not isinstance(values, dict):
@@ -19,7 +19,7 @@ def current_names(values: Any) -> Any:
 
 
 def current_facts(facts: dict[str, Any]) -> dict[str, Any]:
-    """The same for the facts of a checkpoint: options by dotted name, whose views are JSON text."""
+    """The same for the facts of a checkpoint: options by dotted name, with views as JSON text."""
     return {_current_path(name): _current_views(name, value) for name, value in facts.items()}
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from fastssl.config import Config, to_json
 from fastssl.environment import environment
 from fastssl.errors import ConfigError, TrainingError
-from fastssl_pipelines.files import open_to_append, read_text, write_whole
+from fastssl_pipelines.files import open_to_append, read_text, write_atomic
 
 CONFIG_AT_MOST_BYTES = 16 * 2**20
 
@@ -107,9 +107,9 @@ def prepare(folder: Path, config: Config, *, identity: dict[str, Any], new: bool
     with _os_error_as_config_error(folder):
         if new:
             values = json.loads(to_json(config)) | {"identity": identity}
-            write_whole(path, json.dumps(values, indent=2).encode())
+            write_atomic(path, json.dumps(values, indent=2).encode())
         if not (folder / "env.json").exists():
-            write_whole(folder / "env.json", json.dumps(environment(), indent=2).encode())
+            write_atomic(folder / "env.json", json.dumps(environment(), indent=2).encode())
 
 
 def read_config(folder: Path) -> str:

@@ -8,9 +8,9 @@ from fastssl.config import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, *, total_steps: int, steps_per_epoch: int) -> float:
-    """The rate of step `step`, 0 <= step < total_steps.
+    """The learning rate at `step`, 0 <= step < total_steps.
 
-    "cosine-epoch" changes once an epoch, lr * (1 + cos(pi * epoch / epochs)) / 2, as the official MoCo code does.
+    "cosine-epoch" changes once per epoch, lr * (1 + cos(pi * epoch / epochs)) / 2, as in the official MoCo code.
     """
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:

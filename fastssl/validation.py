@@ -1,4 +1,4 @@
-"""Checks of a dataclass against its own type hints, and against the ranges that are written in them."""
+"""Checks of a dataclass against its type hints and the ranges in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from fastssl.errors import ConfigError, unknown_name
 
 _SHOWN_CHARACTERS = 60
-_NAME_BYTES, _PATH_BYTES = 255, 4095  # of one part and of a whole path, on Linux
+_NAME_BYTES, _PATH_BYTES = 255, 4095  # Limits of a part and of a whole path on Linux
 _KINDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", Path: "a path"}
 
 _Built = TypeVar("_Built")
@@ -25,7 +25,7 @@ _Built = TypeVar("_Built")
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Where a number must lie; stands in the hint, as in Annotated[float, Range(above=0, most=10)]."""
+    """Allowed range of a number, written in its hint: Annotated[float, Range(above=0, most=10)]."""
 
     least: float = -math.inf
     above: float = -math.inf
@@ -33,7 +33,7 @@ class Range:
     below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        """Whether the value, which must be finite, lies in the range."""
+        """Whether the finite `value` lies in the range."""
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Range:
         return " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
 
 
-# what several options share; the upper limits are far from use, and what lies above them is a slip of the hand
+# Hints that several options share; the upper limits are far above any use and catch typing errors
 Count = Annotated[int, Range(least=1, most=10**12)]
 Dim = Annotated[int, Range(least=1, most=2**14)]
 Width = Annotated[int, Range(least=1, most=2**15)]
@@ -54,15 +54,15 @@ Seconds = Annotated[float, Range(above=0, most=10**7)]
 Share = Annotated[float, Range(least=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 Weight = Annotated[float, Range(least=0, most=1000)]
-Rate = Annotated[float, Range(above=0, most=1e38)]  # float32 ends at 3e38
-Temperature = Annotated[float, Range(least=0.001, most=1000)]  # as the losses take it
+Rate = Annotated[float, Range(above=0, most=1e38)]  # The largest float32 is 3e38
+Temperature = Annotated[float, Range(least=0.001, most=1000)]  # As the losses accept it
 
 
 class Checked:
-    """Base of dataclasses that refuse, when they are made, what their type hints do not allow.
+    """Base of dataclasses that check their type hints on construction; ConfigError for a value that does not fit.
 
-    `prefix` and the name of a field are the option that a ConfigError names. A subclass checks in its own
-    `__post_init__` how its fields go together, after a call of this one.
+    The error names the option: `prefix` and the name of the field. A subclass checks relations between its fields in
+    its own `__post_init__`, after calling this one.
     """
 
     prefix: ClassVar[str] = "--"
@@ -77,7 +77,7 @@ class Checked:
 
 
 def check(options: object, prefix: str = "--") -> None:
-    """Make every field of a dataclass what its hint wants, as `conform` does; ConfigError where it cannot be."""
+    """Convert every field of a dataclass to its hint by `conform`; ConfigError if that is impossible."""
     for name, hint in _hints(type(options)).items():
         option = prefix + name.replace("_", "-")
         object.__setattr__(options, name, conform(hint, getattr(options, name), option))
@@ -93,10 +93,9 @@ _hints: Callable[[type], dict[str, Any]] = functools.cache(_read_hints)
 
 
 def conform(hint: Any, value: Any, name: str) -> Any:
-    """`value` as `hint` wants it: an integer as a float and, from JSON, a list as a tuple, a text as a path and an
-    object as a dataclass.
+    """Convert `value` to `hint`, such as an integer to a float or, from JSON, a list to a tuple.
 
-    Raises ConfigError, which calls the value `name`, for a value of another type or out of a range in the hint.
+    ConfigError, which calls the value `name`, for a value of another type or outside the hint's range.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -115,9 +114,9 @@ def conform(hint: Any, value: Any, name: str) -> Any:
 
 
 def build(cls: type[_Built], values: dict[str, Any], place: str = "") -> _Built:
-    """The dataclass from a JSON object that stands at `place` of its file.
+    """Build the dataclass from a JSON object at `place` in its file.
 
-    Raises ConfigError for a field that is unknown, missing or not as its hint and the class's own checks ask.
+    ConfigError for a field that is unknown or missing, or fails its hint or the class's own checks.
     """
     hints = _hints(cls)
     path = f"{place}." if place else ""
@@ -125,11 +124,11 @@ def build(cls: type[_Built], values: dict[str, Any], place: str = "") -> _Built:
         if name not in hints:
             raise unknown_name(f"option in the configuration's {cls.__name__}", name, hints)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        # an option can be younger than the file, a section cannot
+        # An option may be newer than the file, a section may not
         section = dataclasses.is_dataclass(hints[field.name])
         optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if field.name not in values and (section or not optional):
-            raise ConfigError(f"the configuration has no {path}{field.name}; take the file as fastssl wrote it")
+            raise ConfigError(f"the configuration has no {path}{field.name}; give the file as fastssl wrote it")
     fields = {name: conform(hints[name], value, path + name) for name, value in values.items()}
     try:
         return cls(**fields)
@@ -153,9 +152,9 @@ def _tuple(items: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
         items = items[:1] * len(value)
     if len(value) != len(items):
         raise refused(name, value, f"a list of {len(items)}")
-    # on the command line one option has all the values, in a file each has a place
+    # On the command line one option has all the values, in a file each has an index
     option = name.startswith("-")
-    names = [f"{name} {_shown(value)}: value" if option else f"{name}[{number}]" for number in range(len(items))]
+    names = [f"{name} {_shown(value)}: value" if option else f"{name}[{index}]" for index in range(len(items))]
     return tuple(conform(*each) for each in zip(items, value, names, strict=True))
 
 
@@ -180,7 +179,7 @@ def _plain(kind: type, value: Any, name: str) -> Any:
 
 
 def checked_path(path: str | Path, name: str) -> Path:
-    """The path, unless no file system can hold it: ConfigError for an empty one, one with a zero byte or too long."""
+    """Convert to a Path; ConfigError if it is empty, too long for a file system or contains a zero byte."""
     try:
         whole = os.fsencode(path)
     except UnicodeEncodeError:
@@ -194,13 +193,13 @@ def checked_path(path: str | Path, name: str) -> Path:
 
 
 def require(holds: bool, option: str, given: object, allowed: str) -> None:
-    """Raise ConfigError, that `given` must be `allowed`, unless it `holds`."""
+    """Raise ConfigError that `given` must be `allowed`, unless `holds`."""
     if not holds:
         raise refused(option, given, allowed)
 
 
 def refused(name: str, value: object, allowed: str) -> ConfigError:
-    """The error that calls the value `name` and says what is allowed in its place."""
+    """The error for a `value` of the option `name`, with what is allowed."""
     return ConfigError(f"{name} {_shown(value)} was given; it must be {allowed}")
 
 

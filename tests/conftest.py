@@ -3,13 +3,19 @@
 No test writes into the home folder.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from fastssl_kernels import available_backends
+
+if TYPE_CHECKING:
+    from fastssl.observe.notes import NoteQueue
 
 # Set for all that tests start, too: where it is not, runs choose it by measuring and repeat only nearly.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,6 +35,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def notes() -> Iterator[NoteQueue]:
+    """What fastssl and its input log during the test; `notes.take()` returns it."""
+    from fastssl.observe.notes import NoteQueue
+
+    with NoteQueue() as queue:
+        yield queue
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

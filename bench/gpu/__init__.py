@@ -1,1 +1,1 @@
-"""`python -m bench gpu`: what a machine with a GPU can prove in minutes, or a rehearsal of it on a CPU."""
+"""`python -m bench gpu`: tests, accuracy and speed on a GPU in minutes, or a rehearsal of it on a CPU."""

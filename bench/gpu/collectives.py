@@ -1,4 +1,4 @@
-"""Part: the collectives that several ranks use, by one rank, so that NCCL is seen to take each dtype."""
+"""Part: run the collectives of several ranks with one rank, to check that NCCL accepts each dtype."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from fastssl import distributed
 from fastssl.config import TrainConfig
 from fastssl.device import choose_device
 
-from .task import Failed, Task
+from .part_context import Failed, PartContext
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
 
-def collectives(task: Task) -> None:
-    """In the process group that a run of several ranks has: NCCL on a GPU, gloo on a CPU."""
-    backend = "gloo" if task.rehearsal else "cpu:gloo,cuda:nccl"
-    device = choose_device(TrainConfig(device=task.device.type))  # type: ignore[arg-type]
+def collectives(context: PartContext) -> None:
+    """Use the process group of a run with several ranks: NCCL on a GPU, gloo on a CPU."""
+    backend = "gloo" if context.rehearsal else "cpu:gloo,cuda:nccl"
+    device = choose_device(TrainConfig(device=context.device.type))  # type: ignore[arg-type]
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        backend, init_method=f"file://{task.folder}/store", rank=0, world_size=1, timeout=timedelta(seconds=30)
+        backend, init_method=f"file://{context.folder}/store", rank=0, world_size=1, timeout=timedelta(seconds=30)
     )
     try:
         for dtype in DTYPES:
-            task.once(f"all_gather {dtype}", partial(_gathered, _rows(dtype, device)))
-        task.once("all_reduce", lambda: _reduced(_rows(torch.float32, device)))
+            context.once(f"all_gather {dtype}", partial(_gathered, _rows(dtype, device)))
+        context.once("all_reduce", lambda: _reduced(_rows(torch.float32, device)))
         for dtype in (torch.float32, torch.bfloat16):
             name = f"all_to_all_single {dtype}"
-            task.once(name, partial(_exchanged, _rows(dtype, device)))
-        task.once("of fastssl", lambda: _of_fastssl(_rows(torch.float32, device)))
+            context.once(name, partial(_exchanged, _rows(dtype, device)))
+        context.once("of fastssl", lambda: _of_fastssl(_rows(torch.float32, device)))
     finally:
         dist.destroy_process_group()
 
@@ -61,7 +61,7 @@ def _exchanged(rows: torch.Tensor) -> str:
 
 
 def _of_fastssl(rows: torch.Tensor) -> str:
-    """What methods call; of one rank each is the identity."""
+    """Call the functions that methods use; each is the identity for one rank."""
     for collective in (distributed.gather_rows, distributed.gather_uneven_rows, distributed.mean_over_ranks):
         _equal(collective(rows), rows)
     return _equal(distributed.gather_rows_with_gradient(rows), rows)
@@ -69,5 +69,5 @@ def _of_fastssl(rows: torch.Tensor) -> str:
 
 def _equal(given: torch.Tensor, expected: torch.Tensor) -> str:
     if not torch.equal(given, expected):
-        raise Failed("what came back differs from what was sent")
+        raise Failed("the received tensor differs from the one sent")
     return "equal"

@@ -1,4 +1,4 @@
-"""Parts that measure: losses beside their peers, the training step beside its ceiling, and the input."""
+"""Parts that measure: losses next to their peers, the training step next to its ceiling, and the input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from bench import losses as losses_beside_peers
+from bench import losses as loss_benchmark
 from fastssl import cli
 from fastssl.benchmark.step_variants import CHOSEN, Variant, candidate, synthetic_batches
 from fastssl.config import Config
@@ -18,51 +18,51 @@ from fastssl.presets import load
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.executors.base import available_executors
 
+from .part_context import Failed, PartContext
 from .targets import LARGE, SMALL
-from .task import Failed, Task
 
 WAYS = ("eager", "compiled", "graph")
 STRONG = ("fastssl", "matmuls", "eager-autocast", "compile-autocast", "sdpa-flash", "sdpa-cudnn")
 
 
-def losses(task: Task) -> None:
-    """Loss and gradient by `python -m bench losses`: every peer at the first shape, the strong ones at the others."""
-    if task.rehearsal:
+def losses(context: PartContext) -> None:
+    """Run `python -m bench losses`: the strong peers at every shape, then all peers at the first one."""
+    if context.rehearsal:
         columns = ("fastssl", "matmuls", "eager", "eager-autocast", "sdpa-flash")
-        task.once("64x1024x64", lambda: _losses(task, "64x1024x64", columns, "--repeats", "5"))
+        context.once("64x1024x64", lambda: _losses(context, "64x1024x64", columns, "--repeats", "5"))
         return
     for shape in (SMALL, *LARGE):
-        task.once(shape, partial(_losses, task, shape, STRONG))
-    task.once(f"{SMALL}, all", lambda: _losses(task, SMALL, tuple(losses_beside_peers.COLUMNS)))
+        context.once(shape, partial(_losses, context, shape, STRONG))
+    context.once(f"{SMALL}, all", lambda: _losses(context, SMALL, tuple(loss_benchmark.COLUMNS)))
 
 
-def _losses(task: Task, shape: str, columns: tuple[str, ...], *more: str) -> dict[str, Any]:
-    options = ["--shapes", shape, "--device", task.device.type, "--out", str(task.folder), *more]
-    facts = json.loads(losses_beside_peers.main([*options, "--columns", *columns]).read_text())
+def _losses(context: PartContext, shape: str, columns: tuple[str, ...], *more: str) -> dict[str, Any]:
+    options = ["--shapes", shape, "--device", context.device.type, "--out", str(context.folder), *more]
+    facts = json.loads(loss_benchmark.main([*options, "--columns", *columns]).read_text())
     return {"matmul_tflops": facts.get("matmul_tflops"), "rows": facts["rows"]}
 
 
-def step(task: Task) -> None:
-    """A ResNet-50 at 224 px in several ways, each beside the supervised step; on a CPU a small one at 32 px."""
-    config, name = _resnet(task), "resnet18" if task.rehearsal else "resnet50"
-    batches = synthetic_batches(config, task.device)
+def step(context: PartContext) -> None:
+    """Measure a ResNet-50 at 224 px in several ways, next to the supervised step; on a CPU a small one at 32 px."""
+    config, name = _resnet(context), "resnet18" if context.rehearsal else "resnet50"
+    batches = synthetic_batches(config, context.device)
     eager, compiled = (replace(config.train, compile=choice) for choice in ("off", "on"))  # type: ignore[arg-type]
     ways = [Variant("eager", eager)]
-    if not task.rehearsal:
+    if not context.rehearsal:
         ways += [Variant("compiled", compiled), Variant("graph", replace(compiled, cuda_graph=True))]
     for way in ways:
         for supervised in (False, True) if way.name != "graph" else (False,):
             key = f"{way.name}, supervised" if supervised else way.name
-            task.once(key, partial(_rate, config, way, batches, task, supervised=supervised))
-            # now, as compiling the next may take all the time
-            task.numbers[name] = ratios(task.numbers)
-            task.write()
+            context.once(key, partial(_rate, config, way, batches, context, supervised=supervised))
+            # Save now, as compiling the next may take the remaining time
+            context.numbers[name] = ratios(context.numbers)
+            context.write()
 
 
-def _resnet(task: Task) -> Config:
+def _resnet(context: PartContext) -> Config:
     config = load("mocov2-imagenet")
     train = replace(config.train, batch_size=256, device="cuda", precision="auto")
-    if not task.rehearsal:
+    if not context.rehearsal:
         return replace(config, train=train)
     views = tuple(replace(view, size=32) for view in config.views)
     model = replace(config.model, encoder="resnet18", width=0.25)
@@ -71,13 +71,15 @@ def _resnet(task: Task) -> Config:
     return replace(config, model=model, method=method, views=views, train=train)
 
 
-def _rate(config: Config, way: Variant, batches: list[Batch], task: Task, *, supervised: bool) -> dict[str, Any]:
-    """Named CHOSEN, so that a step that does not run is an error and no footnote."""
+def _rate(
+    config: Config, way: Variant, batches: list[Batch], context: PartContext, *, supervised: bool
+) -> dict[str, Any]:
+    """Measure one way; it is named CHOSEN so that a step that does not run is an error and not a note."""
     started = time.perf_counter()
     measured = candidate(config, replace(way, name=CHOSEN), batches, supervised=supervised)
     prepared_s = time.perf_counter() - started
-    for _ in range(2 if task.rehearsal else 4):
-        measured.measure(2 if task.rehearsal else 10)
+    for _ in range(2 if context.rehearsal else 4):
+        measured.measure(2 if context.rehearsal else 10)
     result = measured.result
     return {
         "images/s": median(result.images_per_s),
@@ -89,10 +91,10 @@ def _rate(config: Config, way: Variant, batches: list[Batch], task: Task, *, sup
 
 
 def ratios(found: Mapping[str, Any]) -> dict[str, float | str]:
-    """Of the fastest way of the method to the fastest supervised one, and what a step spends beside the encoder.
+    """Speed of the fastest way over the fastest supervised one, and the cost of everything but the encoder.
 
-    "beside" is loss, momentum encoder, queue and optimizer in percent of the fastest step, taken from the fastest way
-    that tells these parts apart. What has not been measured is left out.
+    "beside" is loss, momentum encoder, queue and optimizer in percent of the fastest step, measured in the fastest way
+    that times these parts separately. What has not been measured is left out.
     """
     ours = {name: found[name] for name in WAYS if name in found}
     theirs = [found[f"{name}, supervised"]["images/s"] for name in WAYS if f"{name}, supervised" in found]
@@ -100,27 +102,27 @@ def ratios(found: Mapping[str, Any]) -> dict[str, float | str]:
         return {}
     best = max(ours, key=lambda name: ours[name]["images/s"])
     shares: dict[str, float | str] = {"fastest": best, "of supervised": ours[best]["images/s"] / max(theirs)}
-    telling = [name for name, values in ours.items() if {"loss ms", "optimizer ms"} <= set(values)]
-    if telling:
-        source = max(telling, key=lambda name: ours[name]["images/s"])
+    timed = [name for name, values in ours.items() if {"loss ms", "optimizer ms"} <= set(values)]
+    if timed:
+        source = max(timed, key=lambda name: ours[name]["images/s"])
         beside_ms = ours[source]["loss ms"] + ours[source]["optimizer ms"]
         shares |= {"beside": 100 * beside_ms / ours[best]["step ms"], "beside, measured in": source}
     return shares
 
 
-def inputs(task: Task) -> None:
-    """`fastssl bench input` of what works here: views of ImageNet's sizes, and resident ones of 32 px."""
+def inputs(context: PartContext) -> None:
+    """Run `fastssl bench input`: resident views of 32 px, then every pipeline that works here at ImageNet's sizes."""
     names = [name for name, reason in available_executors().items() if reason is None]
     sizes = ["--images", "24", "--batch-size", "8", "--seconds", "0.5", "--workers", "2"]
-    if not task.rehearsal:
+    if not context.rehearsal:
         sizes = ["--images", "512", "--batch-size", "128", "--seconds", "1.5", "--workers", "12"]
-    task.once("mocov2-cifar10", lambda: _input(task, "mocov2-cifar10", ["resident"], sizes))
-    task.once("mocov2-imagenet", lambda: _input(task, "mocov2-imagenet", names, sizes))
+    context.once("mocov2-cifar10", lambda: _input(context, "mocov2-cifar10", ["resident"], sizes))
+    context.once("mocov2-imagenet", lambda: _input(context, "mocov2-imagenet", names, sizes))
 
 
-def _input(task: Task, preset: str, pipelines: list[str], sizes: list[str]) -> dict[str, Any]:
-    path = task.folder / f"{preset}.json"
-    options = ["--device", task.device.type, "--repeats", "1", "--json", str(path), "--pipelines", *pipelines]
+def _input(context: PartContext, preset: str, pipelines: list[str], sizes: list[str]) -> dict[str, Any]:
+    path = context.folder / f"{preset}.json"
+    options = ["--device", context.device.type, "--repeats", "1", "--json", str(path), "--pipelines", *pipelines]
     code = cli.main(["bench", "input", preset, *sizes, *options])
     if code:
         raise Failed(f"fastssl bench input ended with exit code {code}")

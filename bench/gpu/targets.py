@@ -1,4 +1,4 @@
-"""What the project promises on a GPU, and how it follows from the numbers of a part."""
+"""The targets on a GPU, and how each follows from the results of a part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALL, LARGE = "256x65536x128", ("1024x65536x128", "4096x65536x128")
 
 
 class Target(NamedTuple):
-    """`measured` returns None where the part has not measured it."""
+    """A limit; `measured` takes it from a part's results, None if it is missing there."""
 
     text: str
     part: str
@@ -25,12 +25,12 @@ class Target(NamedTuple):
         return value <= self.limit if self.at_most else value >= self.limit
 
     def margin(self, value: float) -> float:
-        """By which share of the limit the value is better than it; negative where it is worse."""
+        """How much better than the limit the value is, as a fraction of the limit; negative if it is worse."""
         return (value - self.limit) / self.limit * (-1 if self.at_most else 1)
 
 
 def _rows(numbers: Numbers, shapes: Sequence[str], column: str) -> Iterator[Numbers]:
-    """One for each shape that was measured, of replayed graphs with the queue in L2, as the targets have it."""
+    """The row of each measured shape, for replayed graphs with the queue in L2, as the targets require."""
     for shape in shapes:
         for row in numbers.get(shape, {}).get("rows", ()):
             mode = row["column"], row["launch"], row["cache"], row["loss"]
@@ -43,7 +43,7 @@ def _small_us(numbers: Numbers) -> float | None:
 
 
 def _matmul_share(numbers: Numbers) -> float | None:
-    """Percent of the rate of a large matrix product, measured in the same process: two products of N x K x C."""
+    """Rate of the two N x K x C products in percent of a large matrix product's, measured in the same process."""
 
     def share(row: Numbers) -> float:
         operations = 4 * math.prod(map(int, row["shape"].split("x")))

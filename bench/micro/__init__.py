@@ -1,1 +1,1 @@
-"""Micro-benchmarks of pytest-benchmark; bench/README.md says how to run and compare them."""
+"""Micro-benchmarks with pytest-benchmark; bench/README.md says how to run and compare them."""

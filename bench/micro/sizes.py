@@ -1,4 +1,4 @@
-"""How large the inputs of the micro-benchmarks are."""
+"""Input sizes of the micro-benchmarks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Cut(NamedTuple):
-    """What replaces the sizes of a preset where they are too large for the device."""
+    """Sizes that replace those of a preset that is too large for the device."""
 
     batch_size: int
     width: float
@@ -16,23 +16,23 @@ class Cut(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """One set for each kind of device, and a tiny one for a check that everything runs."""
+    """Sizes for one kind of device, or tiny ones to check that everything runs."""
 
     losses: tuple[tuple[int, int, int], ...]
     """N, K, C: rows, queue entries, features."""
     views: tuple[tuple[int, int], ...]
-    """Images of a batch, and pixels of a side."""
+    """Images per batch, and pixels per side."""
     images: int
-    """Of the data set that is planned."""
+    """In the planned data set."""
     batch_size: int
-    """Of the plan and of what enters the queue."""
+    """Of the plan, and keys per enqueue."""
     encoder: str
-    """Whose parameters the moving average follows."""
+    """Encoder that the moving average follows."""
     width: float
     queue: tuple[int, int]
     """Keys and features."""
     step: Cut | None
-    """None: the training steps have the sizes of their presets."""
+    """None: training steps have the sizes of their presets."""
 
 
 TINY = Sizes(((8, 64, 16),), ((4, 16),), 256, 16, "resnet18", 1 / 16, (64, 16), Cut(8, 1 / 16, 64))

@@ -1,4 +1,4 @@
-"""What follows a step: the momentum encoder and the queue, each beside what the papers' code and torch have."""
+"""What follows a step: the momentum encoder and the queue, next to the official code and torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOMENTUM = 0.999
 
 @torch.no_grad()
 def _plain_loop(target: nn.Module, source: nn.Module) -> None:
-    """As MoCo's code has it."""
+    """The loop of MoCo's official code."""
     for old, new in zip(target.parameters(), source.parameters(), strict=True):
         old.data = old.data * MOMENTUM + new.data * (1 - MOMENTUM)
 
@@ -38,8 +38,8 @@ AVERAGES: dict[str, Callable[[nn.Module, nn.Module], None]] = {
 }
 
 
-@pytest.mark.parametrize("side", AVERAGES)
-def test_momentum_encoder(benchmark: BenchmarkFixture, device: torch.device, sizes: Sizes, side: str) -> None:
+@pytest.mark.parametrize("implementation", AVERAGES)
+def test_momentum_encoder(benchmark: BenchmarkFixture, device: torch.device, sizes: Sizes, implementation: str) -> None:
     benchmark.group = f"EMA of {sizes.encoder}, width {sizes.width:g}"
     source = build_encoder(sizes.encoder, width=sizes.width).to(device)
     target = momentum_copy(source)
@@ -47,7 +47,7 @@ def test_momentum_encoder(benchmark: BenchmarkFixture, device: torch.device, siz
         for parameter in source.parameters():
             parameter.add_(1)
     start = [parameter.clone() for parameter in target.parameters()]
-    update = AVERAGES[side]
+    update = AVERAGES[implementation]
     update(target, source)
     for old, new, before in zip(target.parameters(), source.parameters(), start, strict=True):
         torch.testing.assert_close(old, MOMENTUM * before + (1 - MOMENTUM) * new, rtol=1e-6, atol=1e-7)
@@ -55,7 +55,7 @@ def test_momentum_encoder(benchmark: BenchmarkFixture, device: torch.device, siz
 
 
 class _OfficialQueue(nn.Module):
-    """MoCo's queue with UniMoCo's labels: a position on the device, which every step waits for."""
+    """MoCo's queue with UniMoCo's labels; its position is on the device, so every step waits for it."""
 
     keys: Tensor
     labels: Tensor
@@ -75,23 +75,23 @@ class _OfficialQueue(nn.Module):
         self.position[0] = (position + len(keys)) % len(self.labels)
 
 
-@pytest.mark.parametrize("side", ["fastssl", "official MoCo"])
-def test_enqueue(benchmark: BenchmarkFixture, device: torch.device, sizes: Sizes, side: str) -> None:
+@pytest.mark.parametrize("implementation", ["fastssl", "official MoCo"])
+def test_enqueue(benchmark: BenchmarkFixture, device: torch.device, sizes: Sizes, implementation: str) -> None:
     size, dim = sizes.queue
     benchmark.group = f"enqueue {sizes.batch_size} keys of {dim} into {size}"
-    queue = (KeyQueue if side == "fastssl" else _OfficialQueue)(size, dim).to(device)
+    queue = (KeyQueue if implementation == "fastssl" else _OfficialQueue)(size, dim).to(device)
     batches = size // sizes.batch_size
     keys = normalize(torch.randn(batches, sizes.batch_size, dim, device=device), dim=2)
     labels = torch.arange(sizes.batch_size, device=device)
     step = itertools.count()
 
     def enqueue() -> None:
-        number = next(step)
-        queue.enqueue(keys[number % batches], labels, number)
+        index = next(step)
+        queue.enqueue(keys[index % batches], labels, index)
 
-    for _ in range(batches + 1):  # the last goes around the end
+    for _ in range(batches + 1):  # The last one wraps around
         enqueue()
-    held = queue.keys if side == "fastssl" else queue.keys.T
+    held = queue.keys if implementation == "fastssl" else queue.keys.T
     torch.testing.assert_close(held.float(), keys.flatten(0, 1), rtol=0, atol=0)
     assert torch.equal(queue.labels, labels.repeat(batches))
     benchmark(enqueue)

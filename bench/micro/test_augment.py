@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from fastssl_pipelines import SamplePlan, ViewPlan, ViewSpec
-from fastssl_pipelines.executors.augmentation import Augmentation
+from fastssl_pipelines.executors.pixels import Augmentation
 
 IMPLEMENTATIONS = ("fastssl", "torchvision, image by image", "torchvision, all as one image")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

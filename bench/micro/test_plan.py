@@ -1,4 +1,4 @@
-"""The random numbers of a training step: our plan beside torchvision's draws, and the first step of an epoch."""
+"""The random parameters of a training step: our plan and torchvision's draws; and the first step of an epoch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ VIEW = ViewSpec(size=224, blur=0.5)
 WIDTH, HEIGHT = 500, 375
 
 
-@pytest.mark.parametrize("side", ["fastssl", "torchvision"])
-def test_step(benchmark: BenchmarkFixture, sizes: Sizes, side: str) -> None:
-    """All numbers of two views of a batch; torchvision draws boxes and jitter alone, image by image."""
+@pytest.mark.parametrize("implementation", ["fastssl", "torchvision"])
+def test_step(benchmark: BenchmarkFixture, sizes: Sizes, implementation: str) -> None:
+    """Draw the parameters of two views of a batch; torchvision draws only boxes and jitter, image by image."""
     benchmark.group = f"plan of a step: 2 views of {sizes.batch_size} images"
-    steps, numbers = TrainSampler(_plan(sizes.images), batch_size=sizes.batch_size), itertools.count()
+    steps, indices = TrainSampler(_plan(sizes.images), batch_size=sizes.batch_size), itertools.count()
 
     def ours() -> np.ndarray:
-        plan: BatchPlan = steps.at(next(numbers) % steps.steps_per_epoch)
+        plan: BatchPlan = steps.at(next(indices) % steps.steps_per_epoch)
         return np.concatenate([view.boxes for view in plan.views])
 
     image = torch.empty(1).expand(3, HEIGHT, WIDTH)
@@ -36,7 +36,7 @@ def test_step(benchmark: BenchmarkFixture, sizes: Sizes, side: str) -> None:
             ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1))
         return np.array(boxes)
 
-    boxes = benchmark(ours if side == "fastssl" else theirs)
+    boxes = benchmark(ours if implementation == "fastssl" else theirs)
     area = boxes[:, 2] * boxes[:, 3] / (WIDTH * HEIGHT)
     assert len(boxes) == 2 * sizes.batch_size
     assert (boxes[:, :2] >= 0).all()
@@ -45,7 +45,7 @@ def test_step(benchmark: BenchmarkFixture, sizes: Sizes, side: str) -> None:
 
 
 def test_first_step_of_an_epoch(benchmark: BenchmarkFixture, sizes: Sizes) -> None:
-    """It has to put all images in a new order."""
+    """The first step shuffles all images."""
     benchmark.group = f"plan of an epoch's first step: {sizes.images} images"
     plan, epochs = _plan(sizes.images), itertools.count()
     ids = benchmark(lambda: plan.batch(next(epochs), 0, sizes.batch_size).ids)

@@ -19,6 +19,7 @@ from fastssl.benchmark.peer_pipelines import Views, dali_batches, pil_batches
 from fastssl.config import Config, DataConfig
 from fastssl.data import split_roots
 from fastssl.executor import input_executor, worker_count
+from fastssl.observe.notes import NoteQueue
 from fastssl.train.build import train_sampler
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.executors.base import Executor
@@ -83,6 +84,11 @@ class ExecutorVariant:
                 self.result.notes.append(str(error))
 
     def _measure(self, seconds: float) -> None:
+        with NoteQueue() as notes:
+            self._measure_round(seconds)
+        self.result.notes = list(dict.fromkeys([*self.result.notes, *notes.take()]))
+
+    def _measure_round(self, seconds: float) -> None:
         result, started = self.result, time.perf_counter()
         executor = self._build(self._data)
         built_s = time.perf_counter() - started
@@ -100,7 +106,6 @@ class ExecutorVariant:
         for stage, times in rates.stage_times(staged, self._sampler, seconds=seconds).items():
             before_the_first_batch = stage == "decode" and executor.name == "resident"
             result.stages_ms.setdefault(stage, []).append(0.0 if before_the_first_batch else median(times))
-        result.notes += [note for note in executor.notes if note not in result.notes]
 
     def _batches(self, executor: Executor) -> Generator[Views]:
         with closing(executor.stream(self._sampler, 0, sys.maxsize)) as stream:

@@ -15,8 +15,8 @@ import torch
 
 from fastssl.benchmark.peer_pipelines import Views
 from fastssl.config import Config
-from fastssl_pipelines.executors.augmentation import Augmentation
 from fastssl_pipelines.executors.base import Executor
+from fastssl_pipelines.executors.pixels import Augmentation
 from fastssl_pipelines.plan import BatchPlan, SamplePlan
 from fastssl_pipelines.sampler import TrainSampler
 from fastssl_pipelines.sources.base import Source

@@ -30,6 +30,7 @@ from fastssl.environment import measured_on
 from fastssl.executor import input_executor, worker_count
 from fastssl.methods import TrainProgress
 from fastssl.observe.meter import StepMeter
+from fastssl.observe.notes import NoteQueue
 from fastssl.observe.screen import open_screen
 from fastssl.observe.table import Table
 from fastssl.schedule import learning_rate
@@ -90,8 +91,7 @@ class EndToEnd:
         self.numerics = set_numerics(config.train, self.device)
         dtype = self.numerics.dtype
         source = open_splits(config).train
-        self.notes = [*source.notes]
-        self.sampler = train_sampler(config, source, self.notes.append)
+        self.sampler = train_sampler(config, source)
         self.executor = input_executor(config.data, source, device=self.device, dtype=dtype)
         self.train_step = build_step(config, build_method(config, self.device), device=self.device, dtype=dtype)
         batches = synthetic_batches(config, self.device)
@@ -152,14 +152,14 @@ def main(arguments: list[str]) -> int:
 
 def run(config: Config, options: Options) -> int:
     """Measure, print the table and write the files; ConfigError or DataError for impossible options."""
-    with torch_threads(options.threads):
+    with torch_threads(options.threads), NoteQueue() as notes:
         facts = measured_on(choose_device(config.train))  # Before this command adds load
         both = EndToEnd(config)
         for round_number in range(1, options.repeats + 1):
             for name in NAMES:
                 print(f"round {round_number} of {options.repeats}: {name}", file=sys.stderr)
                 both.measure(name, options.seconds)
-        facts |= _facts(both, options)
+        facts |= {**_facts(both, options), "notes": notes.take()}
         show(facts, both.results)
         if options.profile is not None:
             print(_trace(both, options.profile))
@@ -186,7 +186,6 @@ def _facts(both: EndToEnd, options: Options) -> dict[str, Any]:
         "ceiling_images_per_s": limit,
         "gap": gap(results),
         "cause": cause(results, config, both.executor.name, both.device),
-        "notes": [*both.notes, *both.executor.notes],
     }
 
 

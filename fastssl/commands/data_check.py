@@ -1,4 +1,4 @@
-"""`fastssl data check`: every file of a data set is read and decoded once, before a run of days does it."""
+"""`fastssl data check`: read and decode every file of a data set before a long run does."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from fastssl.data import split_roots
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.observe.screen import DelayedProgressBar
 from fastssl.validation import Checked, Threads
-from fastssl_pipelines.names import printable
+from fastssl_pipelines.names import printable, write_names
 from fastssl_pipelines.sources.inspection import DefectKind, Finding, inspect_all
-from fastssl_pipelines.sources.lists import write_names
 from fastssl_pipelines.sources.open import list_images
 
 EXIT_FOUND = 1
-SHOWN = 5  # names of a kind
+SHOWN = 5  # Names listed for each kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Reads and decodes every image; exit code 1 where some are unusable or contradict one another."""
+    """Reads and decodes every image; exit code 1 if some are unusable or have contradictory labels."""
 
     root: Annotated[Path, Positional]
-    """what --data.root of a run would be; training and test images are both checked"""
+    """--data.root of the run; both training and test images are checked"""
     quarantine: Path | None = None
-    """file to write the names of these images to, one a line, for --data.quarantine of fastssl pretrain"""
+    """file for the names of these images, one per line, for --data.quarantine of fastssl pretrain"""
     workers: Threads = os.cpu_count() or 1
     """threads that read and decode"""
 
@@ -49,10 +48,10 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: Options) -> int:
-    """Print what was found and return 0, or EXIT_FOUND where training would not use some of the images as they are.
+    """Print the findings; return 0, or EXIT_FOUND if some images are unusable or have contradictory labels.
 
-    The quarantine list holds names as `Source.name_of` gives them, relative to the split's folder: a name that
-    is in training and test images is left out of both.
+    Names in the quarantine list are those of `Source.name_of`, relative to the split's folder, so a name in both
+    splits is left out of both.
     """
     roots = [root for root in split_roots(options.root) if root]
     listings = [list_images(root) for root in roots]
@@ -65,9 +64,9 @@ def run(options: Options) -> int:
     for line in _summary(findings, prefixes):
         print(printable(line))
     for prefix, listing in zip(prefixes, listings, strict=True):
-        if ignored := listing.told_ignored():
+        if ignored := listing.describe_ignored():
             print(printable(f"{prefix}{ignored}"))
-    # an image has at most one such defect
+    # An image has at most one such defect
     bad = [finding.name for finding in findings if not finding.defect.kind.harmless]
     print(f"{total} images read at {rate:.0f} images/s, {len(bad) or 'none'} of them unusable or contradictory")
     if options.quarantine is not None:
@@ -80,7 +79,7 @@ def run(options: Options) -> int:
 
 
 def _summary(findings: list[Finding], prefixes: list[str]) -> Iterator[str]:
-    """A line for every kind that was found, and the first names under it."""
+    """One line for each kind that was found, followed by its first names."""
     width = max(len(kind.title) for kind in DefectKind)
     if findings:
         yield f"{'found':<{width}}  images  in training"
@@ -97,9 +96,9 @@ def _summary(findings: list[Finding], prefixes: list[str]) -> Iterator[str]:
 
 
 def _require_new(path: Path) -> None:
-    """What stands in the way of the list is told before hours of reading."""
+    """Raise ConfigError before hours of reading if the list cannot be written."""
     if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
-        raise ConfigError(f"--quarantine {path} is there already; remove it or give the name of a new file")
+        raise ConfigError(f"--quarantine {path} already exists; remove it or give the name of a new file")
     if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"--quarantine {path} was given; {path.parent} must be a folder that can be written to")
 

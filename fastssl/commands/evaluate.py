@@ -30,7 +30,7 @@ from fastssl.train.identity import facts_of_images, require_same_options
 from fastssl.train.state import load_method, require_whole
 from fastssl.validation import Checked, Count, Images, Rate, Temperature
 from fastssl_pipelines.executors.base import Executor
-from fastssl_pipelines.files import write_whole
+from fastssl_pipelines.files import write_atomic
 from fastssl_pipelines.names import printable
 
 MOCO_RATE = 30.0
@@ -230,7 +230,7 @@ def _labeled(executor: Executor) -> int:
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     try:
-        write_whole(path, json.dumps(result, indent=2).encode())
+        write_atomic(path, json.dumps(result, indent=2).encode())
     except OSError as error:
         # The accuracy is printed anyway, and matters more than the file
         print(printable(f"note: {path} could not be written ({error.strerror}); make {path.parent} writable"))

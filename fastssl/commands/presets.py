@@ -1,4 +1,4 @@
-"""`fastssl presets`: the recipes, their published results, and what differs from them."""
+"""`fastssl presets`: the recipes, their published results and the differences from them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WIDTH = 110
 def main(arguments: list[str]) -> int:
     """`fastssl presets`."""
     no_arguments(arguments)
-    sys.stdout.write(listing())  # at once, so that `| head` does not break it off
+    sys.stdout.write(listing())  # In one write, which `| head` does not interrupt
     return 0
 
 
 def listing() -> str:
-    """All presets by data set: method, epochs, the published result, whose recipe it is and what differs from it."""
+    """All presets by data set: method, epochs, published result, source and differences from it."""
     lines = []
     for data in dict.fromkeys(preset.data for preset in PRESETS.values()):
         lines += [f"=== {data} ===", ""]

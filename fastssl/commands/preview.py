@@ -1,4 +1,4 @@
-"""`fastssl preview`: what training sees at a step, as a picture with the numbers that made it."""
+"""`fastssl preview`: draw the views of a training step with their augmentation parameters."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fastssl.data import open_splits
 from fastssl.device import choose_device
 from fastssl.errors import ConfigError
 from fastssl.executor import input_executor
+from fastssl.observe.notes import NoteQueue
 from fastssl.train.build import train_sampler
 from fastssl.validation import Checked, Images, Range
 from fastssl_pipelines.errors import UnreadableImages
@@ -30,7 +31,7 @@ from fastssl_pipelines.plan import BatchPlan, ViewPlan
 from fastssl_pipelines.sampler import TrainSampler
 from fastssl_pipelines.sources.base import Source
 
-_SIDE_AT_LEAST = 160  # pixels of a view in the picture, so that its caption fits under it
+_SIDE_AT_LEAST = 160  # Pixels of a view in the picture, so that its caption fits below
 _GAP, _LINE, _FONT_SIZE = 10, 15, 12
 _INK, _PAPER = "#202020", "#ffffff"
 _COLORS = (
@@ -45,19 +46,19 @@ _COLORS = (
     "#9a6324",
     "#000075",
 )
-_JITTER = ("brightness", "contrast", "saturation", "hue")  # the numbers in ViewPlan.order
+_JITTER = ("brightness", "contrast", "saturation", "hue")  # By index in ViewPlan.order
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Draws the views of a training step; all options of `fastssl pretrain` count too."""
+    """Draws the views of a training step; accepts all options of `fastssl pretrain`."""
 
     images: Images = 8
-    """rows: the first images of the step's batch"""
+    """number of rows: the first images of the step's batch"""
     step: Annotated[int, Range(least=0)] = 0
     """training step"""
     out: Path = Path("preview.png")
-    """file to write"""
+    """PNG file to write"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,19 +74,19 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """A picture and the lines under it."""
+    """Picture with lines of text below it."""
 
     picture: Image.Image
     lines: list[str]
 
 
 def run(config: Config, options: Options) -> int:
-    """Write the picture: a row an image, first the source with the boxes of all views, then the views."""
-    source = open_splits(config).train
-    notes = list(source.notes)
-    steps = train_sampler(config, source, notes.append)
-    for note in notes:
-        print(printable(f"warning: {note}"), file=sys.stderr)
+    """Write the picture: one row per image, first the source with the boxes of all views, then the views."""
+    with NoteQueue() as notes:
+        source = open_splits(config).train
+        steps = train_sampler(config, source)
+    for note in notes.take():
+        print(f"warning: {note}", file=sys.stderr)
     total = config.train.steps or config.train.epochs * steps.steps_per_epoch
     if options.step >= total:
         raise ConfigError(f"--step {options.step} was given; the run has {total} steps, counted from 0")
@@ -107,7 +108,7 @@ def run(config: Config, options: Options) -> int:
 def _step(
     executor: Executor, steps: TrainSampler, step: int, images: int
 ) -> tuple[BatchPlan, tuple[torch.Tensor, ...]]:
-    """The plan of the first images of a step, with others in place of unreadable ones as in training, and the views."""
+    """Plan and views of the first images of a step; unreadable images are replaced as in training."""
     unreadable = np.zeros(len(executor.source), np.bool_)
     unreadable[list(executor.unreadable)] = True
     while True:
@@ -116,7 +117,7 @@ def _step(
             return plan, executor.batch(plan, step).views
         except UnreadableImages as error:
             found = list(error.reasons)
-            if unreadable[found].all():  # none is left to take their place
+            if unreadable[found].all():  # No readable image is left
                 raise
             unreadable[found] = True
 
@@ -140,9 +141,9 @@ def _row(source: Source, data: DataConfig, plan: BatchPlan, views: tuple[torch.T
 
 
 def caption(view: ViewPlan, row: int) -> list[str]:
-    """The numbers of one view of one image, in the order in which they are applied; what changes nothing is left out.
+    """Parameters of one view of one image in the order of application, without those that have no effect.
 
-    The flip comes last there, as `augment` applies it to the finished colors.
+    The flip comes last, since `augment` applies it to the finished colors.
     """
     top, left, height, width = view.boxes[row].tolist()
     lines = [f"top {top}, left {left}", f"height {height}, width {width}"]
@@ -162,7 +163,7 @@ def _enlargement(side: int) -> int:
 
 
 def _as_picture(view: torch.Tensor, data: DataConfig) -> Image.Image:
-    """A normalized view [3, H, W] with the normalization undone, small ones enlarged."""
+    """Undo the normalization of a view [3, H, W], and enlarge a small one."""
     levels = (view.permute(1, 2, 0).float().cpu().numpy() * data.std + data.mean) * 255
     picture = Image.fromarray(np.rint(levels).clip(0, 255).astype(np.uint8))
     factor = _enlargement(picture.width)
@@ -170,7 +171,7 @@ def _as_picture(view: torch.Tensor, data: DataConfig) -> Image.Image:
 
 
 def _with_boxes(pixels: NDArray[np.uint8], boxes: list[NDArray[np.int32]], height: int) -> Image.Image:
-    """The source image, at most `height` high and half as wide again, with the box of every view in its color."""
+    """Source image, at most `height` high and 1.5 times that wide, with the box of every view in its color."""
     picture = Image.fromarray(pixels)
     scale = min(height / picture.height, 1.5 * height / picture.width)
     if scale >= 1:
@@ -208,7 +209,7 @@ def _grid(heading: str, titles: list[str], rows: list[list[_Tile]]) -> Image.Ima
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text, or as much of its end as fits behind three dots."""
+    """The text, or three dots and as much of its end as fits."""
     if font.getlength(text) <= width:
         return text
     return next(short for start in range(1, len(text) + 1) if font.getlength(short := "..." + text[start:]) <= width)

@@ -1,4 +1,4 @@
-"""`fastssl resume`: go on with a stopped run."""
+"""`fastssl resume`: continue a stopped run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from fastssl.run_folder import read_config
 def main(arguments: list[str]) -> int:
     """`fastssl resume RUN`."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise ConfigError(f"resume takes one run folder, and {len(arguments)} arguments were given: fastssl resume RUN")
+        raise ConfigError(f"{len(arguments)} arguments were given; resume takes one run folder: fastssl resume RUN")
     folder = Path(arguments[0])
     return train(from_json(read_config(folder)), folder, new=False)

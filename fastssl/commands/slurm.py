@@ -1,4 +1,4 @@
-"""`fastssl slurm`: a job script that requeues itself, to be changed."""
+"""`fastssl slurm`: print a job script that requeues itself, as a template."""
 
 from __future__ import annotations
 

@@ -1,18 +1,11 @@
-"""The methods, by name. A new one is a file and a line here."""
+"""The methods by name; every file of this folder is imported, so that its methods register themselves."""
 
-from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress
-from fastssl.methods.co2 import CO2
-from fastssl.methods.mixco import MixCo
-from fastssl.methods.moco import MoCoV1, MoCoV2
-from fastssl.methods.msvq import MSVQ
-from fastssl.methods.ressl import ReSSL
-from fastssl.methods.smog import SMoG
-from fastssl.methods.sup_con import SupCon
-from fastssl.methods.unimoco import UniMoCo
-from fastssl.methods.unmix import UnMix
+from importlib import import_module
+from pkgutil import iter_modules
 
-METHODS: dict[str, type[Method]] = {
-    cls.Config.name: cls for cls in (MoCoV1, MoCoV2, UniMoCo, SupCon, MixCo, UnMix, CO2, ReSSL, MSVQ, SMoG)
-}
+from fastssl.methods.base import METHODS, Method, MethodConfig, MethodOutput, TrainProgress, register_method
 
-__all__ = ["METHODS", "Method", "MethodConfig", "MethodOutput", "TrainProgress"]
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
+
+__all__ = ["METHODS", "Method", "MethodConfig", "MethodOutput", "TrainProgress", "register_method"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastssl.distributed import rank
-from fastssl.methods.base import MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, register_method
 from fastssl.methods.mixing import uniform_rows
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
 from fastssl.validation import Temperature, Weight
@@ -25,6 +25,7 @@ class MixCoConfig(MomentumConfig):
     paper: ClassVar[str] = "arXiv 2010.06300"
     batch_multiple: ClassVar[int] = 2
     whole_batch: ClassVar[bool] = True
+    shardable: ClassVar[bool] = True
 
     mix_temperature: Temperature = 0.05
     """Temperature of the mixed term; 0.05 is the official default, 1.0 that of the ImageNet script."""
@@ -32,13 +33,14 @@ class MixCoConfig(MomentumConfig):
     """Factor of the mixed term."""
 
 
+@register_method
 class MixCo(MomentumMethod):
-    """MoCo v2 plus a term for mixed query images, each of which has two keys of the batch as soft targets.
+    """MoCo v2 plus a term for mixed query images, each with two keys of the batch as soft targets.
 
-    Images 2i and 2i + 1 of the query view give one mixed image, w x_2i + (1 - w) x_2i+1 with w uniform. Its bank is the
-    keys of the batch and the queue. All 1.5 N images pass the encoder together; each mixed image stands behind its two
-    originals, so that any part of the batch (a batch norm split, a rank) has as many of each kind. The official code
-    pairs i with i + N/2 and puts only its own GPU's keys beside the queue; ours takes those of all ranks.
+    Images 2i and 2i + 1 of the query view make one mixed image, w x_2i + (1 - w) x_2i+1 with w uniform. Its bank is the
+    keys of the batch and the queue. All 1.5 N images pass the encoder together; each mixed image follows its two
+    originals, so that every part of the batch (a batch norm split, a rank) has the same mixture. The official code
+    pairs i with i + N/2 and adds only its own GPU's keys to the queue; ours adds those of all ranks.
     """
 
     Config: ClassVar[type[MethodConfig]] = MixCoConfig
@@ -71,7 +73,7 @@ class MixCo(MomentumMethod):
         first, second = images[0::2], images[1::2]
         share = weight.to(images.dtype)[:, None, None, None]
         mixed = share * first + (1 - share) * second
-        everything = torch.stack([first, second, mixed], 1).flatten(0, 1)
-        everything = everything.contiguous(memory_format=torch.channels_last)
-        rows = normalize(self.query_encoder(everything).float(), dim=1).unflatten(0, (-1, 3))
+        all_images = torch.stack([first, second, mixed], 1).flatten(0, 1)
+        all_images = all_images.contiguous(memory_format=torch.channels_last)
+        rows = normalize(self.query_encoder(all_images).float(), dim=1).unflatten(0, (-1, 3))
         return rows[:, :2].flatten(0, 1), rows[:, 2].contiguous()

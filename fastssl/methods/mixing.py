@@ -1,4 +1,4 @@
-"""What MixCo and Un-Mix share: partners in a batch, and random numbers that do not depend on the number of ranks."""
+"""Shared by MixCo and Un-Mix: partners in a batch, and random numbers that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastssl.distributed import local_rows, world_size
 def swap_neighbors(rows: Tensor) -> Tensor:
     """Rows 1, 0, 3, 2, ...: the partner of each row.
 
-    Neighbors, where the official codes take the other half or the reversed batch: the order of a batch is random
-    anyway, and neighbors stay together on any number of ranks.
+    The official codes pair with the other half or the reversed batch. A batch is in random order anyway, and neighbors
+    stay together on any number of ranks.
     """
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def uniform_rows(count: int, like: Tensor) -> Tensor:
-    """This rank's `count` of the uniform numbers of all ranks; their generators must be in the same state."""
+    """This rank's `count` of the uniform random numbers of all ranks, whose generators must be in the same state."""
     return local_rows(torch.rand(count * world_size(), device=like.device))

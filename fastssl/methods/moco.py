@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fastssl.methods.base import MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, register_method
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
 from fastssl.validation import Temperature
 from fastssl_pipelines.batch import Batch
@@ -31,6 +31,7 @@ class MoCoV2Config(MoCoConfig):
 
     name: ClassVar[str] = "mocov2"
     paper: ClassVar[str] = "arXiv 2003.04297"
+    shardable: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,15 @@ class MoCoV1Config(MoCoConfig):
 
     name: ClassVar[str] = "mocov1"
     paper: ClassVar[str] = "arXiv 1911.05722"
+    shardable: ClassVar[bool] = True
 
     temperature: Temperature = 0.07
     head: Literal["linear", "mlp", "mlp-bn"] = "linear"
 
 
+@register_method
 class MoCoV2(MomentumMethod):
-    """InfoNCE of each query against its key and a queue of earlier keys of a momentum encoder.
+    """InfoNCE of each query against its key and a queue of earlier keys from a momentum encoder.
 
     Symmetric: both directions read the same queue and their losses are added, not averaged; the keys of both
     views are enqueued (facebookresearch/moco, branch colab-notebook).
@@ -53,6 +56,10 @@ class MoCoV2(MomentumMethod):
 
     Config: ClassVar[type[MethodConfig]] = MoCoV2Config
     config: MoCoConfig
+    variants: ClassVar = {
+        "symmetric": {"symmetric": True},
+        "head with batch norm": {"head": "mlp-bn", "hidden_dim": 20},
+    }
 
     def forward(self, batch: Batch) -> MethodOutput:
         first, second = batch.views
@@ -71,6 +78,7 @@ class MoCoV2(MomentumMethod):
         return self.losses.info_nce(query, key, self.queue.keys, temperature=temperature, return_accuracy=True)
 
 
+@register_method
 class MoCoV1(MoCoV2):
     """MoCo v1: the same step with a linear head and temperature 0.07."""
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from fastssl.distributed import gather_rows
-from fastssl.methods.base import MethodConfig, MethodOutput, TrainProgress
+from fastssl.methods.base import MethodConfig, MethodOutput, TrainProgress, register_method
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod, momentum_rows
 from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
@@ -20,10 +20,11 @@ from fastssl_pipelines.views import ViewSpec
 
 @dataclass(frozen=True, kw_only=True)
 class MSVQConfig(MomentumConfig):
-    """Options of MSVQ; the defaults are those for CIFAR-10. `momentum` is that of the first teacher."""
+    """Options of MSVQ, with the defaults for CIFAR-10. `momentum` is that of the first teacher."""
 
     name: ClassVar[str] = "msvq"
     paper: ClassVar[str] = "arXiv 2305.05370"
+    shardable: ClassVar[bool] = True
 
     temperature: Temperature = 0.1
     teacher_temperature: Temperature = 0.04
@@ -35,12 +36,13 @@ class MSVQConfig(MomentumConfig):
     hidden_dim: Width | None = 2048
 
 
+@register_method
 class MSVQ(MomentumMethod):
-    """ReSSL's loss with two teachers of different momentum, each with its queue, and four views.
+    """ReSSL's loss with two teachers of different momentum, a queue for each, and four views.
 
-    View 0 is the student's strong one, views 1 and 2 the first teacher's and view 3 the second teacher's weak ones:
-    (ce(z2, Q1) + ce(z3, Q1) + ce(z4, Q2)) / 3. Q1 takes z2, Q2 takes z4; z3 is never kept. The official queues hold
-    raw projections and normalize them when read; ours hold unit rows, which is the same.
+    View 0 is the student's strong view, views 1 and 2 are weak views of the first teacher and view 3 is one of the
+    second: (ce(z2, Q1) + ce(z3, Q1) + ce(z4, Q2)) / 3. z2 enters Q1, z4 enters Q2, z3 neither. The official queues hold
+    raw projections and normalize them when read; ours hold unit rows, which is equivalent.
     """
 
     Config: ClassVar[type[MethodConfig]] = MSVQConfig
@@ -56,7 +58,7 @@ class MSVQ(MomentumMethod):
     ):
         super().__init__(encoder, config, views, bank_dtype)
         self.second_key_encoder = momentum_copy(self.query_encoder)
-        self.second_queue = self.new_queue()
+        self.second_queue = config.new_queue(bank_dtype)
 
     def forward(self, batch: Batch) -> MethodOutput:
         config = self.config
@@ -74,9 +76,9 @@ class MSVQ(MomentumMethod):
 
     @torch.no_grad()
     def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
-        labels, z2, z4 = output.kept
-        everyone = gather_rows(labels)
+        labels, z2, z4 = output.updates
+        all_labels = gather_rows(labels)
         ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
         ema_update_(self.second_key_encoder, self.query_encoder, self.config.second_momentum)
-        self.queue.enqueue(self.gather_keys(z2), everyone, progress.step)
-        self.second_queue.enqueue(self.gather_keys(z4), everyone, progress.step)
+        self.queue.enqueue(self.gather_keys(z2), all_labels, progress.step)
+        self.second_queue.enqueue(self.gather_keys(z4), all_labels, progress.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastssl.methods.base import MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, register_method
 from fastssl.methods.queue_method import MomentumConfig, MomentumMethod
 from fastssl.validation import Dim, Rows, Temperature, Width
 from fastssl_pipelines.batch import Batch
@@ -13,10 +13,11 @@ from fastssl_pipelines.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class ReSSLConfig(MomentumConfig):
-    """Options of ReSSL; the defaults are those for ImageNet."""
+    """Options of ReSSL, with the defaults for ImageNet."""
 
     name: ClassVar[str] = "ressl"
     paper: ClassVar[str] = "arXiv 2107.09282"
+    shardable: ClassVar[bool] = True
 
     temperature: Temperature = 0.1
     teacher_temperature: Temperature = 0.04
@@ -26,10 +27,11 @@ class ReSSLConfig(MomentumConfig):
     hidden_dim: Width | None = 4096
 
 
+@register_method
 class ReSSL(MomentumMethod):
-    """Cross-entropy between teacher's and student's softmax over a queue of teacher rows; no positive pair.
+    """Cross-entropy between the teacher's and the student's softmax over a queue of teacher rows; no positive pair.
 
-    View 0 is the student's strong one, view 1 the teacher's weak one.
+    View 0 is the student's strong view, view 1 the teacher's weak view.
     """
 
     Config: ClassVar[type[MethodConfig]] = ReSSLConfig

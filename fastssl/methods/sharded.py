@@ -1,9 +1,9 @@
-"""The losses over a queue of which each rank holds a part; names and arguments as in `fastssl_kernels`.
+"""Losses over a queue that is split over the ranks; names and arguments as in `fastssl_kernels`.
 
-Each rank reads its shard for the queries of all ranks and sends every rank what it saw for that one's rows. A read
-is a logsumexp and a mean, so those of the shards add up to that of the queue, and as the queue is constant they hold
-the gradient as well: backward needs no collective. All ranks must call a loss together, with as many rows each, and
-with equal shards of one queue; each gets the mean over its own rows, exact but for rounding.
+Each rank reads its shard for the queries of all ranks and sends every rank the results for that rank's rows. A read is
+a logsumexp and a mean, so the reads of the shards combine into that of the queue. As the queue is constant, they also
+hold the gradient, and backward needs no collective. All ranks must call a loss together, with equally many rows and
+equal shards of one queue; each gets the mean over its own rows, exact up to rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fastssl.distributed import gather_rows, world_size
-from fastssl_kernels import QueueRead, assign_groups, queue_read
+from fastssl_kernels import QueueRead, nearest_entry, queue_read
 
 
 def info_nce(
@@ -22,7 +22,7 @@ def info_nce(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Contrastive loss of each query's own key against all shards; see `fastssl_kernels.info_nce`.
 
-    `queue`: this rank's shard, [K / ranks, C]. The accuracy takes another pass over the shard.
+    `queue`: this rank's shard, [K / ranks, C]. The accuracy needs another pass over the shard.
     """
     own = (query * key).sum(1)
     loss = softplus(sharded_read(query, queue, temperature=temperature).lse - own / temperature).mean()
@@ -32,7 +32,7 @@ def info_nce(
 def unmix(
     query: Tensor, first_key: Tensor, second_key: Tensor, queue: Tensor, *, weight: float | Tensor, temperature: float
 ) -> Tensor:
-    """InfoNCE of a mixed image with both its keys against all shards; see `fastssl_kernels.unmix`."""
+    """InfoNCE of a mixed image with both of its keys against all shards; see `fastssl_kernels.unmix`."""
     lse = sharded_read(query, queue, temperature=temperature).lse
     first, second = (softplus(lse - (query * key).sum(1) / temperature) for key in (first_key, second_key))
     return (weight * first + (1 - weight) * second).mean()
@@ -66,31 +66,31 @@ def soft_cross_entropy(
 
 
 def sharded_read(query: Tensor, shard: Tensor, *, temperature: float) -> QueueRead:
-    """What the rows [N, C] of this rank see in all shards [K / ranks, C]; as `fastssl_kernels.queue_read`.
+    """Read all shards [K / ranks, C] for the rows [N, C] of this rank; as `fastssl_kernels.queue_read`.
 
     `lse` is differentiable in `query`, for any upstream gradient; `mean` is constant.
     """
     with torch.no_grad():
-        # the products would round them to the shard's dtype anyway
-        everyone = gather_rows(query.to(shard.dtype)).to(query.dtype)
-        here = queue_read(everyone, shard, temperature=temperature)
-        lses, means = _of_all_shards(torch.cat([here.lse[:, None], here.mean], 1)).split([1, query.shape[1]], dim=2)
+        # The products would round them to the shard's dtype anyway
+        all_queries = gather_rows(query.to(shard.dtype)).to(query.dtype)
+        local = queue_read(all_queries, shard, temperature=temperature)
+        lses, means = _of_all_shards(torch.cat([local.lse[:, None], local.mean], 1)).split([1, query.shape[1]], dim=2)
         lse = lses.logsumexp(0)
         mean = ((lses - lse).exp() * means).sum(0)
-    # adds zero to the value, and the gradient
+    # Adds zero to the value, and the gradient
     return QueueRead(lse[:, 0] + ((query - query.detach()) * mean).sum(1) / temperature, mean)
 
 
 @torch.no_grad()
 def largest_product(query: Tensor, shard: Tensor) -> Tensor:
     """The largest product [N] of each row [N, C] of this rank with a key of all shards [K / ranks, C]."""
-    everyone = gather_rows(query.to(shard.dtype)).to(query.dtype)
-    nearest = shard[assign_groups(everyone, shard)]
-    return _of_all_shards((everyone * nearest).sum(1)).amax(0)
+    all_queries = gather_rows(query.to(shard.dtype)).to(query.dtype)
+    nearest = shard[nearest_entry(all_queries, shard)]
+    return _of_all_shards((all_queries * nearest).sum(1)).amax(0)
 
 
 def _of_all_shards(rows: Tensor) -> Tensor:
-    """From what each rank saw for the rows of all, [ranks * N, ...], what all saw for this rank's: [ranks, N, ...]."""
+    """Exchange this rank's results for all rows [ranks * N, ...] for all results for its rows [ranks, N, ...]."""
     received = torch.empty_like(rows)
     dist.all_to_all_single(received, rows)
     return received.unflatten(0, (world_size(), -1))

@@ -12,23 +12,23 @@ from torch.nn.functional import normalize
 
 from fastssl.distributed import gather_rows, gather_rows_with_gradient
 from fastssl.errors import ConfigError
-from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress
+from fastssl.methods.base import Method, MethodConfig, MethodOutput, TrainProgress, register_method
 from fastssl.models.ema import ema_update_, momentum_copy
 from fastssl.models.encoders import Encoder
 from fastssl.models.heads import MLPBatchNormHead, ProjectionHead
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.models.queue import KeyQueue
 from fastssl.validation import Count, Decay, Range, Rows, Share, Temperature, Width, require
-from fastssl_kernels import assign_groups, group_cross_entropy, update_groups
+from fastssl_kernels import bank_cross_entropy, nearest_entry, update_groups
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.views import ViewSpec
 
-BANKS = 2  # as in the official code: heads take turns between the projections of the first two crops
+BANKS = 2  # As in the official code: heads alternate between the projections of the first two crops
 
 
 @dataclass(frozen=True, kw_only=True)
 class SMoGConfig(MethodConfig):
-    """Options of SMoG; the defaults are those for ImageNet."""
+    """Options of SMoG, with the defaults for ImageNet."""
 
     name: ClassVar[str] = "smog"
     paper: ClassVar[str] = "arXiv 2207.06167"
@@ -40,15 +40,15 @@ class SMoGConfig(MethodConfig):
     heads: Annotated[int, Range(least=1, most=1024)] = 3
     """Sets of groups; the loss is their mean."""
     group_momentum: Share = 0.99
-    """Share of a group that survives a step at the end of the run; it falls linearly from 1."""
+    """Share of a group that survives a step at the end of the run; falls linearly from 1."""
     groups_gradient: bool = True
-    """Let the gradient reach the encoder through the groups too, as the authors' README says; their code stops it."""
+    """Let the gradient also reach the encoder through the groups, as the authors' README says; their code stops it."""
     reset_epochs: Count = 1
-    """Epochs between two k-means resets of the groups."""
+    """Epochs between k-means resets of the groups."""
     bank_size: Rows = 1281167
-    """Latest images whose projections the k-means sees; more than an epoch has is the same as an epoch."""
+    """Number of latest images whose projections enter the k-means; at most those of an epoch do."""
     hidden_dim: Width = 2048
-    """Width of projector and predictor."""
+    """Hidden width of projector and predictor."""
     momentum: Decay = 0.999
     """Share of the momentum encoder that survives a step."""
 
@@ -68,20 +68,24 @@ class SMoGConfig(MethodConfig):
             )
 
 
+@register_method
 class SMoG(Method):
-    """Each crop's prediction is classified among groups that move with the projections of the same step.
+    """Classifies each crop's prediction among groups that move with the projections of the same step.
 
-    Views 0 and 1 are the large crops of the encoder that learns, 2 and 3 those of the momentum encoder, whose nearest
-    old groups are the targets; further views are small crops of the former. Groups move before the logits are taken. At
-    the end of an epoch they are replaced by a spherical k-means of the latest projections, and the momentum encoder by
-    the encoder itself. Before the first step one epoch passes the encoder to fill the banks. Written from the official
-    code and its README, as the paper's body could not be read. It differs from that code in that batch norm sees one
-    resolution at a time, as in SwAV, so that the momentum encoder needs no small crops.
+    Views 0 and 1 are the large crops of the trained encoder, views 2 and 3 those of the momentum encoder, whose nearest
+    old groups are the targets; further views are small crops of the trained encoder. Groups move before the logits are
+    computed. At the end of an epoch a spherical k-means of the latest projections replaces the groups, and the encoder
+    replaces the momentum encoder. Before the first step, one epoch passes the encoder to fill the banks. Written from
+    the official code and its README, as the paper's body could not be read. Unlike that code, batch norm sees one
+    resolution at a time, as in SwAV, so the momentum encoder needs no small crops.
     """
 
     Config: ClassVar[type[MethodConfig]] = SMoGConfig
-    follows_length = True  # by the momentum of the groups
-    capturable = False  # an epoch's end and the momentum of the groups are the host's
+    follows_length = True  # The momentum of the groups falls over the run
+    capturable = False  # The host decides when an epoch ends
+    small_options: ClassVar = {"hidden_dim": 32}
+    small_views = (16, 16, 16, 16, 8, 8, 8)
+    variants: ClassVar = {"official": {"groups_gradient": False}}
     group_momentum: Tensor
     groups: Tensor
 
@@ -111,7 +115,7 @@ class SMoG(Method):
             )
 
     def prepare(self, batches: Iterator[Batch]) -> None:
-        """Fill the banks from one epoch and make the first groups of them."""
+        """Fill the banks from one epoch and cluster them into the first groups."""
         filled = 0
         for batch in batches:
             with torch.no_grad():
@@ -133,26 +137,26 @@ class SMoG(Method):
         losses, moved = [], []
         for head, old in enumerate(self.groups):
             bank = old.to(self.bank_dtype)
-            target = assign_groups(key, bank).unflatten(0, (2, -1)).repeat(1, len(large) + len(small))
+            target = nearest_entry(key, bank).unflatten(0, (2, -1)).repeat(1, len(large) + len(small))
             features = gather_rows_with_gradient(rows[head % BANKS])
-            assignment = assign_groups(features, bank)
+            assignment = nearest_entry(features, bank)
             groups, _ = update_groups(features, old, momentum=self.group_momentum, assignment=assignment)
             moved.append(groups.detach())
             groups = groups if self.config.groups_gradient else groups.detach().to(self.bank_dtype)
-            losses.append(group_cross_entropy(prediction, groups, target, temperature=self.config.temperature))
+            losses.append(bank_cross_entropy(prediction, groups, target, temperature=self.config.temperature))
         return MethodOutput(torch.stack(losses).mean(), {}, (torch.stack(moved), *(row.detach() for row in rows)))
 
     @torch.no_grad()
     def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
-        moved, *rows = output.kept
+        moved, *rows = output.updates
         self.groups.copy_(moved)
         self._enqueue(rows, progress.step)
         ema_update_(self.key_encoder, self.query_encoder, self.config.momentum)
         if progress.ends_epoch and (progress.step + 1) // progress.steps_per_epoch % self.config.reset_epochs == 0:
             self._reset_groups(progress.steps_per_epoch * len(gather_rows(rows[0])))
             ema_update_(self.key_encoder, self.query_encoder, 0.0)
-        done = (progress.step + 1) / progress.total_steps
-        self.group_momentum.fill_(1 - (1 - self.config.group_momentum) * done)
+        completed = (progress.step + 1) / progress.total_steps
+        self.group_momentum.fill_(1 - (1 - self.config.group_momentum) * completed)
 
     def encoder(self) -> nn.Module:
         return self.query_encoder[0]
@@ -162,7 +166,7 @@ class SMoG(Method):
             cast(KeyQueue, bank).enqueue(self.gather_keys(projections), None, step)
 
     def _reset_groups(self, images_per_epoch: int) -> None:
-        """New groups from the banks, of which an epoch fills the first `images_per_epoch` rows."""
+        """Cluster the banks, whose first `images_per_epoch` rows an epoch fills, into new groups."""
         for head in range(self.config.heads):
             rows = cast(KeyQueue, self.banks[head % BANKS]).keys[:images_per_epoch]
             self.groups[head] = spherical_kmeans(rows, self.config.groups)

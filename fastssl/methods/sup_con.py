@@ -1,4 +1,4 @@
-"""SupCon (Khosla et al., arXiv 2004.11362) with MoCo's queue, which UniMoCo is compared with."""
+"""SupCon (Khosla et al., arXiv 2004.11362) with MoCo's queue, as a baseline for UniMoCo."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
+from fastssl.methods.base import register_method
 from fastssl.methods.moco import MoCoConfig, MoCoV2
 from fastssl_kernels import sup_con
 
@@ -19,11 +20,12 @@ class SupConConfig(MoCoConfig):
     paper: ClassVar[str] = "arXiv 2004.11362"
 
 
+@register_method
 class SupCon(MoCoV2):
     """MoCo v2 with the supervised contrastive loss: the mean over all positives of the queue, outside the logarithm.
 
-    An interpretation: the paper's own recipe has no queue but for one ImageNet run, whose settings could not be read.
-    Positives are the own key and every queue entry with the query's label; an unlabeled row is exactly InfoNCE.
+    An interpretation: the paper uses a queue only in one ImageNet run, whose settings could not be read. Positives are
+    the own key and every queue entry with the query's label; for an unlabeled row the loss is exactly InfoNCE.
     """
 
     Config = SupConConfig

@@ -7,6 +7,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
+from fastssl.methods.base import register_method
 from fastssl.methods.moco import MoCoConfig, MoCoV2
 from fastssl_kernels import unicon
 
@@ -19,15 +20,18 @@ class UniMoCoConfig(MoCoConfig):
     paper: ClassVar[str] = "arXiv 2103.10773"
 
 
+@register_method
 class UniMoCo(MoCoV2):
-    """MoCo v2 with the UniCon loss over a queue that remembers labels.
+    """MoCo v2 with the UniCon loss over a queue that stores labels.
 
-    Positives of a query are its own key and every queue entry with its label; label -1 means unknown and matches
-    nothing, so an unlabeled row is exactly InfoNCE. Entries with unknown label are negatives, as in the official code.
+    Positives of a query are its own key and every queue entry with its label. Label -1 means unknown and matches
+    nothing, so for an unlabeled row the loss is exactly InfoNCE. Entries of unknown label are negatives, as in the
+    official code.
     """
 
     Config = UniMoCoConfig
     uses_labels = True
+    variants: ClassVar = {"symmetric": {"symmetric": True}}
 
     def loss(self, query: Tensor, key: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         result = unicon(

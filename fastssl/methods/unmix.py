@@ -1,4 +1,4 @@
-"""Un-Mix (Shen et al., arXiv 2003.05438): image mixtures whose similarity to both sources is known."""
+"""Un-Mix (Shen et al., arXiv 2003.05438): image mixtures with known similarity to both sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastssl.methods.base import MethodConfig, MethodOutput
+from fastssl.methods.base import MethodConfig, MethodOutput, register_method
 from fastssl.methods.mixing import swap_neighbors
 from fastssl.methods.moco import MoCoConfig, MoCoV2
 from fastssl.validation import Share
@@ -22,30 +22,37 @@ class UnMixConfig(MoCoConfig):
     name: ClassVar[str] = "unmix"
     paper: ClassVar[str] = "arXiv 2003.05438"
     batch_multiple: ClassVar[int] = 2
+    shardable: ClassVar[bool] = True
 
     global_probability: Share = 0.5
-    """Chance that a step mixes whole images (Mixup); else it pastes a box of one into the other (CutMix)."""
+    """Probability that a step mixes whole images (Mixup) rather than pasting a box of one into the other (CutMix)."""
 
 
+@register_method
 class UnMix(MoCoV2):
     """MoCo plus w InfoNCE(mixed, own key) + (1 - w) InfoNCE(mixed, partner's key), all on the same queue.
 
-    View 0 is mixed, with one weight w for the batch, uniform as Beta(1, 1) is, and passes the encoder on its own. The
-    partner is the neighbor in the batch; the official code reverses the batch. Symmetric: both directions use the same
-    mixtures of view 0, against the keys of either view, as in the official code, which computes them twice.
+    View 0 is mixed, with one weight w per batch from the uniform distribution, which is Beta(1, 1), and passes the
+    encoder separately. The partner is the neighbor in the batch; the official code reverses the batch. Symmetric: both
+    directions use the same mixtures of view 0 against the keys of either view; the official code computes them twice.
     """
 
     Config: ClassVar[type[MethodConfig]] = UnMixConfig
     config: UnMixConfig
+    variants: ClassVar = {
+        "global": {"global_probability": 1.0},
+        "region": {"global_probability": 0.0},
+        "symmetric": {"symmetric": True},
+    }
 
     def forward(self, batch: Batch) -> MethodOutput:
         images = batch.views[0]
         share, weight = mixing_shares(images, self.config.global_probability)
         mixed = self.queries(share * images + (1 - share) * swap_neighbors(images))
         output = super().forward(batch)
-        _, *keys = output.kept
+        _, *keys = output.updates
         mix = torch.stack([self._mixed_loss(mixed, key, weight) for key in keys]).sum()
-        return MethodOutput(output.loss + mix, {**output.metrics, "mix_loss": mix.detach()}, output.kept)
+        return MethodOutput(output.loss + mix, {**output.metrics, "mix_loss": mix.detach()}, output.updates)
 
     def _mixed_loss(self, mixed: Tensor, key: Tensor, weight: Tensor) -> Tensor:
         partner = swap_neighbors(key)
@@ -57,8 +64,8 @@ class UnMix(MoCoV2):
 def mixing_shares(images: Tensor, global_probability: float) -> tuple[Tensor, Tensor]:
     """Share of each pixel that stays, [H, W] in the images' dtype, and its mean over the image, [] float32.
 
-    Global: one share w for all pixels. Region: 0 in a box of share 1 - w of the area, cut off at the border, around a
-    uniform center, and 1 elsewhere (CutMix). Which of the two is drawn anew at each step, without a look at the device.
+    Global: one share w for all pixels. Region (CutMix): 0 in a box around a uniform center, which covers 1 - w of the
+    area and is clipped at the border, and 1 elsewhere. Each step draws one of the two, without waiting for the device.
     """
     height, width = images.shape[2:]
     chance, weight, center_y, center_x = torch.rand(4, device=images.device).unbind()
@@ -69,6 +76,6 @@ def mixing_shares(images: Tensor, global_probability: float) -> tuple[Tensor, Te
 
 
 def _span(position: Tensor, length: int, center: Tensor, weight: Tensor) -> Tensor:
-    """Which of `length` positions lie in a side of the box; whole pixels, as in the official code."""
+    """Which of `length` positions lie inside the box along one axis; whole pixels, as in the official code."""
     middle, side = (center * length).floor(), ((1 - weight).sqrt() * length).floor()
     return (position >= middle - (side / 2).floor()) & (position < middle + (side / 2).floor())

@@ -12,7 +12,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def momentum_copy(module: Module) -> Module:
-    """A copy of `module`, buffers included, whose parameters take no gradient."""
+    """A copy of `module`, including buffers, whose parameters require no gradient."""
     return deepcopy(module).requires_grad_(False)
 
 
@@ -20,8 +20,9 @@ def momentum_copy(module: Module) -> Module:
 def ema_update_(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """Move every parameter of `target` to momentum * target + (1 - momentum) * source, in place.
 
-    `target` is a `momentum_copy` of `source`. Buffers stay: the batch-norm statistics of a momentum encoder
-    come from its own forward passes (MoCo, He et al., 2020). Nothing waits for the device.
+    `target` is a `momentum_copy` of `source`. Buffers stay unchanged: the batch-norm statistics of a momentum encoder
+    come from its own forward passes (MoCo, He et al., 2020). Does not wait for the device. ValueError for a momentum
+    outside [0, 1] and for parameters of different shapes.
     """
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum {momentum} was given; it must lie in [0, 1]")

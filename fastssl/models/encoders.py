@@ -1,14 +1,17 @@
-"""Encoders by name: torchvision's ResNets with a chosen width, stem and batch norm, and any model of timm."""
+"""Encoders by name: ResNets with a chosen width, stem and batch norm, any timm model, and those of plug-ins."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl.errors import ConfigError, unknown_name
 from fastssl.models.norm import NormLayer
+from fastssl.registration import Registry
 from fastssl_pipelines.errors import install_command
 
 
@@ -34,11 +37,23 @@ _RESNETS = {
     "wide_resnet101_2": _Architecture("Bottleneck", (3, 4, 23, 3), base_width=128),
 }
 _STEMS = ("imagenet", "small", "small-pool")
+ENCODERS: Registry[Callable[..., Encoder]] = Registry("encoder")
+"""Functions of the keywords `width`, `stem` and `norm_layer` of `build_encoder`."""
+_Registered = TypeVar("_Registered", bound=Callable[..., Encoder])
 
 
-def encoder_names() -> tuple[str, ...]:
-    """Names that `build_encoder` takes besides "timm/<model>"."""
-    return tuple(_RESNETS)
+def register_encoder(name: str) -> Callable[[_Registered], _Registered]:
+    """Decorator: make an encoder available as --model.encoder `name`; ConfigError if that name is taken.
+
+    It decorates a function, or a subclass of `Encoder`, of the keywords `width`, `stem` and `norm_layer`, see
+    `build_encoder`; one that cannot honor a keyword raises ConfigError for values other than the default.
+    """
+
+    def register(make: _Registered) -> _Registered:
+        ENCODERS.register(name, make, make)
+        return make
+
+    return register
 
 
 def build_encoder(
@@ -48,13 +63,13 @@ def build_encoder(
     stem: str = "imagenet",
     norm_layer: NormLayer = nn.BatchNorm2d,
 ) -> Encoder:
-    """The encoder called `name`, freshly initialized.
+    """Build the encoder called `name`, freshly initialized.
 
-    `width` multiplies the channels of every stage. `stem`: "imagenet" (7x7 convolution of stride 2,
-    max-pool), "small" (3x3, stride 1, no max-pool; CIFAR) or "small-pool" (3x3, stride 1, max-pool).
-    `norm_layer` makes a norm layer from a channel count, see `fastssl.models.norm.norm_layer`. At width 1
-    with the imagenet stem the state dict is torchvision's without fc. "timm/<model>" gives that model of
-    timm with its own stem, width and norm. ConfigError for any other name.
+    `width` multiplies the channels of every stage. `stem`: "imagenet" (7x7 convolution of stride 2, max-pool), "small"
+    (3x3, stride 1, no max-pool; CIFAR) or "small-pool" (3x3, stride 1, max-pool). `norm_layer` makes a norm layer from
+    a channel count, see `fastssl.models.norm.norm_layer`. At width 1 with the imagenet stem the state dict is
+    torchvision's without fc. "timm/<model>" is a timm model with its own stem, width and norm, other names are those
+    of `register_encoder`. ConfigError for an unknown name.
     """
     if name.startswith("timm/"):
         if width != 1 or stem != "imagenet" or norm_layer is not nn.BatchNorm2d:
@@ -63,20 +78,20 @@ def build_encoder(
                 "take --model.width 1 --model.stem imagenet --model.norm local"
             )
         return _build_timm(name.removeprefix("timm/"))
-    if name not in _RESNETS:
-        raise unknown_name("encoder", name, (*encoder_names(), "timm/<model>"))
-    if stem not in _STEMS:
-        raise unknown_name("stem", stem, _STEMS)
-    if round(64 * width) < 1:
-        raise ConfigError(f"width {width} was given; it must leave at least one of 64 channels")
-    return ResNet(_RESNETS[name], width, stem, norm_layer)
+    if name not in ENCODERS:
+        raise unknown_name("encoder", name, (*ENCODERS, "timm/<model>"), pluggable=True)
+    return ENCODERS[name](width=width, stem=stem, norm_layer=norm_layer)
 
 
 class ResNet(Encoder):
     """torchvision's ResNet without fc: the same blocks, names and initialization (residuals not at zero)."""
 
-    def __init__(self, architecture: _Architecture, width: float, stem: str, norm_layer: NormLayer) -> None:
+    def __init__(self, architecture: _Architecture, *, width: float, stem: str, norm_layer: NormLayer) -> None:
         super().__init__()
+        if stem not in _STEMS:
+            raise unknown_name("stem", stem, _STEMS)
+        if round(64 * width) < 1:
+            raise ConfigError(f"width {width} was given; it must leave at least one of 64 channels")
         channels = round(64 * width)
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
@@ -102,12 +117,16 @@ class ResNet(Encoder):
         return self.avgpool(x).flatten(1)
 
 
+for _name, _architecture in _RESNETS.items():
+    ENCODERS.register(_name, partial(ResNet, _architecture), ResNet)
+
+
 class _Shortcut(nn.Conv2d):
-    """The 1x1 convolution beside a block that changes its input's shape."""
+    """The 1x1 convolution around a block that changes its input's shape."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Of fewer channels than a CPU vector holds, oneDNN's backward writes past its workspace where a stride skips
-        # pixels (uxlfoundation/oneDNN#6035): a hang, a crash or a wrong gradient. Skipped here, it does not occur.
+        # With fewer channels than a CPU vector holds, oneDNN's backward of a strided convolution writes past its
+        # workspace (uxlfoundation/oneDNN#6035): a hang, a crash or a wrong gradient. Striding here avoids it.
         if x.is_cpu and self.in_channels < 16:
             rows, columns = self.stride
             return functional.conv2d(x[:, :, ::rows, ::columns], self.weight)
@@ -115,7 +134,7 @@ class _Shortcut(nn.Conv2d):
 
 
 def _stage(architecture: _Architecture, index: int, inputs: int, planes: int, norm_layer: NormLayer) -> nn.Sequential:
-    # here, as it takes torch's compiler along: 1 to 7 seconds that most commands do not need
+    # Imported late, as it loads torch's compiler: 1 to 7 seconds that most commands do not need
     from torchvision.models import resnet
 
     block, base_width = getattr(resnet, architecture.block), architecture.base_width

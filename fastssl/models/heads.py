@@ -1,4 +1,4 @@
-"""Projection heads: what maps an encoder's features to the space of the contrastive loss."""
+"""Projection heads, from an encoder's features to the space of the contrastive loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ProjectionHead(nn.Sequential):
 
 
 def build_head(kind: str, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Module:
-    """The head called "linear" (which has no hidden layer), "mlp" or "mlp-bn"."""
+    """Build the head called "linear" (without hidden layer), "mlp" or "mlp-bn"; ValueError for other names."""
     if kind == "linear":
         return LinearHead(in_dim, out_dim)
     if kind == "mlp":

@@ -1,8 +1,8 @@
 """Batch normalization for contrastive pretraining: local, synchronized or split, and the shuffle of a batch.
 
-A key encoder that shares its batch statistics with the query can recognize the positive by them alone.
-Split statistics and a shuffled key batch are the two remedies of MoCo (He et al., 2020, section 3.3).
-On several ranks local and split statistics are those of a rank; `averaged_statistics` makes one of the running ones.
+A key encoder that shares batch statistics with the query can recognize the positive by them alone. MoCo (He et al.,
+2020, section 3.3) therefore splits the statistics and shuffles the key batch. On several ranks local and split
+statistics are those of a rank; `averaged_statistics` averages the running statistics over the ranks.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fastssl.apex import apex_group_norm
 from fastssl.distributed import gather_rows, mean_over_ranks, rank, world_size
 
 NormLayer = Callable[[int], nn.Module]
-GROUPS = 32  # of group norm
+GROUPS = 32  # Of group norm
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose statistics come from `splits` parts of the batch, as if each part were on its own GPU.
 
-    Input [N, C, H, W], N divisible by `splits` while training (ValueError otherwise); the affine parameters
-    are shared. After a pass the running statistics are the mean over the splits' updated ones; in eval() it
-    is ordinary batch norm. Keys and shapes of the state dict are those of nn.BatchNorm2d.
+    Input [N, C, H, W], N divisible by `splits` while training (ValueError otherwise); the affine parameters are shared.
+    After a pass the running statistics are the mean of the splits' updated ones; in eval() it is ordinary batch norm.
+    Keys and shapes of the state dict are those of nn.BatchNorm2d.
 
     Definition: SplitBatchNorm of MoCo's CIFAR-10 notebook. There sample i is in split i mod S, here in split
-    i // (N/S): the order of samples is random anyway, and contiguous parts of a channels_last batch need no
-    copies (1.3 to 3.4 times faster on CPU).
+    i // (N/S): the order of samples is random anyway, and contiguous parts of a channels_last batch need no copies (1.3
+    to 3.4 times faster on a CPU).
     """
 
     running_mean: Tensor
@@ -56,7 +56,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 f"a batch of {input.shape[0]} was given to batch norm in {self.splits} splits; "
                 "choose a batch size that is a multiple of splits"
             )
-        # The compiler would unroll the parts: thousands of launches, and minutes to compile a ResNet-50
+        # The compiler would unroll the loop: thousands of launches, and minutes to compile a ResNet-50
         parts = _all_at_once if torch.compiler.is_compiling() else _one_by_one
         output, means, variances = parts(self, input)
         self.running_mean.copy_(means)
@@ -69,7 +69,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def _one_by_one(norm: SplitBatchNorm2d, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, running mean and running variance after a pass, each part of the batch by torch's batch norm."""
+    """Output, running mean and running variance after a pass; torch's batch norm for each part of the batch."""
     means, variances = norm.running_mean.repeat(norm.splits, 1), norm.running_var.repeat(norm.splits, 1)
     parts = [
         batch_norm(part, mean, variance, norm.weight, norm.bias, True, norm.momentum, norm.eps)
@@ -79,10 +79,10 @@ def _one_by_one(norm: SplitBatchNorm2d, input: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _all_at_once(norm: SplitBatchNorm2d, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_one_by_one`, in operations over all parts that a compiler fuses."""
+    """As `_one_by_one`, in operations over all parts that the compiler fuses."""
     output, mean, variance = _SplitNormalization.apply(input, norm.weight, norm.bias, norm.splits, norm.eps)
     count = input.numel() // mean.numel()
-    # torch 2.11 compiles them as if they had a gradient, and then running statistics would hold on to the whole step
+    # torch 2.11 compiles them as if they had a gradient; the running statistics would then keep the whole step alive
     mean, variance = mean.detach(), variance.detach()
     unbiased = variance * (count / (count - 1))
     return (
@@ -95,7 +95,7 @@ def _all_at_once(norm: SplitBatchNorm2d, input: Tensor) -> tuple[Tensor, Tensor,
 class _SplitNormalization(torch.autograd.Function):
     """Batch norm [N, C, H, W] of each of `splits` parts of a batch, and the parts' mean and variance [splits, C].
 
-    Its gradient is written out, as the derivative of mean and variance step by step takes half as many launches more.
+    The gradient is written out, as autograd through mean and variance needs 1.5 times as many launches.
     """
 
     @staticmethod
@@ -124,11 +124,11 @@ class _SplitNormalization(torch.autograd.Function):
         return of_input.flatten(0, 1).to(input.dtype), of_weight, of_bias, None, None
 
 
-_WITHIN_A_PART = (1, 3, 4)  # of [splits, N / splits, C, H, W]
+_WITHIN_A_PART = (1, 3, 4)  # Dimensions of [splits, N / splits, C, H, W]
 
 
 def _parts(batch: Tensor, splits: int) -> Tensor:
-    """[splits, N / splits, C, H, W], in float32 or more."""
+    """The batch as [splits, N / splits, C, H, W] in float32 or float64."""
     return batch.unflatten(0, (splits, -1)).to(torch.promote_types(batch.dtype, torch.float32))
 
 
@@ -138,7 +138,7 @@ def _channels(values: Tensor) -> Tensor:
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the rows of all ranks: nn.SyncBatchNorm, which refuses tensors on a CPU, and there its equal.
+    """Batch norm over the rows of all ranks: nn.SyncBatchNorm, and its equal for CPU tensors, which that refuses.
 
     Input [N, C] or [N, C, ...] with the same N on all ranks; a backward pass sums the gradients of all ranks' losses.
     Keys and shapes of the state dict are those of nn.BatchNorm2d.
@@ -181,10 +181,10 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def convert_to_sync(module: nn.Module) -> nn.Module:
-    """Put a `SyncBatchNorm` in place of every nn.BatchNorm1d and nn.BatchNorm2d in `module`, and return `module`.
+    """Replace every nn.BatchNorm1d and nn.BatchNorm2d in `module` by a `SyncBatchNorm`, and return `module`.
 
-    Where `module` itself is one, its successor is returned. Parameters and buffers stay the same tensors. Split batch
-    norm and other subclasses are left alone.
+    If `module` itself is one, return its replacement. Parameters and buffers stay the same tensors. Split batch norm
+    and other subclasses stay unchanged.
     """
     for name, child in module.named_children():
         setattr(module, name, convert_to_sync(child))
@@ -199,15 +199,14 @@ def convert_to_sync(module: nn.Module) -> nn.Module:
 def averaged_statistics(module: nn.Module) -> Iterator[Tensor]:
     """Inside the `with` block every batch norm in `module` has the mean over ranks of its running statistics.
 
-    Gives those of each rank, as `gather_statistics` does.
-
-    A running statistic is linear in those of the batches. So N ranks with S/N splits each have then what one rank
-    with S splits has. Afterwards each rank has its own again. All ranks must enter; one collective.
+    Yields the statistics of each rank, as `gather_statistics` returns them, and restores them afterwards. A running
+    statistic is linear in those of the batches, so N ranks with S/N splits each then equal one rank with S splits. All
+    ranks must enter; one collective.
     """
-    kept = gather_statistics(module)
-    load_statistics(module, kept.mean(0).expand(world_size(), -1))
-    yield kept
-    load_statistics(module, kept)
+    before = gather_statistics(module)
+    load_statistics(module, before.mean(0).expand(world_size(), -1))
+    yield before
+    load_statistics(module, before)
 
 
 @torch.no_grad()
@@ -219,7 +218,7 @@ def gather_statistics(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def load_statistics(module: nn.Module, statistics: Tensor) -> None:
-    """Give this rank its own of what `gather_statistics` returned on as many ranks."""
+    """Set this rank's running statistics from what `gather_statistics` returned on the same number of ranks."""
     buffers = _running_statistics(module)
     if buffers:
         rows = statistics[rank()].to(buffers[0].device).split([buffer.numel() for buffer in buffers])
@@ -233,7 +232,7 @@ def _running_statistics(module: nn.Module) -> list[Tensor]:
 def norm_layer(name: str, splits: int = 8) -> NormLayer:
     """Constructor `channels -> module` of the norm called `name`; "split" is batch norm in `splits` groups.
 
-    Group norm has 32 groups (Wu and He, arXiv 1803.08494), or as many as divide the channels of a narrow layer.
+    Group norm has 32 groups (Wu and He, arXiv 1803.08494), or gcd(32, channels). ValueError for an unknown name.
     """
     layers: dict[str, NormLayer] = {
         "local": nn.BatchNorm2d,
@@ -248,7 +247,7 @@ def norm_layer(name: str, splits: int = 8) -> NormLayer:
 
 
 def inverse_permutation(permutation: Tensor) -> Tensor:
-    """int64 [N] that undoes `permutation`: `x[permutation][inverse_permutation(permutation)]` is x."""
+    """The inverse int64 [N] of `permutation`: `x[permutation][inverse_permutation(permutation)]` is x."""
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(permutation.shape[0], device=permutation.device)
     return inverse

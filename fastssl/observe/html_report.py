@@ -11,7 +11,7 @@ from typing import Any
 from fastssl.observe import svg as chart
 from fastssl.observe.history import METRICS, History, Metric, read_history
 from fastssl.observe.summary import ADVICE, commands, entries, headlines, mean_shares, notable_parts, state
-from fastssl_pipelines.files import write_whole
+from fastssl_pipelines.files import write_atomic
 from fastssl_pipelines.names import printable
 
 DETAILS = (
@@ -54,7 +54,7 @@ def write_report(folder: Path) -> Path:
     ConfigError for a folder without metrics.jsonl; OSError if the file cannot be written.
     """
     path = folder / "report.html"
-    write_whole(path, page(read_history(folder)).encode("utf-8", "replace"))
+    write_atomic(path, page(read_history(folder)).encode("utf-8", "replace"))
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import ConfigError
-from fastssl_pipelines.files import open_to_append, read_file, write_whole
+from fastssl_pipelines.files import open_to_append, read_file, write_atomic
 
 LOG_AT_MOST_BYTES = 4 * 2**30  # At about a hundred bytes a step
 
@@ -25,24 +25,17 @@ class MetricsLog:
         self._waiting: list[str] = []
         self._torn_at: int | None = None  # Bytes of complete records in the file, after a failed write
         self._failing = False
-        self._untold: str | None = None
 
-    def write(self, event: str, **values: Any) -> None:
-        """Append a record; never raises, since `problem` reports an unwritable file."""
+    def write(self, event: str, **values: Any) -> str | None:
+        """Append a record; never raises OSError, but returns a message when the file begins to be unwritable."""
         self._waiting.append(json.dumps({"event": event, **values}) + "\n")
         try:
             self._append("".join(self._waiting).encode())
         except OSError as error:
-            if not self._failing:
-                self._untold = f"{self.path} cannot be written ({error.strerror}); its records wait in memory"
-            self._failing = True
-        else:
-            self._waiting, self._failing = [], False
-
-    def problem(self) -> str | None:
-        """A sentence each time that the file becomes unwritable, returned once; None if there is nothing new."""
-        sentence, self._untold = self._untold, None
-        return sentence
+            begins, self._failing = not self._failing, True
+            return f"{self.path} cannot be written ({error.strerror}); its records wait in memory" if begins else None
+        self._waiting, self._failing = [], False
+        return None
 
     def read(self) -> list[dict[str, Any]]:
         """All records, including those waiting in memory; skips incomplete lines."""
@@ -57,7 +50,7 @@ class MetricsLog:
         """
         kept = [record for record in self.read() if record["step"] <= step and record["event"] != "end"] if step else []
         try:
-            write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         except OSError as error:
             raise ConfigError(
                 f"{self.path} cannot be written ({error.strerror}); free space on the disk or make the folder "

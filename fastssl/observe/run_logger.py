@@ -132,8 +132,8 @@ class RunLogger:
     def _write(self, event: str, **values: Any) -> None:
         if self.quiet:
             return
-        self.log.write(event, **values)
+        problem = self.log.write(event, **values)
         if self._mirror:
             self._mirror.write(event, values)
-        if problem := self.log.problem():
+        if problem:
             self.info(f"note: {problem}")

@@ -1,4 +1,4 @@
-"""The recipes, by name: Python functions that return a configuration."""
+"""The recipes by name: functions that return a configuration."""
 
 from fastssl.presets import builtin, cifar, imagenet, stl_tiny
 from fastssl.presets.registry import PRESETS, Preset, load, preset

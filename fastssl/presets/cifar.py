@@ -12,14 +12,14 @@ from fastssl.methods.smog import SMoGConfig
 from fastssl.methods.sup_con import SupConConfig
 from fastssl.methods.unimoco import UniMoCoConfig
 from fastssl.methods.unmix import UnMixConfig
-from fastssl.presets.data import CIFAR10, CIFAR100, configuration, smog_views
+from fastssl.presets.data_sets import CIFAR10, CIFAR100, configuration, smog_views
 from fastssl.presets.registry import preset
-from fastssl.presets.small import BEST_EPOCH, MOCO_OF_MSVQ, RE_RUN, moco_of_msvq, msvq, notebook, ressl
+from fastssl.presets.resnet18_recipes import BEST_EPOCH, MOCO_OF_MSVQ, RE_RUN, moco_of_msvq, msvq, notebook, ressl
 from fastssl_pipelines.views import ViewSpec
 
 NOTEBOOK = "the CIFAR-10 notebook of facebookresearch/moco"
 OWN_FEATURES = "kNN reads the encoder's features, not the head's 128 numbers"
-UNMIX_CIFAR100 = replace(CIFAR100, data=CIFAR10.data)  # its script normalizes with the numbers of CIFAR-10
+UNMIX_CIFAR100 = replace(CIFAR100, data=CIFAR10.data)  # The authors' script normalizes with the statistics of CIFAR-10
 
 
 @preset(
@@ -140,7 +140,7 @@ def msvq_cifar10() -> Config:
 )
 def smog_cifar10() -> Config:
     a = ViewSpec(size=32, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.2, 0.1))
-    views, odd_views = smog_views(a, replace(a, solarize=0.2), small=16, number=2)
+    views, odd_views = smog_views(a, replace(a, solarize=0.2), small=16, count=2)
     method = SMoGConfig(groups=300, reset_epochs=3, bank_size=50000, momentum=0.99)
     optim = OptimConfig(lr=0.06, weight_decay=5e-4, schedule="cosine", warmup_epochs=10)
     base = configuration(CIFAR10, method, optim, *views, epochs=200, batch_size=512)

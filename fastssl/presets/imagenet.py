@@ -15,12 +15,12 @@ from fastssl.methods.smog import SMoGConfig
 from fastssl.methods.sup_con import SupConConfig
 from fastssl.methods.unimoco import UniMoCoConfig
 from fastssl.methods.unmix import UnMixConfig
-from fastssl.presets.data import IMAGENET, configuration, smog_views, strong_view, weak_view
+from fastssl.presets.data_sets import IMAGENET, configuration, smog_views, strong_view, weak_view
 from fastssl.presets.registry import preset
 from fastssl_pipelines.views import ViewSpec
 
 ONE_DEVICE = "one device with 8-way split batch norm and in-batch shuffle stands for 8 devices"
-SMOG_BATCH = 512 / 4096  # what fits one device, as a share of the authors' batch
+SMOG_BATCH = 512 / 4096  # What fits one device, as a share of the authors' batch
 
 
 def moco_v1(method: MethodConfig) -> Config:
@@ -174,7 +174,7 @@ def smog_imagenet() -> Config:
     """Two crops of 224 pixels and four of 96, of view sets that swap their roles; LARS with warm-up and cosine."""
     a = ViewSpec(size=224, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
     b = replace(a, blur=0.1, solarize=0.2)
-    views, odd_views = smog_views(a, b, small=96, number=4)
+    views, odd_views = smog_views(a, b, small=96, count=4)
     optim = OptimConfig(
         optimizer="lars",
         lr=4.8 * SMOG_BATCH,

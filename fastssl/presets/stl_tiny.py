@@ -8,9 +8,9 @@ from fastssl.config import Config, ModelConfig, OptimConfig
 from fastssl.methods.mixco import MixCoConfig
 from fastssl.methods.moco import MoCoV2Config
 from fastssl.methods.unmix import UnMixConfig
-from fastssl.presets.data import IMAGENET, STL10, TINY_IMAGENET, configuration, strong_view
+from fastssl.presets.data_sets import IMAGENET, STL10, TINY_IMAGENET, configuration, strong_view
 from fastssl.presets.registry import preset
-from fastssl.presets.small import BEST_EPOCH, MOCO_OF_MSVQ, RE_RUN, moco_of_msvq, msvq, ressl
+from fastssl.presets.resnet18_recipes import BEST_EPOCH, MOCO_OF_MSVQ, RE_RUN, moco_of_msvq, msvq, ressl
 
 UNLABELED = "the source trains on the 100,000 unlabeled images too: give them with --data.unlabeled"
 

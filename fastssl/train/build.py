@@ -1,9 +1,6 @@
-"""What a configuration asks for: its method, its steps over the images and what trains the one on the others."""
+"""Build the method, the sampler and the training step of a configuration."""
 
 from __future__ import annotations
-
-import warnings
-from collections.abc import Callable
 
 import torch
 
@@ -23,7 +20,7 @@ from fastssl_pipelines.sources.base import Source
 
 
 def build_method(config: Config, device: torch.device) -> Method:
-    """The method of a configuration with freshly drawn weights, a pure function of the seed."""
+    """The method of a configuration with initial weights that only depend on the seed."""
     torch.manual_seed(config.seed)
     model = config.model
     splits = model.splits // (world_size() * config.train.accumulate) or 1
@@ -33,7 +30,7 @@ def build_method(config: Config, device: torch.device) -> Method:
     bank_dtype = config.method.bank_dtype(device, choose_dtype(config.train, device))
     method = METHODS[config.method.name](encoder, config.method, config.views, bank_dtype)
     if model.norm == "sync":
-        convert_to_sync(method)  # the heads, too
+        convert_to_sync(method)  # Including the heads
     # torch 2.11 does not declare this overload
     return method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -62,17 +59,17 @@ def build_step(config: Config, method: Method, *, device: torch.device, dtype: t
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """Whether torch.compile is used: "auto" takes it on a GPU; on a CPU it was seen to gain nothing (`bench step`)."""
+    """Whether to use torch.compile; "auto" uses it only on a GPU, as it gained nothing on a CPU (`bench step`)."""
     return config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
 
 
-def train_sampler(config: Config, source: Source, warn: Callable[[str], object] = warnings.warn) -> TrainSampler:
-    """This rank's part of the sample plan; the method sees the labels of `known_labels`, which explains `warn`."""
+def train_sampler(config: Config, source: Source) -> TrainSampler:
+    """This rank's part of the sample plan, with the labels of `known_labels`."""
     _check_parts(config)
     plan = SamplePlan(
         widths=source.widths,
         heights=source.heights,
-        labels=known_labels(config, source, warn),
+        labels=known_labels(config, source),
         views=config.views,
         odd_views=config.odd_views,
         seed=config.seed,
@@ -82,7 +79,7 @@ def train_sampler(config: Config, source: Source, warn: Callable[[str], object] 
 
 
 def _check_parts(config: Config) -> None:
-    """A step must come apart evenly: into ranks, parts that follow one another, and groups of batch norm."""
+    """Check that a step splits evenly into ranks, accumulated parts and groups of batch norm."""
     ranks, train, model = world_size(), config.train, config.model
     parts = ranks * train.accumulate
     given = f"{ranks} processes and --train.accumulate {train.accumulate}"
@@ -93,11 +90,11 @@ def _check_parts(config: Config) -> None:
         )
     if model.norm == "split" and model.splits % parts:
         raise ConfigError(
-            f"--model.splits {model.splits} was given with {given}; it counts the groups of all of them together and "
+            f"--model.splits {model.splits} was given with {given}; it counts the groups on all of them together and "
             f"must be a multiple of {parts}: change it or take --model.norm local or sync"
         )
     if model.norm == "local" and train.batch_size < 2 * parts:
         raise ConfigError(
             f"--train.batch-size {train.batch_size} was given with {given}, one image for each batch norm, which needs "
-            "2 or more: raise it or take --model.norm sync or group"
+            "at least 2: raise it or take --model.norm sync or group"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,10 @@ import torch
 from fastssl.errors import ConfigError, TrainingError
 from fastssl.renamed import current_facts
 from fastssl_pipelines.errors import MachineError
-from fastssl_pipelines.files import new_file, open_regular, raise_if_of_the_machine
+from fastssl_pipelines.files import open_atomic, open_regular, raise_if_of_the_machine
+from fastssl_pipelines.names import printable
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 4
 """The format written. Format 1 had no checksum, 2 no run identity; 3 has earlier names of some options."""
@@ -35,18 +39,15 @@ class DamagedCheckpoint(ConfigError):
 class Checkpoints:
     """The checkpoints of a run, written by a background thread.
 
-    Keeps the newest `keep`, and every one whose step is a multiple of `keep_every`. `notes` gets a sentence for each
-    damaged file that `newest` found. Only one process may write; any number may read.
+    Keeps the newest `keep`, and every one whose step is a multiple of `keep_every`. Damaged files and failed writes are
+    logged as warnings. Only one process may write; any number may read.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None):
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.notes: list[str] = []
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._under_way: Future[Path] | None = None
-        self._step = 0  # Of the last write
+        self._under_way: Future[str | None] | None = None
         self._failure: str | None = None  # Of the last write
-        self._untold: str | None = None
         self._pinned: dict[tuple[object, ...], torch.Tensor] = {}
 
     def save(self, state: dict[str, Any], *, step: int, wait: bool = False) -> None:
@@ -55,7 +56,7 @@ class Checkpoints:
         `state`: nested dicts, lists and tuples of tensors, numbers, strings and None (TypeError for anything else).
         Waits for the previous write, then returns once CPU tensors are copied and GPU copies are queued on the current
         stream, or with `wait` when the file is on disk. A failed write interrupts nothing and keeps the older
-        checkpoints: `problem` reports it, or with `wait` a TrainingError as from `flush`.
+        checkpoints: it is logged as a warning, or with `wait` raised as a TrainingError as from `flush`.
         """
         self._settle()
         copy = self._on_host(state, ())
@@ -63,8 +64,7 @@ class Checkpoints:
         if torch.cuda.is_initialized():
             copied = torch.cuda.Event()
             copied.record()
-        self._step = step
-        self._under_way = self._writer.submit(self._write, copy, copied)
+        self._under_way = self._writer.submit(self._write, copy, copied, step, warn=not wait)
         if wait:
             self.flush()
 
@@ -72,7 +72,6 @@ class Checkpoints:
         """Wait until the last state given to `save` is on disk; TrainingError if it could not be written."""
         self._settle()
         if self._failure:
-            self._untold = None
             raise TrainingError(
                 f"{self._failure}; free space on the disk or make the folder writable, and continue from the previous "
                 f"one with `fastssl resume {self.folder.parent}`"
@@ -82,13 +81,6 @@ class Checkpoints:
         """Wait for the write in progress, successful or not; also called when a run fails."""
         self._settle()
         self._writer.shutdown()
-
-    def problem(self) -> str | None:
-        """A sentence about the last failed write, returned once; None if there is nothing new. Never waits."""
-        if self._under_way and self._under_way.done():
-            self._settle()
-        sentence, self._untold = self._untold, None
-        return sentence
 
     def newest(self) -> dict[str, Any] | None:
         """The state of the newest intact checkpoint, on the CPU, with its "step"; None if there is no checkpoint.
@@ -104,7 +96,7 @@ class Checkpoints:
                 # Fails in a read-only folder, or if another rank was faster
                 with suppress(OSError):
                     path.rename(aside)
-                self.notes.append(f"{error}; it is kept as {aside.name}, and the one before is used")
+                _log.warning(f"{error}; it is kept as {aside.name}, and the one before is used")
         damaged = sorted(path.name for path in self.folder.glob("step_*.damaged"))
         if damaged:
             raise ConfigError(
@@ -132,10 +124,21 @@ class Checkpoints:
             buffer = self._pinned[name] = torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
-    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None) -> Path:
+    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None, step: int, *, warn: bool) -> str | None:
+        """Write in the thread; returns why that failed, or None."""
         if copied is not None:
             copied.synchronize()
-        return save(self.folder, state, step=self._step, keep=self.keep, keep_every=self.keep_every)
+        try:
+            save(self.folder, state, step=step, keep=self.keep, keep_every=self.keep_every)
+        except OSError as error:
+            path = error.filename or path_of(self.folder, step)
+            failure = f"the checkpoint after step {step} was not written ({error.strerror}: {path})"
+            if warn:
+                _log.warning(
+                    printable(f"{failure}; training continues, and older checkpoints stay until a write succeeds")
+                )
+            return failure
+        return None
 
     def _settle(self) -> None:
         """Wait for the write in progress and record its outcome."""
@@ -143,12 +146,7 @@ class Checkpoints:
             return
         write, self._under_way = self._under_way, None
         self._failure = None
-        try:
-            write.result()
-        except OSError as error:
-            path = error.filename or path_of(self.folder, self._step)
-            self._failure = f"the checkpoint after step {self._step} was not written ({error.strerror}: {path})"
-            self._untold = f"{self._failure}; training continues, and older checkpoints stay until a write succeeds"
+        self._failure = write.result()
 
 
 def save(folder: Path, state: dict[str, Any], *, step: int, keep: int, keep_every: int | None = None) -> Path:
@@ -160,17 +158,8 @@ def save(folder: Path, state: dict[str, Any], *, step: int, keep: int, keep_ever
     for leftover in folder.glob("step_*.tmp"):
         leftover.unlink()
     path = path_of(folder, step)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with new_file(temporary) as file:
-            _write_with_checksum({"format": FORMAT, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with open_atomic(path, temporary=path.with_suffix(".tmp")) as file:
+        _write_with_checksum({"format": FORMAT, "step": step, **state}, file)
     # The rename itself must be on disk before older checkpoints are removed
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -41,7 +41,7 @@ class Graphed:
             static.copy_(given, non_blocking=True)
         self._graph.replay()
         output = self._output
-        return MethodOutput(output.loss, dict(output.metrics), output.kept)
+        return MethodOutput(output.loss, dict(output.metrics), output.updates)
 
     def capture(self, batch: Batch) -> None:
         """Capture the graph with a representative batch."""

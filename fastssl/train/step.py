@@ -176,11 +176,11 @@ def parts(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 def joined(outputs: list[MethodOutput]) -> MethodOutput:
-    """The output of a step from those of its parts: mean losses and metrics, and the concatenated `kept` rows."""
+    """The output of a step from those of its parts: mean losses and metrics, and all their updates."""
     if len(outputs) == 1:
         return outputs[0]
     losses = torch.stack([output.loss.detach() for output in outputs])
     names = outputs[0].metrics
     metrics = {name: torch.stack([output.metrics[name] for output in outputs]).mean() for name in names}
-    kept = tuple(torch.cat(rows) for rows in zip(*(output.kept for output in outputs), strict=True))
-    return MethodOutput(losses.mean(), metrics, kept)
+    updates = tuple(torch.cat(rows) for rows in zip(*(output.updates for output in outputs), strict=True))
+    return MethodOutput(losses.mean(), metrics, updates)

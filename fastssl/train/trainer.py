@@ -22,6 +22,7 @@ from fastssl.methods import METHODS, TrainProgress
 from fastssl.models.norm import averaged_statistics
 from fastssl.models.queue import gather_state, queue_hash
 from fastssl.observe.meter import NonFiniteStep, StepMeter
+from fastssl.observe.notes import NoteQueue
 from fastssl.observe.run_logger import RunLogger
 from fastssl.renamed import current_facts
 from fastssl.run_folder import Claim
@@ -62,19 +63,19 @@ class Trainer:
     """One run: everything that a configuration builds, and the training loop.
 
     The run folder is the only state: if it holds a checkpoint, training resumes from it. All ranks run the same loop;
-    only rank 0 writes.
+    only rank 0 writes. The run's log gets what `notes` collects.
     """
 
-    def __init__(self, config: Config, folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Path, notes: NoteQueue):
+        self.config, self.folder, self.notes = config, folder, notes
         self.device = choose_device(config.train)
         options = facts_of_options(config)
         require_equal_on_ranks(options)  # Before any collective whose shape depends on the options
         self.numerics = set_numerics(config.train, self.device)
         with first_on_each_machine():  # It builds the index, which the other ranks then read
             splits = open_splits(config)
-        self.notes = [*splits.train.notes, *splits.test.notes]
-        self.sampler = train_sampler(config, splits.train, self.notes.append)
+        self.sampler = train_sampler(config, splits.train)
+        self.warnings = notes.take()
         self.total_steps = config.train.steps or config.train.epochs * self.sampler.steps_per_epoch
         queue_dtype = config.method.bank_dtype(self.device, self.numerics.dtype)
         self.facts = options | {
@@ -190,8 +191,8 @@ class Trainer:
         compiled = "compiled" if compiles(self.config, self.device) else "not compiled"
         graph = ", CUDA graph" if self.config.train.cuda_graph else ""
         info(f"{self.device}, {self.numerics.text}, {compiled}{graph}, {self.executor.name} pipeline")
-        for note in self.notes:
-            info(f"warning: {note}")
+        for warning in self.warnings:
+            info(f"warning: {warning}")
 
     def _start_record(self) -> dict[str, Any]:
         plan = self.sampler.plan
@@ -211,11 +212,7 @@ class Trainer:
             yield from harmless_changes(current_facts(then), self.facts)
 
     def _flush_notes(self, completed_steps: int) -> None:
-        for teller in (self.executor, self.test_executor, self.checkpoints):
-            notes, teller.notes = teller.notes, []
-            self.logger.notes(completed_steps, notes)
-        if problem := self.checkpoints.problem():
-            self.logger.notes(completed_steps, [problem])
+        self.logger.notes(completed_steps, self.notes.take())
 
     def _report(self, completed_steps: int, meter: StepMeter) -> None:
         self._flush_notes(completed_steps)

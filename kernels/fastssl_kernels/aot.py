@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .sass import disassemble
-from .triton import augment, bank_gradient, consistency, losses, nearest, reads, training
+from .triton import augment, bank_gradient, consistency, losses, nearest, read, training
 from .triton.configuration import Configuration, aligned_arguments
 
 # Shared memory that one program can have.
@@ -163,7 +163,7 @@ def _compile_task(task: tuple[int, str]) -> Usage:
 
 def configurations() -> Iterator[Configuration]:
     """What training launches and the heaviest of all launch modules, each once."""
-    modules = (training, reads, losses, consistency, nearest, bank_gradient, augment)
+    modules = (training, read, losses, consistency, nearest, bank_gradient, augment)
     found = {each.key: each for module in modules for each in module.configurations()}
     yield from found.values()
 

@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
+from .contract import check_tensor
 
 BLUR_RADIUS = 6  # three standard deviations at the largest sigma in use, 2: torchvision's kernel_size 13
 

@@ -8,42 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, ops, reference
-from .backend import dispatches_to_reference, requested
-from .numerics import accumulation_dtype
-from .rows import float_rows, reduce_rows, stack_targets
+from . import contract, reference
+from .backend import dispatches_to_reference
+from .losses import nearest_entry
+from .rows import accumulation_dtype, float_rows
 
 _MASK_ELEMENTS = 2**20  # of a block of the membership matrix
-
-
-@dispatches_to_reference(reference.group_cross_entropy)
-def group_cross_entropy(
-    prediction: Tensor, groups: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
-) -> Tensor:
-    """Cross-entropy of each row's softmax over the groups against its target group.
-
-    Row loss: log(sum over groups of exp(p.g / t)) - p.g[target] / t. `prediction`: [N, C]. `groups`: [G, C].
-    `target`: int64 [N], or [T, N] for T targets whose losses are averaged. Dtypes, reduction and errors as in
-    `info_nce`. `prediction` gets a gradient, and `groups` where they require one: they are then read again in
-    backward and must not be overwritten before. A target that is not a group is an IndexError on a CPU and a
-    NaN on a GPU, where looking would wait for the device.
-    """
-    checks.check_groups(prediction, groups, target)
-    checks.check_temperature(temperature)
-    loss, _, _ = ops.group_cross_entropy(prediction, groups, stack_targets(target), float(temperature), requested())
-    return reduce_rows(loss, reduction)
-
-
-@dispatches_to_reference(reference.assign_groups)
-def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
-    """The group nearest to each row: int64 [N], the number of the largest product; of equal ones the first.
-
-    Products count as they are computed: a matrix product may round those of two equal groups differently.
-    A NaN counts as the largest product: a row of NaN is assigned to group 0, and every row to the first group of NaN.
-    `features`: [N, C]. `groups`: [G, C]. Neither needs a gradient. Dtypes and errors as in `info_nce`.
-    """
-    checks.check_rows(("groups",), features=features, groups=groups)
-    return ops.nearest(features.detach(), groups.detach(), 1, requested())[:, 0]
 
 
 @dispatches_to_reference(reference.update_groups)
@@ -55,15 +25,15 @@ def update_groups(
     `features`: [N, C], of all ranks. `groups`: [G, C], constant. A group without rows keeps its vector;
     with a NaN in any feature, each group that has rows becomes NaN.
     `momentum`: a number in [0, 1], or a tensor [] of one, which is not looked at. `assignment`: int64 [N], the
-    groups of the rows where they are known, as from an `assign_groups` in 16 bits; rows are summed in float32.
+    groups of the rows where they are known, as from an `nearest_entry` in 16 bits; rows are summed in float32.
     Returns unit groups [G, C] in float32 (float64 for float64), differentiable in `features`, and the
     assignment to the old groups, int64 [N].
     """
-    checks.check_rows(features=features, groups=groups)
-    checks.check_momentum(features, momentum)
+    contract.check_rows(features=features, groups=groups)
+    contract.check_momentum(features, momentum)
     if assignment is None:
-        assignment = assign_groups(features, groups)
-    checks.check_index(features, assignment=assignment)
+        assignment = nearest_entry(features, groups)
+    contract.check_index(features, assignment=assignment)
     sums, members = _group_sums(features, assignment, len(groups))
     old = float_rows(groups, features)
     momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
@@ -76,7 +46,7 @@ def _group_sums(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tens
     """Sum of the rows of each group, and their number; a matrix product, because `index_add_` is not deterministic."""
     dtype = accumulation_dtype(features.dtype)
     sums, members = features.new_zeros(groups, features.shape[1], dtype=dtype), features.new_zeros(groups, dtype=dtype)
-    checks.check_index_values("groups", sums, assignment=assignment)
+    contract.check_index_values("groups", sums, assignment=assignment)
     numbers = torch.arange(groups, device=features.device)[:, None]
     size = max(1, _MASK_ELEMENTS // groups)
     with torch.autocast(features.device.type, enabled=False):

@@ -1,12 +1,13 @@
-"""The public losses of a query against a constant queue; see `groups` and `in_batch` for the others."""
+"""The public losses, and the reads of a bank that they are made of; `groups` moves the bank of SMoG."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import contract, ops, reference
 from .backend import dispatches_to_reference, requested
-from .rows import reduce_rows, row_weights, stack_teachers
+from .rows import QueueRead, reduce_rows, row_weights, stack_targets, stack_teachers
 
 
 @dispatches_to_reference(reference.info_nce)
@@ -39,9 +40,9 @@ def info_nce(
     Raises TypeError or ValueError for inputs outside this contract; with FASTSSL_DEBUG=1 also for rows that
     are not unit vectors.
     """
-    checks.check_pairs(query, queue, key=key)
-    checks.check_temperature(temperature)
-    checks.check_switch(return_accuracy=return_accuracy)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_temperature(temperature)
+    contract.check_switch(return_accuracy=return_accuracy)
     loss, _, accuracy = ops.info_nce(query, key, queue, float(temperature), return_accuracy, requested())
     return reduce_rows(loss, reduction, accuracy if return_accuracy else None)
 
@@ -68,10 +69,10 @@ def unicon(
     wait for the device, it makes its row NaN, and in the queue all rows. All else as in `info_nce`; accuracy
     is that of the own key, as in MoCo.
     """
-    checks.check_pairs(query, queue, key=key)
-    checks.check_labels(query, queue, query_labels, queue_labels)
-    checks.check_temperature(temperature)
-    checks.check_switch(return_accuracy=return_accuracy)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_labels(query, queue, query_labels, queue_labels)
+    contract.check_temperature(temperature)
+    contract.check_switch(return_accuracy=return_accuracy)
     loss, _, accuracy = ops.unicon(
         query, key, queue, query_labels, queue_labels, float(temperature), return_accuracy, requested()
     )
@@ -96,10 +97,10 @@ def sup_con(
     always a positive. There is no factor t / base temperature. Arguments as in `unicon`; in a batch without
     a queue see `nt_xent` with labels.
     """
-    checks.check_pairs(query, queue, key=key)
-    checks.check_labels(query, queue, query_labels, queue_labels)
-    checks.check_temperature(temperature)
-    checks.check_switch(return_accuracy=return_accuracy)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_labels(query, queue, query_labels, queue_labels)
+    contract.check_temperature(temperature)
+    contract.check_switch(return_accuracy=return_accuracy)
     loss, _, accuracy = ops.sup_con(
         query, key, queue, query_labels, queue_labels, float(temperature), return_accuracy, requested()
     )
@@ -122,9 +123,9 @@ def soft_cross_entropy(
     (arXiv 2107.09282). `teacher`: [N, C], or [T, N, C] for T teachers whose losses are averaged. There is no
     own key. Dtypes, gradient, reduction and errors as in `info_nce`.
     """
-    checks.check_teacher(query, teacher, queue)
-    checks.check_temperature(temperature)
-    checks.check_temperature(teacher_temperature, "teacher_temperature")
+    contract.check_teacher(query, teacher, queue)
+    contract.check_temperature(temperature)
+    contract.check_temperature(teacher_temperature, "teacher_temperature")
     loss, _, _ = ops.soft_cross_entropy(
         query, stack_teachers(teacher), queue, float(temperature), float(teacher_temperature), requested()
     )
@@ -147,9 +148,9 @@ def consistency(
     distributions hold the queue alone; with `include_positive` the logit q.k / t stands in both, as in
     lightly. Dtypes, gradient (to `query`), reduction and errors as in `info_nce`.
     """
-    checks.check_pairs(query, queue, key=key)
-    checks.check_temperature(temperature)
-    checks.check_switch(include_positive=include_positive)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_temperature(temperature)
+    contract.check_switch(include_positive=include_positive)
     loss, _, _ = ops.consistency(query, key, queue, float(temperature), include_positive, requested())
     return reduce_rows(loss, reduction)
 
@@ -175,10 +176,10 @@ def mixco(
     in `info_nce`. A row whose `first` or `second` is not a row of `keys` is an IndexError on a CPU and a NaN
     on a GPU, where looking would wait for the device.
     """
-    checks.check_rows(query=query, keys=keys, queue=queue)
-    checks.check_index(query, first=first, second=second)
-    checks.check_weight(query, weight)
-    checks.check_temperature(temperature)
+    contract.check_rows(query=query, keys=keys, queue=queue)
+    contract.check_index(query, first=first, second=second)
+    contract.check_weight(query, weight)
+    contract.check_temperature(temperature)
     loss, _, _ = ops.mixco(
         query, keys, queue, first, second, row_weights(query, weight), float(temperature), requested()
     )
@@ -201,9 +202,9 @@ def unmix(
     Row loss: weight * InfoNCE(query, first_key) + (1 - weight) * InfoNCE(query, second_key). `weight`: a
     number in [0, 1], or [N]. All else as in `info_nce`.
     """
-    checks.check_pairs(query, queue, first_key=first_key, second_key=second_key)
-    checks.check_weight(query, weight)
-    checks.check_temperature(temperature)
+    contract.check_pairs(query, queue, first_key=first_key, second_key=second_key)
+    contract.check_weight(query, weight)
+    contract.check_temperature(temperature)
     loss, _, _ = ops.unmix(
         query, first_key, second_key, queue, row_weights(query, weight), float(temperature), requested()
     )
@@ -219,7 +220,74 @@ def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: 
     queue is nearest to every key; a key that is not finite gives NaN. Dtypes, gradient (to `query`),
     reduction and errors as in `info_nce`.
     """
-    checks.check_pairs(query, queue, key=key)
-    checks.check_neighbors(queue, k)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_neighbors(queue, k)
     loss, _, _ = ops.mean_shift(query, key, queue, int(k), requested())
     return reduce_rows(loss, reduction)
+
+
+@dispatches_to_reference(reference.bank_cross_entropy)
+def bank_cross_entropy(
+    prediction: Tensor, bank: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of each row's softmax over a bank against its target entry, with a gradient to the bank too.
+
+    Row loss: log(sum over the bank of exp(p.b / t)) - p.b[target] / t. `prediction`: [N, C]. `bank`: [K, C].
+    `target`: int64 [N], or [T, N] for T targets whose losses are averaged. Dtypes, reduction and errors as in
+    `info_nce`. `prediction` gets a gradient, and `bank` if it requires one: backward then reads it again, so it
+    must not be overwritten before. A target outside the bank is an IndexError on a CPU and a NaN on a GPU, where
+    checking would wait for the device.
+    """
+    contract.check_targets(prediction, bank, target)
+    contract.check_temperature(temperature)
+    loss, _, _ = ops.bank_cross_entropy(prediction, bank, stack_targets(target), float(temperature), requested())
+    return reduce_rows(loss, reduction)
+
+
+@dispatches_to_reference(reference.nearest_entry)
+def nearest_entry(query: Tensor, bank: Tensor) -> Tensor:
+    """Index of the bank entry with the largest dot product with each row: int64 [N]; the first of equal ones.
+
+    Products count as computed: a matrix product may round those of two equal entries differently. A NaN counts as
+    the largest product: a row of NaN gets entry 0, and every row gets the first entry of NaN.
+    `query`: [N, C]. `bank`: [K, C]. Neither gets a gradient. Dtypes and errors as in `info_nce`.
+    """
+    contract.check_rows(("bank",), query=query, bank=bank)
+    return ops.nearest(query.detach(), bank.detach(), 1, requested())[:, 0]
+
+
+@dispatches_to_reference(reference.nt_xent)
+def nt_xent(
+    first: Tensor, second: Tensor, *, temperature: float, labels: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Normalized cross-entropy of two views of a batch (SimCLR, arXiv 2002.05709), or SupCon in a batch.
+
+    The 2N rows are those of `first`, then those of `second`, both [N, C] and of one dtype. Row loss:
+    log(sum over the other 2N - 1 rows of exp(x.y / t)) - x.(the other view) / t. With `labels`, int64 [N],
+    -1 = unknown, all other rows of a known label are positives and the second term is their mean: the
+    supervised contrastive loss (arXiv 2004.11362, eq. 2), without a factor t / base temperature. A label
+    below -1 is a ValueError on a CPU, and NaN in all rows elsewhere, where looking would wait for the device.
+
+    The mean is over the 2N rows; reduction "none" gives [2N]. Both views get a gradient; backward reads its
+    own copy of them again. Dtypes and errors as in `info_nce`.
+    """
+    contract.check_views(first, second, labels)
+    contract.check_temperature(temperature)
+    rows = torch.cat([first, second])
+    own = torch.arange(len(first), device=first.device)
+    classes = own if labels is None else labels
+    loss, *_ = ops.nt_xent(rows, classes.repeat(2), float(temperature), requested())
+    return reduce_rows(loss, reduction)
+
+
+@dispatches_to_reference(reference.queue_read)
+def queue_read(query: Tensor, bank: Tensor, *, temperature: float) -> QueueRead:
+    """Logsumexp of q.m / t over a bank, and the bank's mean weighted by the softmax of q.m / t.
+
+    `query`: [N, C]. `bank`: [K, C], constant. Dtypes and errors as in `info_nce`. Returns `lse` [N] and
+    `mean` [N, C] in float32 (float64 for float64). Both are differentiable in `query`; backward reads the
+    bank again, so it must not be overwritten before. The gradient of `lse` is mean / t.
+    """
+    contract.check_rows(query=query, bank=bank)
+    contract.check_temperature(temperature)
+    return QueueRead(*ops.queue_read(query, bank, float(temperature), requested()))

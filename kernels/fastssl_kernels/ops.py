@@ -1,16 +1,16 @@
-"""One `torch.library` op per loss: the fused implementation, its fake, its autograd formula.
+"""One `torch.library` op per loss, derived from its implementation; its fake and its autograd formula.
 
-An op of a loss returns the gradient next to the loss; backward scales it by the upstream gradient, row by
-row. Only where a bank gets a gradient too does backward read it again.
+The op of a loss returns the gradient together with the loss; backward scales it by the upstream gradient, row by
+row. Backward reads a bank again only if the bank gets a gradient too.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
+from types import GenericAlias, ModuleType
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from .autograd import keep_gradient, once, scale_gradient
 from .backend import resolve
-from .checks import check_index_values, check_label_values, check_unit_rows
-from .numerics import accumulation_dtype
+from .blockwise import losses as blockwise
+from .contract import check_index_values, check_label_values, check_unit_rows
+from .rows import accumulation_dtype
 
 _LossRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], accuracy [N] or empty
-_GroupRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], lse [N]
-_BatchRows = tuple[Tensor, Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], lse [N], 1 / positives [N]
-
+_BankRows = tuple[Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], LSE [N]
+_BatchRows = tuple[Tensor, Tensor, Tensor, Tensor]  # loss [N], gradient [N, C], LSE [N], 1 / positives [N]
 
 _Call = Callable[[], object]
 _watch: tuple[_Call, _Call] | None = None
@@ -32,7 +32,7 @@ _watch: tuple[_Call, _Call] | None = None
 
 @contextmanager
 def watch_losses(before: _Call, after: _Call) -> Iterator[None]:
-    """Call `before` and `after` around every op that runs inside the `with` block, in compiled code too; for clocks."""
+    """Call `before` and `after` around every op that runs inside the `with` block, in compiled code too; for timing."""
     global _watch
     previous, _watch = _watch, (before, after)
     try:
@@ -41,11 +41,25 @@ def watch_losses(before: _Call, after: _Call) -> Iterator[None]:
         _watch = previous
 
 
-def _op(function: Callable[..., Any]) -> Any:
-    """`function` as op fastssl::<its name>: deaf to autocast, on the device of its first argument, a tensor.
+def _op(
+    function: Callable[..., Any],
+    *,
+    unit: tuple[str, ...] = (),
+    labels: tuple[str, ...] = (),
+    indices: Mapping[str, str] = {},
+) -> Any:
+    """`function` as op fastssl::<its name>: with autocast disabled, on the device of its first argument, a tensor.
 
-    Its tensors are contiguous, whatever the caller's: an implementation need not know of other layouts.
+    Tensors arrive contiguous, whatever the caller's layout. Checked first: `unit` rows (in debug mode), `labels`, and
+    `indices`, each with the argument that it indexes.
     """
+    names = list(inspect.signature(function).parameters)
+
+    def check(named: dict[str, Any]) -> None:
+        check_unit_rows(**{name: named[name] for name in unit})
+        check_label_values(**{name: named[name] for name in labels})
+        for name, bank in indices.items():
+            check_index_values(bank, named[bank], **{name: named[name]})
 
     @functools.wraps(function)
     def guarded(*given: Any) -> Any:
@@ -54,7 +68,9 @@ def _op(function: Callable[..., Any]) -> Any:
             before()
         # Triton launches on the current device, wherever the tensors are.
         with torch.autocast(given[0].device.type, enabled=False), torch.cuda.device_of(given[0]):
-            result = function(*(x.contiguous() if isinstance(x, Tensor) else x for x in given))
+            given = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in given)
+            check(dict(zip(names, given, strict=True)))
+            result = function(*given)
         if after:
             after()
         return result
@@ -62,13 +78,45 @@ def _op(function: Callable[..., Any]) -> Any:
     return torch.library.custom_op(f"fastssl::{function.__name__}", guarded, mutates_args=())
 
 
-def _row_loss(function: Callable[..., Any]) -> Any:
+def _dispatch(implementation: Callable[..., Any], *banks: str) -> Callable[..., Any]:
+    """`implementation` with one more argument, the backend; `banks` are the arguments whose dtype and width decide.
+
+    `implementation` is that of `blockwise`; `triton.losses` has one of the same name and signature.
+    """
+    signature = inspect.signature(implementation, eval_str=True)
+    at = [list(signature.parameters).index(name) for name in banks]
+
+    def run(*given: Any) -> Any:
+        *arguments, backend = given
+        module = _implementation(backend, *(arguments[i] for i in at))
+        return getattr(module, implementation.__name__)(*arguments)
+
+    returned = signature.return_annotation
+    if fields := getattr(returned, "_fields", None):  # An op returns a plain tuple for a named one
+        returned = GenericAlias(tuple, (Tensor,) * len(fields))
+    backend = inspect.Parameter("backend", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
+    run.__name__ = implementation.__name__.removesuffix("_rows")
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [*signature.parameters.values(), backend], return_annotation=returned
+    )
+    return run
+
+
+def _implementation(backend: str, *banks: Tensor) -> ModuleType:
+    if resolve(backend, *banks) == "triton":
+        from .triton import losses  # Triton exists on Linux only
+
+        return losses
+    return blockwise
+
+
+def _row_loss(implementation: Callable[..., Any], *banks: str, **checked: Any) -> Any:
     """An op that returns `_LossRows` and whose first argument alone gets a gradient."""
-    op = _op(function)
-    names = list(inspect.signature(function).parameters)
+    op = _op(_dispatch(implementation, *banks), **checked)
+    names = list(inspect.signature(implementation).parameters)
 
     def fake(*given: Any) -> _LossRows:
-        query, accuracy = given[0], dict(zip(names, given, strict=True)).get("return_accuracy", False)
+        query, accuracy = given[0], dict(zip(names, given, strict=False)).get("return_accuracy", False)
         return (
             *_fake_loss_and_gradient(query),
             query.new_empty(len(query) if accuracy else 0, dtype=torch.float32),
@@ -79,156 +127,34 @@ def _row_loss(function: Callable[..., Any]) -> Any:
     return op
 
 
-@_row_loss
-def info_nce(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, return_accuracy: bool, backend: str
-) -> _LossRows:
-    check_unit_rows(query=query, key=key, queue=queue)
-    return _implementation(backend, queue).info_nce_rows(query, key, queue, temperature, return_accuracy)
+_PAIR = ("query", "key", "queue")
+_LABELS = ("query_labels", "queue_labels")
+
+info_nce = _row_loss(blockwise.info_nce_rows, "queue", unit=_PAIR)
+unicon = _row_loss(blockwise.unicon_rows, "queue", unit=_PAIR, labels=_LABELS)
+sup_con = _row_loss(blockwise.sup_con_rows, "queue", unit=_PAIR, labels=_LABELS)
+soft_cross_entropy = _row_loss(blockwise.soft_cross_entropy_rows, "queue", unit=("query", "teacher", "queue"))
+consistency = _row_loss(blockwise.consistency_rows, "queue", unit=_PAIR)
+mixco = _row_loss(
+    blockwise.mixco_rows, "keys", "queue", unit=("query", "keys", "queue"), indices={"first": "keys", "second": "keys"}
+)
+unmix = _row_loss(blockwise.unmix_rows, "queue", unit=("query", "first_key", "second_key", "queue"))
+mean_shift = _row_loss(blockwise.mean_shift_rows, "queue", unit=_PAIR)
+
+bank_cross_entropy = _op(
+    _dispatch(blockwise.bank_cross_entropy_rows, "bank"), unit=("prediction", "bank"), indices={"target": "bank"}
+)
+bank_gradient = _op(_dispatch(blockwise.bank_gradient, "bank"))
+queue_read = _op(_dispatch(blockwise.queue_read, "bank"), unit=("query", "bank"))
+queue_read_gradient = _op(_dispatch(blockwise.queue_read_gradient, "bank"))
+nearest = _op(_dispatch(blockwise.nearest, "bank"))
 
 
-@_row_loss
-def unicon(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    query_labels: Tensor,
-    queue_labels: Tensor,
-    temperature: float,
-    return_accuracy: bool,
-    backend: str,
-) -> _LossRows:
-    check_unit_rows(query=query, key=key, queue=queue)
-    check_label_values(query_labels=query_labels, queue_labels=queue_labels)
-    return _implementation(backend, queue).unicon_rows(
-        query, key, queue, query_labels, queue_labels, temperature, return_accuracy
-    )
-
-
-@_row_loss
-def sup_con(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    query_labels: Tensor,
-    queue_labels: Tensor,
-    temperature: float,
-    return_accuracy: bool,
-    backend: str,
-) -> _LossRows:
-    check_unit_rows(query=query, key=key, queue=queue)
-    check_label_values(query_labels=query_labels, queue_labels=queue_labels)
-    return _implementation(backend, queue).sup_con_rows(
-        query, key, queue, query_labels, queue_labels, temperature, return_accuracy
-    )
-
-
-@_row_loss
-def soft_cross_entropy(
-    query: Tensor, teacher: Tensor, queue: Tensor, temperature: float, teacher_temperature: float, backend: str
-) -> _LossRows:
-    check_unit_rows(query=query, teacher=teacher, queue=queue)
-    return _implementation(backend, queue).soft_cross_entropy_rows(
-        query, teacher, queue, temperature, teacher_temperature
-    )
-
-
-@_row_loss
-def consistency(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, include_positive: bool, backend: str
-) -> _LossRows:
-    check_unit_rows(query=query, key=key, queue=queue)
-    return _implementation(backend, queue).consistency_rows(query, key, queue, temperature, include_positive)
-
-
-@_row_loss
-def mixco(
-    query: Tensor,
-    keys: Tensor,
-    queue: Tensor,
-    first: Tensor,
-    second: Tensor,
-    weight: Tensor,
-    temperature: float,
-    backend: str,
-) -> _LossRows:
-    check_unit_rows(query=query, keys=keys, queue=queue)
-    check_index_values("keys", keys, first=first, second=second)
-    return _implementation(backend, keys, queue).mixco_rows(query, keys, queue, first, second, weight, temperature)
-
-
-@_row_loss
-def unmix(
-    query: Tensor,
-    first_key: Tensor,
-    second_key: Tensor,
-    queue: Tensor,
-    weight: Tensor,
-    temperature: float,
-    backend: str,
-) -> _LossRows:
-    check_unit_rows(query=query, first_key=first_key, second_key=second_key, queue=queue)
-    return _implementation(backend, queue).unmix_rows(query, first_key, second_key, queue, weight, temperature)
-
-
-@_row_loss
-def mean_shift(query: Tensor, key: Tensor, queue: Tensor, k: int, backend: str) -> _LossRows:
-    check_unit_rows(query=query, key=key, queue=queue)
-    return _implementation(backend, queue).mean_shift_rows(query, key, queue, k)
-
-
-@_op
-def group_cross_entropy(
-    prediction: Tensor, groups: Tensor, target: Tensor, temperature: float, backend: str
-) -> _GroupRows:
-    check_unit_rows(prediction=prediction, groups=groups)
-    check_index_values("groups", groups, target=target)
-    return _implementation(backend, groups).group_cross_entropy_rows(prediction, groups, target, temperature)
-
-
-@_op
+@functools.partial(_op, unit=("rows",), labels=("labels",))
 def nt_xent(rows: Tensor, labels: Tensor, temperature: float, backend: str) -> _BatchRows:
-    check_unit_rows(rows=rows)
-    check_label_values(labels=labels)
     if not labels.is_cpu:
         rows = rows.masked_fill((labels < -1)[:, None], torch.nan)  # which every row sees
     return _implementation(backend, rows).nt_xent_rows(rows, _classes(labels), temperature)
-
-
-@_op
-def bank_gradient(
-    rows: Tensor,
-    bank: Tensor,
-    row_labels: Tensor,
-    bank_labels: Tensor,
-    lse: Tensor,
-    label_weight: Tensor,
-    upstream: Tensor,
-    temperature: float,
-    skip_own: bool,
-    backend: str,
-) -> Tensor:
-    return _implementation(backend, bank).bank_gradient(
-        rows, bank, row_labels, bank_labels, lse, label_weight, upstream, temperature, skip_own
-    )
-
-
-@_op
-def queue_read(query: Tensor, bank: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
-    check_unit_rows(query=query, bank=bank)
-    return _implementation(backend, bank).queue_read(query, bank, temperature)
-
-
-@_op
-def queue_read_gradient(
-    query: Tensor, bank: Tensor, lse_upstream: Tensor, mean_upstream: Tensor, temperature: float, backend: str
-) -> Tensor:
-    return _implementation(backend, bank).queue_read_gradient(query, bank, lse_upstream, mean_upstream, temperature)
-
-
-@_op
-def nearest(rows: Tensor, bank: Tensor, count: int, backend: str) -> Tensor:
-    return _implementation(backend, bank).nearest(rows, bank, count)
 
 
 def _classes(labels: Tensor) -> Tensor:
@@ -237,23 +163,13 @@ def _classes(labels: Tensor) -> Tensor:
     return torch.where(labels == -1, -2 - own, labels)
 
 
-def _implementation(backend: str, *banks: Tensor) -> ModuleType:
-    if resolve(backend, *banks) == "triton":
-        from .triton import losses  # Triton exists on Linux only
-
-        return losses
-    from . import blockwise
-
-    return blockwise
-
-
 def _fake_loss_and_gradient(query: Tensor) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(query.dtype)
     return query.new_empty(len(query), dtype=dtype), query.new_empty(query.shape, dtype=dtype)
 
 
-@group_cross_entropy.register_fake
-def _(prediction: Tensor, groups: Tensor, target: Tensor, temperature: float, backend: str) -> _GroupRows:
+@bank_cross_entropy.register_fake
+def _(prediction: Tensor, bank: Tensor, target: Tensor, temperature: float, backend: str) -> _BankRows:
     loss, gradient = _fake_loss_and_gradient(prediction)
     return loss, gradient, torch.empty_like(loss)
 
@@ -284,29 +200,26 @@ def _(rows: Tensor, bank: Tensor, count: int, backend: str) -> Tensor:
     return rows.new_empty((len(rows), count), dtype=torch.int64)
 
 
-def _keep_groups(ctx: Any, inputs: tuple[Any, ...], output: _GroupRows) -> None:
-    prediction, groups, target, ctx.temperature, ctx.backend = inputs
+def _keep_bank(ctx: Any, inputs: tuple[Any, ...], output: _BankRows) -> None:
+    prediction, bank, target, ctx.temperature, ctx.backend = inputs
     _, gradient, lse = output
     ctx.mark_non_differentiable(gradient, lse)
     ctx.set_materialize_grads(False)
-    # Constant groups are not kept: they may then be overwritten before backward.
-    ctx.save_for_backward(prediction, gradient, *((groups, target, lse) if ctx.needs_input_grad[1] else ()))
+    # A constant bank is not kept: it may then be overwritten before backward.
+    ctx.save_for_backward(prediction, gradient, *((bank, target, lse) if ctx.needs_input_grad[1] else ()))
 
 
-def _group_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _both_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 5
-    prediction, gradient, *bank = ctx.saved_tensors
+    prediction, gradient, *kept = ctx.saved_tensors
     of_prediction = once((upstream[:, None] * gradient).to(prediction.dtype), prediction)
-    if not bank:
+    if not kept:
         return of_prediction, None, None, None, None
-    groups, target, lse = bank
-    numbers = torch.arange(len(groups), device=groups.device)
-    share = torch.full_like(lse, 1 / len(target))
-    of_groups = bank_gradient(
-        prediction, groups, target, numbers, lse, share, upstream, ctx.temperature, False, ctx.backend
-    )
-    return of_prediction, once(of_groups.to(groups.dtype), groups), None, None, None
+    bank, target, lse = kept
+    own, share = torch.arange(len(bank), device=bank.device), torch.full_like(lse, 1 / len(target))
+    of_bank = bank_gradient(prediction, bank, target, own, lse, share, upstream, ctx.temperature, False, ctx.backend)
+    return of_prediction, once(of_bank.to(bank.dtype), bank), None, None, None
 
 
 def _keep_batch(ctx: Any, inputs: tuple[Any, ...], output: _BatchRows) -> None:
@@ -336,6 +249,6 @@ def _read_gradient(ctx: Any, lse: Tensor, mean: Tensor) -> tuple[Tensor | None, 
     return once(gradient.to(query.dtype), query), None, None, None
 
 
-group_cross_entropy.register_autograd(_group_gradients, setup_context=_keep_groups)
+bank_cross_entropy.register_autograd(_both_gradients, setup_context=_keep_bank)
 nt_xent.register_autograd(_batch_gradient, setup_context=_keep_batch)
 queue_read.register_autograd(_read_gradient, setup_context=_keep_query)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import groups, in_batch, losses, read
+from . import groups, losses
 from .backend import use_backend
 
 
@@ -160,8 +160,8 @@ def _unmix(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
     )
 
 
-def _group_cross_entropy(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
-    rows = groups.group_cross_entropy(given.query, given.queue, given.target, temperature=temperature, reduction="none")
+def _bank_cross_entropy(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
+    rows = losses.bank_cross_entropy(given.query, given.queue, given.target, temperature=temperature, reduction="none")
     return (rows,)
 
 
@@ -190,7 +190,7 @@ def _settled(rows: Tensor, bank: Tensor, count: int) -> Tensor:
 
 
 def _nt_xent(given: Inputs, temperature: float, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-    return (in_batch.nt_xent(given.query, given.key, temperature=temperature, labels=labels, reduction="none"),)
+    return (losses.nt_xent(given.query, given.key, temperature=temperature, labels=labels, reduction="none"),)
 
 
 def _nt_xent_with_labels(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
@@ -198,7 +198,7 @@ def _nt_xent_with_labels(given: Inputs, temperature: float) -> tuple[Tensor, ...
 
 
 def _queue_read(given: Inputs, temperature: float) -> tuple[Tensor, ...]:
-    return read.queue_read(given.query, given.queue, temperature=temperature)
+    return losses.queue_read(given.query, given.queue, temperature=temperature)
 
 
 LOSSES: dict[str, Loss] = {
@@ -211,7 +211,7 @@ LOSSES: dict[str, Loss] = {
     "consistency+positive": Loss(_pair(losses.consistency, include_positive=True), difference=True),
     "mixco": Loss(_mixco),
     "unmix": Loss(_unmix),
-    "group_cross_entropy": Loss(_group_cross_entropy, gradients=("query", "queue")),
+    "bank_cross_entropy": Loss(_bank_cross_entropy, gradients=("query", "queue")),
     "update_groups": Loss(_update_groups),
     "mean_shift": Loss(_mean_shift),
     "nt_xent": Loss(_nt_xent, gradients=("query", "key"), in_batch=True),

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
-from .numerics import accumulation_dtype
+from . import contract
 from .rows import (
     QueueRead,
+    accumulation_dtype,
     float_rows,
     reduce_rows,
     row_weights,
@@ -26,8 +26,8 @@ from .rows import (
 
 def queue_read(query: Tensor, bank: Tensor, *, temperature: float) -> QueueRead:
     """Logsumexp of the logits and softmax-weighted mean of the bank."""
-    checks.check_rows(query=query, bank=bank)
-    checks.check_temperature(temperature)
+    contract.check_rows(query=query, bank=bank)
+    contract.check_temperature(temperature)
     logits = _similarity(query, bank) / float(temperature)
     return QueueRead(logits.logsumexp(1), _product(logits.softmax(1), float_rows(bank, query)))
 
@@ -42,9 +42,9 @@ def info_nce(
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the own key (class 0) against the queue."""
-    checks.check_pairs(query, queue, key=key)
-    checks.check_temperature(temperature)
-    checks.check_switch(return_accuracy=return_accuracy)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_temperature(temperature)
+    contract.check_switch(return_accuracy=return_accuracy)
     logits = _own_and_queue(query, key, queue) / float(temperature)
     return reduce_rows(_info_nce_rows(logits), reduction, _accuracy(logits, return_accuracy))
 
@@ -61,11 +61,11 @@ def unicon(
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log(1 + sum over negatives of exp(l) * sum over positives of exp(-l))."""
-    checks.check_pairs(query, queue, key=key)
-    checks.check_labels(query, queue, query_labels, queue_labels)
-    checks.check_temperature(temperature)
-    checks.check_switch(return_accuracy=return_accuracy)
-    checks.check_label_values(query_labels=query_labels, queue_labels=queue_labels)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_labels(query, queue, query_labels, queue_labels)
+    contract.check_temperature(temperature)
+    contract.check_switch(return_accuracy=return_accuracy)
+    contract.check_label_values(query_labels=query_labels, queue_labels=queue_labels)
     logits = _own_and_queue(query, key, queue) / float(temperature)
     logits = logits.masked_fill(wrong_labels(query_labels, queue_labels)[:, None], torch.nan)
     positive = _own_and_same(query_labels, queue_labels)
@@ -86,11 +86,11 @@ def sup_con(
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mean over the positives of their cross-entropy against own key and queue."""
-    checks.check_pairs(query, queue, key=key)
-    checks.check_labels(query, queue, query_labels, queue_labels)
-    checks.check_temperature(temperature)
-    checks.check_switch(return_accuracy=return_accuracy)
-    checks.check_label_values(query_labels=query_labels, queue_labels=queue_labels)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_labels(query, queue, query_labels, queue_labels)
+    contract.check_temperature(temperature)
+    contract.check_switch(return_accuracy=return_accuracy)
+    contract.check_label_values(query_labels=query_labels, queue_labels=queue_labels)
     logits = _own_and_queue(query, key, queue) / float(temperature)
     logits = logits.masked_fill(wrong_labels(query_labels, queue_labels)[:, None], torch.nan)
     loss = _mean_over_positives(logits, _own_and_same(query_labels, queue_labels))
@@ -107,9 +107,9 @@ def soft_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy of the student's softmax over the queue against the teachers' mean softmax."""
-    checks.check_teacher(query, teacher, queue)
-    checks.check_temperature(temperature)
-    checks.check_temperature(teacher_temperature, "teacher_temperature")
+    contract.check_teacher(query, teacher, queue)
+    contract.check_temperature(temperature)
+    contract.check_temperature(teacher_temperature, "teacher_temperature")
     teachers = stack_teachers(teacher)
     target = torch.stack(
         [(_similarity(rows, queue) / float(teacher_temperature)).softmax(1) for rows in teachers]
@@ -127,9 +127,9 @@ def consistency(
     reduction: str = "mean",
 ) -> Tensor:
     """Half the sum of both KL divergences between the query's and the key's softmax over the queue."""
-    checks.check_pairs(query, queue, key=key)
-    checks.check_temperature(temperature)
-    checks.check_switch(include_positive=include_positive)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_temperature(temperature)
+    contract.check_switch(include_positive=include_positive)
     of_query, of_key = _similarity(query, queue) / float(temperature), _similarity(key, queue) / float(temperature)
     if include_positive:
         own = _dot(query, key)[:, None] / float(temperature)
@@ -150,11 +150,11 @@ def mixco(
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy over batch keys and queue with target `weight` at keys[first], the rest at keys[second]."""
-    checks.check_rows(query=query, keys=keys, queue=queue)
-    checks.check_index(query, first=first, second=second)
-    checks.check_temperature(temperature)
-    checks.check_weight(query, weight)
-    checks.check_index_values("keys", keys, first=first, second=second)
+    contract.check_rows(query=query, keys=keys, queue=queue)
+    contract.check_index(query, first=first, second=second)
+    contract.check_temperature(temperature)
+    contract.check_weight(query, weight)
+    contract.check_index_values("keys", keys, first=first, second=second)
     weight = row_weights(query, weight)
     logits = torch.cat([_similarity(query, keys), _similarity(query, queue)], 1) / float(temperature)
     of_first, of_second = logits.gather(1, first[:, None])[:, 0], logits.gather(1, second[:, None])[:, 0]
@@ -172,42 +172,42 @@ def unmix(
     reduction: str = "mean",
 ) -> Tensor:
     """weight * InfoNCE with the first key + (1 - weight) * InfoNCE with the second."""
-    checks.check_pairs(query, queue, first_key=first_key, second_key=second_key)
-    checks.check_temperature(temperature)
-    checks.check_weight(query, weight)
+    contract.check_pairs(query, queue, first_key=first_key, second_key=second_key)
+    contract.check_temperature(temperature)
+    contract.check_weight(query, weight)
     weight = row_weights(query, weight)
     first = _info_nce_rows(_own_and_queue(query, first_key, queue) / float(temperature))
     second = _info_nce_rows(_own_and_queue(query, second_key, queue) / float(temperature))
     return reduce_rows(weight * first + (1 - weight) * second, reduction)
 
 
-def group_cross_entropy(
-    prediction: Tensor, groups: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
+def bank_cross_entropy(
+    prediction: Tensor, bank: Tensor, target: Tensor, *, temperature: float, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy of the softmax over groups, mean over the targets of a row; gradient to groups too."""
-    checks.check_groups(prediction, groups, target)
-    checks.check_temperature(temperature)
-    checks.check_index_values("groups", groups, target=target)
+    """Cross-entropy of the softmax over a bank, mean over the targets of a row; gradient to the bank too."""
+    contract.check_targets(prediction, bank, target)
+    contract.check_temperature(temperature)
+    contract.check_index_values("bank", bank, target=target)
     # Not `F.cross_entropy`, to which a target of -100 is a loss of 0.
-    log_softmax = (_similarity(prediction, groups) / float(temperature)).log_softmax(1)
+    log_softmax = (_similarity(prediction, bank) / float(temperature)).log_softmax(1)
     return reduce_rows(-log_softmax.gather(1, stack_targets(target).T).mean(1), reduction)
 
 
-def assign_groups(features: Tensor, groups: Tensor) -> Tensor:
-    """The group nearest to each row."""
-    checks.check_rows(("groups",), features=features, groups=groups)
-    return _similarity(two_rows(features), groups).argmax(1)[: len(features)]
+def nearest_entry(query: Tensor, bank: Tensor) -> Tensor:
+    """The entry nearest to each row."""
+    contract.check_rows(("bank",), query=query, bank=bank)
+    return _similarity(two_rows(query), bank).argmax(1)[: len(query)]
 
 
 def update_groups(
     features: Tensor, groups: Tensor, *, momentum: float | Tensor, assignment: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Assign each row to its nearest group, move the groups toward the mean of their rows."""
-    checks.check_rows(features=features, groups=groups)
-    checks.check_momentum(features, momentum)
-    assignment = assign_groups(features, groups) if assignment is None else assignment
-    checks.check_index(features, assignment=assignment)
-    checks.check_index_values("groups", groups, assignment=assignment)
+    contract.check_rows(features=features, groups=groups)
+    contract.check_momentum(features, momentum)
+    assignment = nearest_entry(features, groups) if assignment is None else assignment
+    contract.check_index(features, assignment=assignment)
+    contract.check_index_values("groups", groups, assignment=assignment)
     members = F.one_hot(assignment, len(groups)).T.to(accumulation_dtype(features.dtype))
     count = members.sum(1, keepdim=True)
     old = float_rows(groups, features)
@@ -219,8 +219,8 @@ def update_groups(
 
 def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: str = "mean") -> Tensor:
     """Mean squared distance of the query to the k queue entries nearest to the key."""
-    checks.check_pairs(query, queue, key=key)
-    checks.check_neighbors(queue, k)
+    contract.check_pairs(query, queue, key=key)
+    contract.check_neighbors(queue, k)
     nearest = _similarity(key, queue).topk(k, dim=1).indices
     rows = 2 - 2 * _similarity(query, queue).gather(1, nearest).mean(1)
     return reduce_rows(rows.masked_fill(~key.isfinite().all(1), torch.nan), reduction)
@@ -230,11 +230,11 @@ def nt_xent(
     first: Tensor, second: Tensor, *, temperature: float, labels: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Cross-entropy of the other view, or of all rows of the label, against all rows but the own."""
-    checks.check_views(first, second, labels)
-    checks.check_temperature(temperature)
+    contract.check_views(first, second, labels)
+    contract.check_temperature(temperature)
     rows = torch.cat([first, second])
     labels = torch.arange(len(first), device=first.device) if labels is None else labels
-    checks.check_label_values(labels=labels)
+    contract.check_label_values(labels=labels)
     positive = _same(labels.repeat(2), labels.repeat(2))
     # An unlabeled row's positive is its other view.
     positive |= torch.eye(len(first), dtype=torch.bool, device=first.device).repeat(2, 2)

@@ -1,14 +1,30 @@
-"""Results that have one line per query row, and their reduction."""
+"""Rows of a loss: the dtype they are computed in, what an implementation returns, and their reduction."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from .checks import check_reduction
-from .numerics import accumulation_dtype
+from .contract import check_reduction
+
+LOG2_E = math.log2(math.e)  # turns logits to base 2
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the dtype of logits, sums, loss and gradient rows."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exp_is_safe(temperature: float, entries: int) -> bool:
+    """Whether a sum of `entries` terms exp(logit) of unit rows can neither overflow nor vanish in float32.
+
+    Logits lie within 1 / temperature of 0. The margin, 0.7 in the exponent, covers rows whose norm
+    was rounded away from 1.
+    """
+    return 1 / temperature + math.log(entries + 1) < math.floor(math.log(torch.finfo(torch.float32).max))
 
 
 class Rows(NamedTuple):

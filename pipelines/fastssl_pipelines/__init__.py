@@ -1,4 +1,4 @@
-"""The input path: plans of samples, sources of images and the executors that turn both into batches."""
+"""The input path: sample plans, image sources, and executors that turn both into batches."""
 
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError, UnreadableImages

@@ -1,4 +1,4 @@
-"""The batch that a method sees."""
+"""A batch as the method receives it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 class Batch:
     """Views of one batch of images, on the training device.
 
-    `views`: one tensor a view, [B, 3, H, W], channels_last, normalized, in the training dtype.
+    `views`: one tensor per view, [B, 3, H, W], channels_last, normalized, in the training dtype.
     `labels`: [B] int64, -1 where the label is unknown. `ids`: [B] int64, position in the source.
-    `step`: the training step that this batch belongs to.
-    `ready`: where a CUDA stream of its own makes the batch, the event behind the last work on it; else None.
+    `step`: the training step that the batch belongs to.
+    `ready`: event recorded after the last kernel, for a batch made on a separate CUDA stream; else None.
 
-    A stream of batches has called `take` for whoever it gives them to.
+    `Executor.stream` calls `take` before it yields a batch.
     """
 
     views: tuple[Tensor, ...]
@@ -27,14 +27,14 @@ class Batch:
     ready: torch.cuda.Event | None = None
 
     def take(self) -> None:
-        """Have the current CUDA stream wait for the batch, and the batch's memory for what that stream does with it.
+        """Make the current CUDA stream wait for the batch, and keep its memory until that stream is done with it.
 
-        The host waits for nothing. Whoever reads the batch on one more CUDA stream calls it there as well.
+        The host does not wait. Call it again on any other CUDA stream that reads the batch.
         """
         if self.ready is None:
             return
         current = torch.cuda.current_stream(self.ids.device)
         current.wait_event(self.ready)
         for tensor in (*self.views, self.labels, self.ids):
-            # the allocator knows of the stream that made it alone, and would give it away while this one reads
+            # The allocator knows only the stream that made it, and would reuse the memory while this one reads
             tensor.record_stream(current)

@@ -1,21 +1,21 @@
-"""Errors of the input path that the user can act on."""
+"""Errors of the input path that the user can fix."""
 
 from __future__ import annotations
 
-DISTRIBUTION = "fastssl-pretrain"  # the package index has another `fastssl`
+DISTRIBUTION = "fastssl-pretrain"  # The package index has another `fastssl`
 
 
 class DataError(ValueError):
-    """The data cannot be used: what was found, what is allowed and which option to change, in a sentence."""
+    """Unusable data; the message says in one sentence what was found, what is allowed and which option to change."""
 
 
 def install_command(extra: str) -> str:
-    """Installs what an optional part of fastssl needs, also beside an editable installation."""
+    """Shell command that installs an optional dependency of fastssl, editable installations included."""
     return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 class UnreadableImages(DataError):
-    """Images that cannot be decoded: `reasons`, a sentence by image number."""
+    """Images that cannot be decoded; `reasons` maps each image index to a sentence."""
 
     def __init__(self, reasons: dict[int, str]) -> None:
         super().__init__(next(iter(reasons.values())))
@@ -23,11 +23,11 @@ class UnreadableImages(DataError):
 
 
 class InputError(RuntimeError):
-    """The input cannot go on, and no image and no option is to blame: a worker that died, a disk that does not answer.
+    """The input failed for a reason other than an image or an option: a dead worker, a disk that does not respond.
 
-    What happened and what to change, in a sentence; ends a run, loses no image.
+    The message says in one sentence what happened and what to change. It ends a run and excludes no image.
     """
 
 
 class MachineError(InputError):
-    """The machine cannot read, whatever the file holds: descriptors, memory or a disk; ends a run, loses no image."""
+    """The machine ran out of descriptors or memory, or its disk failed; ends a run and excludes no image."""

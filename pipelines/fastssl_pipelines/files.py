@@ -1,4 +1,4 @@
-"""The one way to open what others wrote, and to write where others can write: regular files only, of bounded size."""
+"""Safe file access: read regular files of bounded size only, write atomically and never through a link."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import errno
 import io
 import os
 import stat
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from fastssl_pipelines.errors import MachineError
 
 GIB = 2**30
-IMAGE_AT_MOST_BYTES = GIB  # encoded; the largest TIFF of a microscope that Pillow can decode is smaller
-TEXT_AT_MOST_BYTES = GIB  # a list of the 14 million images of ImageNet-21k has 0.5 GB
+IMAGE_AT_MOST_BYTES = GIB  # Encoded; the largest microscope TIFF that Pillow can decode is smaller
+TEXT_AT_MOST_BYTES = GIB  # A list of the 14 million images of ImageNet-21k has 0.5 GB
 
-# What says nothing about a file: it may be fine when it is tried again, so it is never left out of the data for that.
+# Errors that say nothing about the file: it may be fine at the next try, so it stays in the data set.
 _OF_THE_MACHINE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
 
 StrPath = str | os.PathLike[str]
 
 
 def open_regular(path: StrPath) -> BinaryIO:
-    """The regular file at `path` for reading, unbuffered; never waits as a FIFO would make it.
+    """Open the regular file at `path` for reading, unbuffered; never blocks on a FIFO.
 
-    OSError for what is no regular file or cannot be opened, MachineError where the machine is at fault.
+    OSError if it is not a regular file or cannot be opened, MachineError if the machine is at fault.
     """
     return io.FileIO(descriptor_of(path))
 
 
 def descriptor_of(path: StrPath) -> int:
-    """As `open_regular`, a file descriptor that the caller closes."""
+    """Like `open_regular`, but returns a file descriptor, which the caller closes."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
@@ -44,9 +44,9 @@ def descriptor_of(path: StrPath) -> int:
 
 
 def read_file(path: StrPath, *, at_most_bytes: int) -> bytes:
-    """The bytes of the regular file at `path`; OSError as `open_regular`, and for more than `at_most_bytes` of them.
+    """Read the regular file at `path`; OSError as in `open_regular`, and for more than `at_most_bytes`.
 
-    A file that grows meanwhile is read to its old end.
+    A file that grows while it is read is read up to its old end.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -60,7 +60,7 @@ def read_file(path: StrPath, *, at_most_bytes: int) -> bytes:
 
 
 def read_text(path: StrPath, *, at_most_bytes: int = TEXT_AT_MOST_BYTES, encoding: str = "utf-8") -> str:
-    """The text of the regular file at `path`; OSError as `read_file`.
+    """Read the regular file at `path` as text; OSError as in `read_file`.
 
     Bytes that are not UTF-8 become surrogates, as in file names.
     """
@@ -68,39 +68,48 @@ def read_text(path: StrPath, *, at_most_bytes: int = TEXT_AT_MOST_BYTES, encodin
 
 
 def too_large(size_bytes: int, at_most_bytes: int, path: StrPath) -> OSError:
-    """The OSError about a file of more than `at_most_bytes`."""
+    """OSError for a file of more than `at_most_bytes`."""
     return OSError(errno.EFBIG, f"it has {size_bytes} bytes and at most {at_most_bytes} are allowed", os.fspath(path))
 
 
 def raise_if_of_the_machine(error: OSError, path: StrPath) -> None:
-    """Raise MachineError where `error` tells of the machine and not of the file at `path`."""
+    """Raise MachineError if `error` is about the machine and not about the file at `path`."""
     if error.errno in _OF_THE_MACHINE:
         raise MachineError(
             f"{os.fspath(path)} could not be read because this machine failed ({error.strerror}), which says nothing "
-            "about the file; raise the limit (ulimit -n) or mend the disk, then start or resume again"
+            "about the file; raise the limit (ulimit -n) or fix the disk, then start or resume again"
         ) from error
 
 
-def write_whole(path: StrPath, content: bytes) -> None:
-    """Write a file so that all of it or nothing is at `path`, and is on the disk; OSError where that cannot be.
+def write_atomic(path: StrPath, content: bytes) -> None:
+    """Write `content` to `path` atomically; see `open_atomic`."""
+    with open_atomic(path) as file:
+        file.write(content)
 
-    What lies at `path` is replaced, never written into: a symbolic link there loses its place and not its target.
+
+@contextmanager
+def open_atomic(path: StrPath, *, temporary: StrPath | None = None) -> Iterator[BinaryIO]:
+    """Open a file for writing whose content replaces the file at `path` atomically when the `with` block ends.
+
+    The content is written to `temporary` (by default `path` plus ".tmp"), synced to disk and renamed. After an error,
+    `temporary` is removed and `path` is unchanged. Pass a unique `temporary` if several processes may write at the
+    same time. A symbolic link at either path is replaced; its target stays as it is.
     """
-    temporary = Path(f"{os.fspath(path)}.tmp")
+    temporary = f"{os.fspath(path)}.tmp" if temporary is None else temporary
     try:
         with new_file(temporary) as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            os.unlink(temporary)
         raise
 
 
 def new_file(path: StrPath) -> BinaryIO:
-    """A new file for writing in place of what is at `path`, which is removed; a link there is not followed."""
+    """Remove the file at `path` and create a new one for writing; a link there is not followed."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -108,7 +117,7 @@ def new_file(path: StrPath) -> BinaryIO:
 
 
 def open_to_append(path: StrPath) -> BinaryIO:
-    """The regular file at `path`, made where there is none, for appending, unbuffered; a link there is an OSError."""
+    """Open or create the regular file at `path` for appending, unbuffered; OSError if `path` is a link."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""Text files that name images: those whose labels the method may see, and those that are left out."""
+"""List files: images whose labels the method may see, and images left out of the data set."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
+from fastssl_pipelines.names import read_names
 from fastssl_pipelines.sources.base import Source, Subset
-from fastssl_pipelines.sources.lists import read_names
 
 QUARANTINE = "--data.quarantine"
 
 
 class ListedLabels(NamedTuple):
-    """`labels`: int64 [n], those of the listed images, else -1. `unmatched`: listed names that no image has, sorted."""
+    """`labels`: int64 [n], -1 for images not listed. `unmatched`: listed names without an image, sorted."""
 
     labels: NDArray[np.int64]
     unmatched: tuple[str, ...]
 
 
 def listed_labels(source: Source, path: Path) -> ListedLabels:
-    """The labels of the images that the text file `path` names, one a line; an empty file names none.
+    """Labels of the images listed in the text file `path`, one name per line; an empty file lists none.
 
-    A name is a base name or a path relative to the folder of class folders (class/name.jpeg). Images whose label
-    is unknown anyway do not count. The official UniMoCo code (--supervised-list) knows base names alone.
-    DataError where the file cannot be read, where it names no image although it is not empty, and for a name that
-    several images have.
+    A name is a base name or a path relative to the folder of class folders (class/name.jpeg). Images without a label
+    do not match. The official UniMoCo code (--supervised-list) accepts base names only.
+    DataError if the file cannot be read, if it is not empty and matches no image, or if several images have a
+    listed name.
     """
     labels = np.full(len(source), -1, np.int64)
     names = read_names(path, "--data.label-list")
@@ -61,21 +61,21 @@ def listed_labels(source: Source, path: Path) -> ListedLabels:
 
 
 class Quarantined(NamedTuple):
-    """`source`: what is left. `matched`: the listed names that left something out."""
+    """`source`: remaining images. `matched`: listed names that matched an image."""
 
     source: Source
     matched: frozenset[str]
 
 
 def quarantine_list(path: Path) -> frozenset[str]:
-    """The names in a text file, one a line; DataError where it cannot be read."""
+    """Names in a text file, one per line; DataError if it cannot be read."""
     return frozenset(read_names(path, QUARANTINE))
 
 
 def without(source: Source, names: Iterable[str]) -> Quarantined:
-    """The images of `source` but those named: by `name_of`, or by a base name that one image alone has.
+    """Images of `source` except the named ones; a name is that of `name_of`, or a base name if it is unique.
 
-    DataError for a base name that several images have, for images without file names, and where no image is left.
+    DataError for a base name that several images have, for images without file names, and if no image is left.
     """
     listed = set(names)
     if not listed:

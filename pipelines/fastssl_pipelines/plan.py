@@ -1,4 +1,4 @@
-"""The sample plan: everything random about the input, as a pure function of (seed, epoch, position, view)."""
+"""Sample plan: all randomness of the input, as a pure function of (seed, epoch, position, view)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.views import ViewSpec
 
-# The second key word separates the uses of a seed; its values are part of every run's identity.
+# The second word of the key separates the uses of a seed; changing a value changes every run.
 _ORDER_STREAM, _VIEW_STREAM, _LABEL_STREAM = range(3)
 
 _ATTEMPTS = 10
 
 
 class _Column:
-    """Which uniform draws of a position decide what; a new augmentation takes spare columns."""
+    """Meaning of the uniform draws of a position; a new augmentation takes spare columns."""
 
     AREA = slice(0, 10)
     LOG_RATIO = slice(10, 20)
@@ -35,12 +35,12 @@ class _Column:
     COUNT = 48
 
 
-_BLOCKS_PER_POSITION = _Column.COUNT // 4  # one step of the Philox counter yields four draws
+_BLOCKS_PER_POSITION = _Column.COUNT // 4  # One step of the Philox counter yields four draws
 
 
 @dataclass(frozen=True, slots=True)
 class ViewPlan:
-    """The numbers of one view for B images; the fields after `boxes` are those of AugmentParameters.
+    """Random values of one view for B images; the fields after `boxes` are those of AugmentParameters.
 
     `size`: side of the view in pixels. `boxes`: int32 [B, 4], (top, left, height, width) in source pixels.
     `flip`, `grayscale`, `solarize`: bool [B]. `order`: int64 [B, 4].
@@ -62,9 +62,9 @@ class ViewPlan:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What to load for one batch: `ids` and `labels` int64 [B] (-1 = unknown) and one ViewPlan a view.
+    """Images and views of one batch: `ids` and `labels` int64 [B] (-1 = unknown), and one ViewPlan per view.
 
-    `replaced`: bool [B], where the next readable image stands for one that cannot be read.
+    `replaced`: bool [B], True where the next readable image replaces one that cannot be read.
     """
 
     ids: NDArray[np.int64]
@@ -73,7 +73,7 @@ class BatchPlan:
     views: tuple[ViewPlan, ...]
 
     def rows(self, start: int, stop: int) -> BatchPlan:
-        """The plan of these rows alone."""
+        """Plan of rows start, ..., stop - 1."""
         part = slice(start, stop)
         views = tuple(
             replace(view, **{f.name: getattr(view, f.name)[part] for f in fields(view) if f.name != "size"})
@@ -83,11 +83,11 @@ class BatchPlan:
 
 
 class SamplePlan:
-    """Gives the samples of any stretch of any epoch, and all their random numbers, with no state.
+    """Stateless plan of the samples in any range of any epoch, with all their random values.
 
-    `widths`, `heights`: int [n], source pixels. `labels`: int [n], -1 = unknown, what the method may see.
-    `odd_views`: what TrainSampler takes for odd steps in place of `views`, if anything.
-    Equal arguments give equal plans on every machine and on any number of ranks.
+    `widths`, `heights`: int [n], source pixels. `labels`: int [n], -1 = unknown, as the method may see them.
+    `odd_views`: if not empty, TrainSampler uses them instead of `views` in odd steps.
+    Equal arguments give equal plans on every machine and for any number of ranks.
     """
 
     def __init__(
@@ -122,10 +122,10 @@ class SamplePlan:
     def batch(
         self, epoch: int, start: int, stop: int, *, odd: bool = False, unreadable: NDArray[np.bool_] | None = None
     ) -> BatchPlan:
-        """The plan of positions [start, stop) of an epoch; any sub-range gives the same numbers.
+        """Plan of positions [start, stop) of an epoch; every sub-range gives the same values.
 
-        `unreadable`: bool [n], True for images that cannot be decoded. In their positions stands the next readable
-        image of the epoch's order, so a plan depends on the files and not on when a bad one was found.
+        `unreadable`: bool [n], True for images that cannot be decoded. The next readable image in the epoch's order
+        takes their place, so a plan depends on the files and not on when a bad one was found.
         """
         if not (epoch >= 0 and 0 <= start <= stop <= self.num_samples):
             raise ValueError(
@@ -180,9 +180,9 @@ class SamplePlan:
 
 
 def partial_labels(labels: ArrayLike, fraction: float, seed: int) -> NDArray[np.int64]:
-    """Labels with all but round(fraction * n_c) of every class c set to -1 (unknown).
+    """Labels with all but round(fraction * n_c) labels of every class c set to -1 (unknown).
 
-    With one seed, the labels kept at a fraction are among those kept at any higher fraction.
+    For one seed, a higher fraction keeps all labels that a lower one keeps.
     """
     if not 0 <= fraction <= 1:
         raise DataError(f"a label fraction of {fraction} was given; --data.label-fraction must lie in [0, 1]")
@@ -228,7 +228,7 @@ def _random_view(
 def _random_resized_boxes(
     spec: ViewSpec, widths: NDArray[np.int64], heights: NDArray[np.int64], draws: NDArray[np.float64]
 ) -> NDArray[np.int32]:
-    """Boxes as torchvision's RandomResizedCrop.get_params draws them: the first of ten attempts that fits."""
+    """Boxes drawn as in torchvision's RandomResizedCrop.get_params: the first of ten attempts that fits."""
     scale_low, scale_high = spec.scale
     ratio_low, ratio_high = spec.ratio
     area = (widths * heights)[:, None] * (scale_low + (scale_high - scale_low) * draws[:, _Column.AREA])

@@ -1,4 +1,4 @@
-"""Which part of a plan each step takes: training goes on over the epochs, evaluation walks it once."""
+"""Part of the sample plan for each step: training repeats it epoch after epoch, evaluation goes through it once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fastssl_pipelines.plan import BatchPlan, SamplePlan
 
 
 class Sampler(Protocol):
-    """`steps.at(step, unreadable)` is the BatchPlan of a step: TrainSampler or EvaluationSampler."""
+    """Protocol of TrainSampler and EvaluationSampler: `at(step, unreadable)` is the BatchPlan of a step."""
 
     def at(self, step: int, unreadable: NDArray[np.bool_] | None = None) -> BatchPlan: ...
 
 
 class TrainSampler:
-    """`steps[step]` is this rank's BatchPlan of any training step; the incomplete last batch is dropped.
+    """This rank's BatchPlan for every training step, `sampler[step]`; the incomplete last batch is dropped.
 
-    The ranks of a step take consecutive stretches of the global batch, so the samples of a step do not depend
-    on the number of ranks.
+    The ranks take consecutive slices of the global batch, so the samples of a step do not depend on the number of
+    ranks.
     """
 
     def __init__(self, plan: SamplePlan, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -46,7 +46,7 @@ class TrainSampler:
         return self.at(step)
 
     def at(self, step: int, unreadable: NDArray[np.bool_] | None = None) -> BatchPlan:
-        """The plan of a step, with the next image in place of each `unreadable` one (see `SamplePlan.batch`)."""
+        """Plan of a step, with the next image in place of each `unreadable` one (see `SamplePlan.batch`)."""
         if step < 0:
             raise IndexError(f"step {step} was asked for; steps count from 0")
         epoch, start = self._place(step)
@@ -54,20 +54,20 @@ class TrainSampler:
         return self.plan.batch(epoch, start, start + self.batch_size, odd=step % 2 == 1, unreadable=unreadable)
 
     def ids_of_all_ranks(self, step: int) -> NDArray[np.int64]:
-        """The images that the plan has for a step on all ranks together, readable or not."""
+        """Images that the plan has for a step on all ranks together, readable or not."""
         epoch, start = self._place(step)
         return self.plan.batch(epoch, start, start + self.global_batch_size).ids
 
     def _place(self, step: int) -> tuple[int, int]:
-        """The epoch of a step and the position in it at which the first rank begins."""
+        """Epoch of a step, and the position in it at which the first rank starts."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         return epoch, step_in_epoch * self.global_batch_size
 
 
 class EvaluationSampler:
-    """`steps[step]` walks the plan once, in order; the last batch holds what is left.
+    """BatchPlans that go through the sample plan once, in order; the last batch may be smaller.
 
-    An unreadable image counts for nothing: the label of its row is -1.
+    An unreadable image is not evaluated: the label of its row is -1.
     """
 
     def __init__(self, plan: SamplePlan, *, batch_size: int) -> None:
@@ -83,7 +83,7 @@ class EvaluationSampler:
         return self.at(step)
 
     def at(self, step: int, unreadable: NDArray[np.bool_] | None = None) -> BatchPlan:
-        """The plan of a step, with another image and label -1 in place of each `unreadable` one."""
+        """Plan of a step, with another image and label -1 in place of each `unreadable` one."""
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} was asked for; there are {len(self)}")
         start = step * self.batch_size

@@ -1,22 +1,22 @@
-"""What a view is: data only; the plan draws its numbers and the executors apply them."""
+"""Definition of a view: data only; the plan draws its random values and the executors apply them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-LARGEST_SIZE = 2**14  # pixels
+LARGEST_SIZE = 2**14  # Pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewSpec:
     """Distribution of one augmented view of an image.
 
-    `scale` and `ratio` are torchvision's RandomResizedCrop ranges (share of the area, width / height).
-    `jitter` is (brightness, contrast, saturation, hue) in torchvision's ColorJitter meaning.
-    `*_probability` and `grayscale`, `blur`, `solarize`, `flip` are probabilities per image.
-    With `center_crop` set, the view is the deterministic central square whose side is that share of the short
-    side (0.875 is the usual 224 out of 256), resized to `size`, and nothing else is applied.
+    `size`: side in pixels. `scale`, `ratio`: ranges of torchvision's RandomResizedCrop (fraction of the area,
+    width / height). `jitter`: (brightness, contrast, saturation, hue) as in torchvision's ColorJitter.
+    `*_probability`, `grayscale`, `blur`, `solarize`, `flip`: probabilities per image. `blur_sigma`: range in pixels.
+    `center_crop`: if set, the view is the central square whose side is that fraction of the short side (0.875 is the
+    usual 224 out of 256), resized to `size`, without any augmentation.
     """
 
     size: int

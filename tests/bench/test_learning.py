@@ -1,4 +1,4 @@
-"""The learning table: one budget for every method, taken from the runs themselves."""
+"""The learning table: the same budget for every method, and values from the runs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def root(tmp_path: Path) -> Path:
         for label in ("cat", "dog"):
             folder = tmp_path / "data" / split / label
             folder.mkdir(parents=True)
-            for number in range(count):
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+            for index in range(count):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
     return tmp_path / "data"
 
 
@@ -49,7 +49,7 @@ def test_every_method_is_in_the_table_with_one_budget(root: Path) -> None:
     assert fractions == {"unimoco": 0.5}
 
 
-def test_numbers_are_those_of_the_runs_and_finished_ones_are_kept(
+def test_the_table_has_the_values_of_the_runs_and_finished_runs_are_not_repeated(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["learning", "--root", str(root), "--methods", "mocov2", "unimoco", "--fractions", "1.0", *BUDGET]

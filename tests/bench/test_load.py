@@ -1,4 +1,4 @@
-"""`python -m bench load`: what it runs, and that its busy processes end with it."""
+"""`python -m bench load`: what it runs, and that its busy processes end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_loops_are_busy_and_end_with_the_block(monkeypatch):
 
 
 def test_the_rate_is_the_median_after_the_first_lines_and_the_share_is_of_idle(monkeypatch, capsys, tmp_path):
-    """Of a machine on which each busy process takes a third of the rate."""
+    """On a fake machine with rate 900 / (1 + busy / 2)."""
     busy = []
 
     def run(command, **_):
@@ -41,7 +41,7 @@ def test_the_rate_is_the_median_after_the_first_lines_and_the_share_is_of_idle(m
         rate = 900 / (1 + len(busy) / 2)
         folder = command[command.index("--run.dir") + 1]
         os.makedirs(folder)
-        rates = [1, 2, rate, rate * 2, rate / 2]  # the first two lines are of choosing threads
+        rates = [1, 2, rate, rate * 2, rate / 2]  # The first two lines are warm-up
         lines = [{"event": "start"}, *({"event": "train", "images_per_s": each} for each in rates)]
         with open(f"{folder}/metrics.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -65,7 +65,7 @@ def test_the_rate_is_the_median_after_the_first_lines_and_the_share_is_of_idle(m
     assert json.loads(path.read_text())["images_per_s"] == {"0": [900], "2": [450]}
 
 
-def test_a_run_that_fails_is_told(monkeypatch):
+def test_a_failing_run_is_reported(monkeypatch):
     failed = subprocess.CompletedProcess([], 2, "", "fastssl: no such thing\n")
     monkeypatch.setattr(load, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
     with pytest.raises(TrainingError, match="ended with 2: fastssl: no such thing"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import losses, measure, peers, report
+from bench import losses, measure, peers, run_record
 from bench.__main__ import main
 from fastssl.benchmark.harness import peak_bytes
 from fastssl_kernels import parity
@@ -23,7 +23,7 @@ def case(loss: str = "info_nce") -> peers.Case:
     return peers.Case(loss, inputs, 0.2, torch.bfloat16)
 
 
-def rows(names: list[str], loss: str = "info_nce") -> dict[str, report.Row]:
+def rows(names: list[str], loss: str = "info_nce") -> dict[str, run_record.Row]:
     columns = {name: peers.COLUMNS[name] for name in ["fastssl", *names]}
     return {row.column: row for row in losses.measure(case(loss), columns, repeats=3)}
 
@@ -40,7 +40,7 @@ def test_a_run_writes_every_column_with_the_circumstances(tmp_path: Path, capsys
     assert [(row["loss"], row["column"]) for row in run["rows"]] == [
         (loss, name) for loss in ("info_nce", "unicon") for name in names
     ]
-    assert all(set(row) == {field.name for field in fields(report.Row)} for row in run["rows"])
+    assert all(set(row) == {field.name for field in fields(run_record.Row)} for row in run["rows"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert str(path) in printed

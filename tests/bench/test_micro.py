@@ -1,4 +1,4 @@
-"""The micro-benchmarks run, are timed in groups of peers, and fail where a value is wrong."""
+"""The micro-benchmarks run, are timed in groups of peers, and fail if a value is wrong."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ parity.LOSSES["info_nce"] = info_nce._replace(
 
 
 def run(*arguments: str, junit: Path, plugins: Path | None = None) -> Counter[tuple[str, str]]:
-    """How many benchmarks of each file ended in which way; those of torch.compile take too long to be among them."""
-    # neither this session's settings nor its workers are theirs
+    """Count the benchmarks by file and outcome; callers leave out torch.compile, which takes too long."""
+    # The benchmarks must not inherit this session's settings and workers
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": str(plugins or ""), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
@@ -71,7 +71,7 @@ def test_each_runs_and_has_right_values(tmp_path: Path) -> None:
     files = {path.stem for path in (REPOSITORY / "bench/micro").glob("test_*.py")}
     assert {file for file, outcome in ended if outcome == "passed"} == files
     assert {outcome for _, outcome in ended} <= {"passed", "skipped"}
-    # lightly, which is not everywhere, and Triton before 3.7 with a new numpy
+    # Without lightly, or with Triton before 3.7 and a new numpy
     assert {file for file, outcome in ended if outcome == "skipped"} <= {"test_step", "test_losses"}
     assert ended["test_losses", "passed"] >= 40
 
@@ -82,16 +82,16 @@ def test_a_wrong_value_is_a_failure(tmp_path: Path) -> None:
     chosen = "momentum_encoder or enqueue or augment or test_plan or (info_nce and float32 and not compile)"
     arguments = ["bench", "--benchmark-disable", "-k", chosen, "-p", "sabotage"]
     ended = run(*arguments, junit=tmp_path / "ended.xml", plugins=tmp_path)
-    assert ended["test_after_step", "failure"] == 2  # ours, for both
-    assert ended["test_after_step", "passed"] == 3  # their peers
-    assert ended["test_augment", "failure"] == 6  # peers are held to ours
+    assert ended["test_after_step", "failure"] == 2  # Ours, for both
+    assert ended["test_after_step", "passed"] == 3  # Their peers
+    assert ended["test_augment", "failure"] == 6  # Peers are compared with ours
     assert ended["test_plan", "failure"] == 1
     assert ended["test_losses", "failure"] == ended["test_losses", "passed"] + 1
 
 
 @pytest.mark.slow
 def test_peers_are_timed_side_by_side(tmp_path: Path) -> None:
-    """With `-n auto` in its settings pytest would refuse to time."""
+    """With `-n auto` in its options pytest-benchmark would not time."""
     path = tmp_path / "timed.json"
     arguments = ["bench/micro/test_after_step.py", "--benchmark-only", "--benchmark-max-time=0.001"]
     ended = run(*arguments, f"--benchmark-json={path}", junit=tmp_path / "ended.xml")

@@ -1,10 +1,13 @@
-"""Small methods as they may be in the middle of a run, and batches for them."""
+"""Small methods in the state of a run halfway through, and batches for them."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor, nn
 
+from fastssl import plugins
 from fastssl.methods import METHODS, TrainProgress
 from fastssl.models.encoders import Encoder
 from fastssl.models.norm import NormLayer, norm_layer
@@ -13,21 +16,26 @@ from fastssl_pipelines.views import ViewSpec
 
 BATCH, DIM, QUEUE, MOMENTUM, LR = 16, 24, 40, 0.9, 0.05
 STEPS_PER_EPOCH, TOTAL_STEPS = 5, 50
-VARIANTS = {
-    **{name: (name, {}) for name in METHODS},
-    "mocov2 symmetric": ("mocov2", {"symmetric": True}),
-    "unimoco symmetric": ("unimoco", {"symmetric": True}),
-    "mocov2 head with batch norm": ("mocov2", {"head": "mlp-bn", "hidden_dim": 20}),
-    "co2 alone": ("co2", {"consistency_weight": 10.0, "consistency_temperature": 0.2}),
-    "unmix global": ("unmix", {"global_probability": 1.0}),
-    "unmix region": ("unmix", {"global_probability": 0.0}),
-    "unmix symmetric": ("unmix", {"symmetric": True}),
-    "smog official": ("smog", {"groups_gradient": False}),
+SMALL = {
+    "dim": DIM,
+    "momentum": MOMENTUM,
+    "temperature": 0.15,
+    "queue_size": QUEUE,
+    "bank_size": QUEUE,
+    "groups": 6,
 }
+"""Options for every method that has them; a method adds its own in `small_options`."""
+plugins.load()  # The contract tests run for plug-ins, too
+VARIANTS = {name: (name, {}) for name in METHODS} | {
+    f"{name} {words}": (name, options)
+    for name, cls in METHODS.items()
+    for words, options in vars(cls).get("variants", {}).items()
+}
+SHARDABLE = [name for name, cls in METHODS.items() if getattr(cls.Config, "shardable", False)]
 
 
 class SmallEncoder(Encoder):
-    """Two convolutions with batch norm: what a method needs of an encoder, at a tenth of a ResNet's time."""
+    """Two convolutions with batch norm: all that a method needs of an encoder, in a tenth of a ResNet's time."""
 
     feature_dim = 20
 
@@ -41,16 +49,16 @@ class SmallEncoder(Encoder):
 
 
 def sizes(name):
-    return (16,) * METHODS[name].number_of_views if name != "smog" else (16, 16, 16, 16, 8, 8, 8)
+    return METHODS[name].small_views or (16,) * METHODS[name].number_of_views
 
 
 def build(name: str, norm: str = "split", splits: int = 4, bank_dtype=torch.float32, **options) -> nn.Module:
-    """A small method as it may be in the middle of a run."""
+    """A small method in the state of a run halfway through."""
     torch.manual_seed(7)
     encoder = SmallEncoder(norm_layer(norm, splits))
-    small = {"dim": DIM, "momentum": MOMENTUM, "temperature": 0.15}
-    small |= {"groups": 6, "bank_size": QUEUE, "hidden_dim": 32} if name == "smog" else {"queue_size": QUEUE}
     method_class = METHODS[name]
+    fields = {field.name for field in dataclasses.fields(method_class.Config)}
+    small = {option: value for option, value in SMALL.items() if option in fields} | method_class.small_options
     views = tuple(ViewSpec(size=size) for size in sizes(name))
     method = method_class(encoder, method_class.Config(**{**small, **options}), views, bank_dtype)
     with torch.no_grad():
@@ -60,7 +68,7 @@ def build(name: str, norm: str = "split", splits: int = 4, bank_dtype=torch.floa
                     parameter.add_(0.02 * torch.randn_like(parameter))
             elif "queue" in module_name:
                 module.labels.copy_((module.first + torch.arange(len(module.labels))) % 5 - 1)
-        if name == "smog":
+        if hasattr(method, "group_momentum"):
             method.group_momentum.fill_(0.8)
     return method
 
@@ -79,12 +87,17 @@ def sgd(method):
     return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=LR)
 
 
+def first_gradient(method):
+    """Gradient of the encoder's first layer."""
+    return method.encoder().conv1.weight.grad
+
+
 def a_step(method, optimizer, batch):
-    """As TrainStep does it; returns the output and the gradient of the encoder's first layer."""
+    """One step as TrainStep does it; returns the output and the gradient of the encoder's first layer."""
     torch.manual_seed(batch.step)
     output = method(batch)
     output.loss.backward()
-    gradient = method.encoder().conv1.weight.grad.clone()
+    gradient = first_gradient(method).clone()
     optimizer.step()
     optimizer.zero_grad()
     method.after_step(output, TrainProgress(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH))
@@ -97,9 +110,9 @@ def follow(target, source, momentum):
 
 
 def one_loss(name, seed=5, **options):
-    """Loss of one batch and gradient of the first layer, from the same weights and random numbers."""
+    """Loss of one batch and gradient of the first layer, from fixed weights and random numbers."""
     method = build(name, **options)
     torch.manual_seed(seed)
     loss = method(a_batch(name)).loss
     loss.backward()
-    return loss.detach(), method.encoder().conv1.weight.grad
+    return loss.detach(), first_gradient(method)

@@ -14,12 +14,11 @@ from torch.nn.functional import normalize
 from fastssl.cli import main
 from fastssl.config import from_json
 from fastssl.methods import METHODS, TrainProgress, smog
-from fastssl.methods.queue_method import SHARDABLE
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.models.queue import KeyQueue, queue_hash
 from fastssl.train import checkpoint
 from tests.fastssl.rank_runs import a_method, a_run, join
-from tests.fastssl.small_methods import BATCH, a_batch, a_step, build, sgd
+from tests.fastssl.small_methods import BATCH, SHARDABLE, a_batch, a_step, build, sgd
 from tests.fastssl.test_runs import assert_same, final_state
 from tests.faults.runs import contents, refusal, train
 
@@ -150,9 +149,9 @@ def test_positive_pairs_are_not_rounded():
     torch.manual_seed(0)
     method = build("mocov2", bank_dtype=torch.bfloat16)
     batch = a_batch("mocov2")
-    kept = method(batch).kept[1]
-    assert kept.dtype == torch.float32
-    assert not torch.equal(kept, kept.bfloat16().float())
+    keys = method(batch).updates[1]
+    assert keys.dtype == torch.float32
+    assert not torch.equal(keys, keys.bfloat16().float())
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -171,7 +170,7 @@ def test_kmeans_of_rounded_rows_sums_them_in_float32(dtype):
 
 def test_smog_without_gradient_to_its_groups_reads_them_in_the_dtype(monkeypatch):
     seen = []
-    for function in ("assign_groups", "group_cross_entropy"):
+    for function in ("nearest_entry", "bank_cross_entropy"):
         real = getattr(smog, function)
         monkeypatch.setattr(
             smog,

@@ -19,7 +19,7 @@ def test_command_line_options_reach_the_configuration(tmp_path):
     assert parse([]).preset == "quickstart"
 
 
-def test_config_file_is_the_default_and_options_go_over_it(tmp_path):
+def test_options_override_a_config_file(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(to_json(parse(["mocov2-cifar10", "--optim.lr", "0.5", "--run.dir", "/a/run"])))
     config = parse(["--config", str(file), "--seed", "3"])
@@ -30,7 +30,7 @@ def test_config_file_is_the_default_and_options_go_over_it(tmp_path):
     ("arguments", "words"),
     [
         ("mocov2-cifra10", ["mocov2-cifra10", "did you mean 'mocov2-cifar10'"]),
-        ("--train.bath-size 5", ["--train.bath-size", "did you mean --train.batch-size"]),
+        ("--train.bath-size 5", ["--train.bath-size", "did you mean '--train.batch-size'"]),
         ("--train.batch-size many", ["--train.batch-size", "many"]),
         ("--train.batch-size 0", ["--train.batch-size 0", "at least 1"]),
         ("mocov2-cifar10 --train.batch-size 100", ["--train.batch-size 100", "--model.splits 8", "multiple"]),
@@ -53,7 +53,7 @@ def test_bad_options_are_one_sentence(arguments, words):
         assert word in text
 
 
-def test_configuration_from_elsewhere_is_refused():
+def test_other_json_is_refused():
     for text in ("[]", "{}", "no json", '{"method": {"name": "byol"}}'):
         with pytest.raises(ConfigError):
             from_json(text)

@@ -63,7 +63,7 @@ def splits(root, *options):
 
 
 @pytest.mark.parametrize("form", [None, pack, listed, shards])
-def test_every_form_of_a_split(root, form):
+def test_every_form_of_a_split(root, form, notes):
     for name in ("train", "val"):
         if form:
             form(root / name)
@@ -71,7 +71,7 @@ def test_every_form_of_a_split(root, form):
     assert train.labels.tolist() == [0] * 10 + [1] * 10
     assert test.labels.tolist() == [0, 0, 1, 1]
     assert train.classes == test.classes == ("cat", "dog")
-    assert train.notes == test.notes == ()
+    assert notes.take() == []
 
 
 def test_splits_of_different_classes_are_refused(root):
@@ -82,16 +82,15 @@ def test_splits_of_different_classes_are_refused(root):
         splits(root)
 
 
-def test_test_images_are_labeled_by_the_names_of_the_training_classes(root):
+def test_test_images_are_labeled_by_the_names_of_the_training_classes(root, notes):
     shutil.rmtree(root / "val" / "cat")
     for number in (0, 1):
         write(root / "train" / "ape" / f"{number}.png")
     train, test = splits(root)
     assert train.classes == test.classes == ("ape", "cat", "dog")
     assert test.labels.tolist() == [2, 2]
-    (note,) = test.notes
+    (note,) = notes.take()
     assert "val has no images of 2 of the training classes: ape, cat" in note
-    assert train.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -99,44 +98,43 @@ def test_test_images_are_labeled_by_the_names_of_the_training_classes(root):
     [("training", "validation"), ("Train", "Test"), ("TRAIN", "valid"), ("Training", "VAL")],
 )
 @pytest.mark.parametrize("form", [None, pack, listed])
-def test_splits_may_be_called_otherwise(root, train, test, form):
+def test_splits_may_be_called_otherwise(root, train, test, form, notes):
     for old, new in (("train", train), ("val", test)):
         (root / old).rename(root / new)
         if form:
             form(root / new)
     found = splits(root)
     assert (len(found.train), len(found.test)) == (20, 4)
-    assert found.train.notes == ()
+    assert notes.take() == []
 
 
-def test_of_several_test_splits_the_others_are_told(root):
+def test_of_several_test_splits_the_others_are_told(root, notes):
     shutil.copytree(root / "val", root / "test")
     (root / "annotations").mkdir()
-    train, test = splits(root)
+    _, test = splits(root)
     assert test.name == str(root / "test")
-    (note,) = train.notes
-    assert "train and test is what is used; the folders beside it are not: annotations, val" in note
+    (note,) = notes.take()
+    assert "only train and test is used; these folders are not: annotations, val" in note
 
 
-def test_classes_that_are_called_as_splits_are_told(root):
+def test_classes_that_are_called_as_splits_are_told(root, notes):
     (root / "train").rename(root / "test")
     train, _ = splits(root)
     assert train.classes == ("test", "val")
-    (note,) = train.notes
-    assert "are called test, val, as splits are" in note
+    (note,) = notes.take()
+    assert "have the names of splits, test, val; " in note
 
 
-def test_files_that_are_no_images_are_told(root):
+def test_files_that_are_no_images_are_told(root, notes):
     for number in range(3):
         (root / "train" / "cat" / f"{number}.webm").touch()
-    for _ in range(2):  # the second time from the cached index
-        train, test = splits(root)
-        (note,) = train.notes
+    for _ in range(2):  # The second time from the cached index
+        splits(root)
+        (note,) = notes.take()
         assert "3 files are not used: 3 .webm" in note
-        assert test.notes == ()
 
 
-def test_quarantined_images_are_left_out_of_training_and_test(root, tmp_path):
+def test_quarantined_images_are_left_out_of_training_and_test(root, tmp_path, notes):
     path = tmp_path / "bad.txt"
     path.write_text("cat/cat0.png\ndog3.png\nnone.png\ndog11.png\n")
     train, test = splits(root, "--data.quarantine", str(path))
@@ -144,14 +142,14 @@ def test_quarantined_images_are_left_out_of_training_and_test(root, tmp_path):
     assert not {"cat/cat0.png", "dog/dog3.png", "dog/dog11.png"} & {*names[0], *names[1]}
     assert [len(part) for part in names] == [18, 2]
     assert train.labels.tolist() == [0] * 9 + [1] * 9
-    (note,) = train.notes
-    assert "bad.txt: 1 of its names belong to no image, as none.png" in note
+    (note,) = notes.take()
+    assert "bad.txt: 1 of its names match no image, among them none.png" in note
 
 
-def test_an_empty_quarantine_changes_nothing(root, tmp_path):
+def test_an_empty_quarantine_changes_nothing(root, tmp_path, notes):
     (tmp_path / "bad.txt").write_text("\n")
     train, test = splits(root, "--data.quarantine", str(tmp_path / "bad.txt"))
-    assert (len(train), len(test), train.notes) == (20, 4, ())
+    assert (len(train), len(test), notes.take()) == (20, 4, [])
 
 
 def test_quarantine_keeps_unlabeled_images_out_too(root, tmp_path):
@@ -190,11 +188,11 @@ def test_a_file_without_a_header_does_not_stop_the_others(root):
     assert len(held_out_train.defects) + len(held_out_test.defects) == 1
 
 
-def test_a_note_is_there_once(root, tmp_path, monkeypatch):
+def test_a_note_is_there_once(root, tmp_path, monkeypatch, notes):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "file" / "cache"))
-    train, test = splits(root / "train")
-    assert ["could not be kept in" in note for note in train.notes + test.notes] == [True]
+    splits(root / "train")
+    assert ["could not be kept in" in note for note in notes.take()] == [True]
 
 
 def test_a_named_data_set(tmp_path, monkeypatch):

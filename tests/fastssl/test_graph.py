@@ -32,7 +32,7 @@ class FakeGraph:
 
 
 def tensors(output):
-    return (output.loss, *output.metrics.values(), *output.kept)
+    return (output.loss, *output.metrics.values(), *output.updates)
 
 
 @pytest.fixture(autouse=True)

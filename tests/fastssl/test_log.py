@@ -38,7 +38,6 @@ def test_records_are_on_the_disk_when_write_returns(log):
     expected = [{"event": "train", "step": 1, "loss": 0.5, "text": "é\u2028\n"}, {"event": "eval", "step": 2}]
     assert [json.loads(line) for line in log.path.read_text().split("\n")[:-1]] == expected
     assert log.read() == expected
-    assert log.problem() is None
 
 
 def test_records_wait_for_the_disk_and_are_written_before_the_next(log, monkeypatch):
@@ -57,12 +56,9 @@ def test_a_problem_is_reported_once_per_outage(log, monkeypatch):
     for _ in range(2):
         with monkeypatch.context() as patch:
             patch.setattr("fastssl.observe.metrics_log.open_to_append", no_space)
-            log.write("train", step=1)
-            assert "metrics.jsonl cannot be written (No space left" in log.problem()
-            log.write("train", step=2)
-            assert log.problem() is None
-        log.write("train", step=3)
-        assert log.problem() is None
+            assert "metrics.jsonl cannot be written (No space left" in log.write("train", step=1)
+            assert log.write("train", step=2) is None
+        assert log.write("train", step=3) is None
 
 
 FULL_DISK = """
@@ -76,9 +72,8 @@ for step in range(1, 4):
     log.write("train", step=step)
 size = log.path.stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + int(sys.argv[2]), resource.RLIM_INFINITY))
-for step in range(4, 7):
-    log.write("train", step=step)
-print(log.path.stat().st_size - size, log.problem(), [record["step"] for record in log.read()], sep="|")
+problems = [log.write("train", step=step) for step in range(4, 7)]
+print(log.path.stat().st_size - size, *filter(None, problems), [record["step"] for record in log.read()], sep="|")
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 log.write("train", step=7)
 """

@@ -40,7 +40,7 @@ class Sample(Checked, prefix="--sample."):
         ({"kind": 2}, 2),
     ],
 )
-def test_what_json_has_becomes_what_the_hint_asks_for(given, expected):
+def test_json_values_are_converted_to_the_hint(given, expected):
     value = getattr(Sample(**given), *given)
     assert (type(value), value) == (type(expected), expected)
 
@@ -72,7 +72,7 @@ def test_what_json_has_becomes_what_the_hint_asks_for(given, expected):
         ({"pair": [1.0]}, "--sample.pair 1 was given; it must be a list of 2"),
     ],
 )
-def test_what_the_hint_does_not_allow_is_one_sentence(given, sentence):
+def test_a_value_that_does_not_fit_the_hint_is_one_sentence(given, sentence):
     with pytest.raises(ConfigError) as error:
         Sample(**given)
     assert str(error.value) == sentence
@@ -82,13 +82,13 @@ def test_what_the_hint_does_not_allow_is_one_sentence(given, sentence):
     ("name", "fits"),
     [("a" * 255, True), ("a" * 256, False), ("é" * 128, False), ("a/" * 2047, True), ("a/" * 2048, False)],
 )
-def test_a_path_is_one_that_a_file_system_can_hold(name, fits):
+def test_a_path_must_fit_the_limits_of_a_file_system(name, fits):
     with nullcontext() if fits else pytest.raises(ConfigError, match=r"it must be a path of at most 4095 bytes"):
         Sample(path=name)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_survives_its_file(name):
+def test_every_preset_survives_json(name):
     config = load(name)
     assert from_json(to_json(config)) == config
 
@@ -100,7 +100,7 @@ def test_every_preset_survives_its_file(name):
             lambda: METHODS["mocov2"].Config(momentum=1),
             "--method.momentum 1 was given; it must be at least 0 and below 1",
         ),
-        (lambda: METHODS["mocov2"].Config(queue_size=2**28, dim=2**14), "--method.dim 16384; they ask for 16384 GiB"),
+        (lambda: METHODS["mocov2"].Config(queue_size=2**28, dim=2**14), "--method.dim 16384; they need 16384 GiB"),
         (lambda: METHODS["smog"].Config(bank_size=2**28, dim=256), "--method.bank-size 268435456 was given with"),
         (
             lambda: METHODS["smog"].Config(groups=2**20, heads=1024, bank_size=2**20),
@@ -150,7 +150,7 @@ def test_batch_norm_of_a_single_image_is_refused(norm, batch, splits, accumulate
         {"blur_sigma": (0.1, float("inf"))},
     ],
 )
-def test_a_view_that_no_image_can_have_is_refused(changes):
+def test_an_impossible_view_is_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         ViewSpec(**{"size": 32, **changes})
 
@@ -176,7 +176,7 @@ TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT"
         (TWO | {"MASTER_ADDR": " "}, "MASTER_ADDR is empty"),
     ],
 )
-def test_an_environment_that_fits_no_run_is_one_sentence(monkeypatch, variables, sentence):
+def test_an_inconsistent_environment_is_one_sentence(monkeypatch, variables, sentence):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as error, joined_ranks(torch.device("cpu"), timeout_s=5):

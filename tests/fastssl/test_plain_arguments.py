@@ -1,4 +1,4 @@
-"""Where tyro is missing, argparse takes the same options for the same values, and refuses in a sentence."""
+"""Without tyro, argparse reads the same options to the same values; it also explains errors in one sentence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OF_CONFIG = [
 
 
 @pytest.mark.parametrize("arguments", OF_CONFIG)
-def test_options_of_a_run_are_those_of_tyro(arguments):
+def test_options_of_a_run_are_read_as_by_tyro(arguments):
     default, given = load("quickstart"), shlex.split(arguments)
     config = plainly(Config, given, default)
     assert config == parse(Config, given, prog="prog", default=default)
@@ -59,14 +59,14 @@ def test_options_of_a_run_are_those_of_tyro(arguments):
         (PreviewOptions, "--images 3 --out a.png"),
     ],
 )
-def test_options_of_other_commands_are_those_of_tyro(cls, arguments):
+def test_options_of_other_commands_are_read_as_by_tyro(cls, arguments):
     given = shlex.split(arguments)
     assert plainly(cls, given) == parse(cls, given, prog="prog")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_option_of_every_preset_can_be_given(preset):
-    """As text, with the value that it has: nothing changes."""
+    """Giving every default as text changes nothing."""
     default = load(preset)
     for section in ("data", "model", "method", "optim", "train", "eval"):
         part = getattr(default, section)
@@ -100,11 +100,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED)
-def test_what_cannot_be_taken_is_one_sentence(arguments, words):
-    with pytest.raises(ConfigError) as error:
-        plainly(Config, shlex.split(arguments), load("quickstart"))
-    assert words in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
+def test_unreadable_arguments_are_one_sentence(arguments, words):
+    default, given = load("quickstart"), shlex.split(arguments)
+    for read in (plainly, lambda cls, given, default: parse(cls, given, prog="prog", default=default)):
+        with pytest.raises(ConfigError) as error:
+            read(Config, given, default)
+        assert words in str(error.value)
+        assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_missing_argument_is_one_sentence():
@@ -122,7 +124,7 @@ def test_help_lists_every_option(capsys):
     assert "--views" not in shown
 
 
-def test_other_arguments_are_left_in_their_order():
+def test_unknown_arguments_are_returned_in_order():
     given = ["mocov2-cifar10", "--data.root", "x", "--images", "3", "--seed=4"]
     options, rest = parse_plainly(PreviewOptions, given, prog="prog", default=None, all_known=False)
     assert options.images == 3

@@ -18,8 +18,8 @@ from fastssl_pipelines.plan import ViewPlan
 from fastssl_pipelines.views import ViewSpec
 
 PLAIN = ViewSpec(size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter_probability=0.0, grayscale=0.0)
-ENLARGED = 5  # times, which makes 160 pixels of 32
-TOP, LEFTS = 50, (10, 180, 350)  # of the first row: of its source and its two views
+ENLARGED = 5  # Times, which makes 160 pixels of 32
+TOP, LEFTS = 50, (10, 180, 350)  # Of the first row: of its source and its two views
 
 
 def plain_config(**data):
@@ -49,7 +49,7 @@ def test_views_have_their_pixels_back_from_the_normalization(tmp_path):
     expected = same_picture(source.pixels(int(train_sampler(config, source)[1].ids[0])))
     for left in LEFTS[1:]:
         assert np.array_equal(tile(page, left), expected)
-    inner = slice(2, -2)  # within the lines of the boxes
+    inner = slice(2, -2)  # Within the lines of the boxes
     assert np.array_equal(tile(page, LEFTS[0])[inner, inner], expected[inner, inner])
 
 
@@ -128,7 +128,7 @@ def test_views_of_different_sizes_stand_beside_one_another(tmp_path):
     config = load("quickstart")
     config = replace(config, views=(PLAIN, replace(PLAIN, size=200)), data=replace(config.data, pictures=300))
     page = drawn(config, tmp_path, images=2)
-    assert page.shape[1] == 10 + 200 + 10 + 160 + 10 + 200 + 10 - 8  # a source of 6 * 32 = 192 pixels
+    assert page.shape[1] == 10 + 200 + 10 + 160 + 10 + 200 + 10 - 8  # A source of 6 * 32 = 192 pixels
 
 
 @pytest.mark.parametrize(

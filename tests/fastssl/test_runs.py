@@ -224,7 +224,7 @@ def test_a_folder_without_a_test_split_is_tested_on_held_out_images(image_folder
             ["64", "48", "--train.batch-size"],
         ),
         ("pretrain mocov2-cifra10", ["mocov2-cifra10", "did you mean"]),
-        ("pretrain --train.bath-size 5", ["--train.bath-size", "did you mean --train.batch-size"]),
+        ("pretrain --train.bath-size 5", ["--train.bath-size", "did you mean '--train.batch-size'"]),
         ("pretrain --model.encoder resnet19", ["resnet19", "did you mean 'resnet18'"]),
         ("pretrain --train.device cuda", ["cuda"]),
         ("pretrain --run.dir {data}", ["{data}", "already"]),
@@ -254,7 +254,7 @@ def test_of_two_runs_that_start_together_the_later_is_refused(tmp_path, capsys, 
 
         identity: ClassVar[dict] = {}
 
-        def __init__(self, config, folder):
+        def __init__(self, config, folder, notes):
             folder.mkdir()
             (folder / "config.json").write_text("theirs")
 

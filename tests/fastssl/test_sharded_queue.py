@@ -1,4 +1,4 @@
-"""A queue of which each rank holds a part gives the losses, gradients and keys of the whole one."""
+"""A queue that is split over the ranks gives the losses, gradients and keys of a whole queue."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import fastssl_kernels
 from fastssl.distributed import local_rows, world_size
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS
-from fastssl.methods.queue_method import SHARDABLE, MomentumConfig
 from fastssl.methods.sharded import sharded_read
+from fastssl.methods.shared_options import ShardableQueueConfig
 from fastssl.models.queue import KeyQueue, gather_state, queue_hash
 from fastssl_kernels import queue_read
 from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join
-from tests.fastssl.small_methods import QUEUE, build
+from tests.fastssl.small_methods import QUEUE, SHARDABLE, build
 
 WORLDS = (2, 4)
 VARIANTS = {
@@ -26,7 +26,7 @@ VARIANTS = {
     "unmix symmetric": ("unmix", {"symmetric": True}),
     "ressl sharp": ("ressl", {"teacher_temperature": 0.005}),
 }
-BEFORE, AFTER = range(4), range(4, 6)  # the queue of 40 goes around in three steps
+BEFORE, AFTER = range(4), range(4, 6)  # The queue of 40 wraps around in three steps
 
 
 def sharded(variant):
@@ -45,7 +45,7 @@ def resumed(variant, state):
 
 
 def reading():
-    """Read of some rows in float64 and its gradient, for a different upstream gradient in each row."""
+    """A float64 read of some rows and its gradient, with a different upstream gradient for each row."""
     torch.manual_seed(3)
     rows, bank = (normalize(torch.randn(count, 6, dtype=torch.float64), dim=1) for count in (8, 12))
     mine, upstream = local_rows(rows).clone().requires_grad_(), local_rows(torch.randn(8, dtype=torch.float64))
@@ -61,26 +61,26 @@ def uneven():
     return str(error.value)
 
 
-def run_in_world(results, ranks, number):
+def run_in_world(results, ranks, rank):
     runs, hashes, shapes = {}, {}, {}
     for variant in VARIANTS:
         method = sharded(variant)
         shapes[variant] = method.queue.keys.shape
         runs[variant] = a_run(method, BEFORE)
         hashes[variant] = queue_hash(method)
-    torch.save((runs, hashes, shapes, reading()), f"{results}{ranks}-{number}")
+    torch.save((runs, hashes, shapes, reading()), f"{results}{ranks}-{rank}")
 
 
-def a_process(number, folder):
-    if number < 2:
-        join(f"{folder}/two", number, 2)
-        run_in_world(f"{folder}/results", 2, number)
+def a_process(rank, folder):
+    if rank < 2:
+        join(f"{folder}/two", rank, 2)
+        run_in_world(f"{folder}/results", 2, rank)
         dist.destroy_process_group()
-    join(f"{folder}/four", number, 4)
-    run_in_world(f"{folder}/results", 4, number)
+    join(f"{folder}/four", rank, 4)
+    run_in_world(f"{folder}/results", 4, rank)
     saved = torch.load(f"{folder}/results2-0", weights_only=False)[0]
     runs = {variant: resumed(variant, saved[variant][-1]) for variant in VARIANTS}
-    torch.save((runs, uneven()), f"{folder}/resumed{number}")
+    torch.save((runs, uneven()), f"{folder}/resumed{rank}")
     dist.destroy_process_group()
 
 
@@ -92,13 +92,13 @@ def folder(tmp_path_factory):
 
 
 def results(folder, ranks):
-    return [torch.load(f"{folder}/results{ranks}-{number}", weights_only=False) for number in range(ranks)]
+    return [torch.load(f"{folder}/results{ranks}-{rank}", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", WORLDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_shards_train_as_the_whole_queue_does(folder, variant, ranks):
+def test_shards_train_like_the_whole_queue(folder, variant, ranks):
     expected = a_run(whole(variant), BEFORE)
     for runs, _, shapes, _ in results(folder, ranks):
         assert shapes[variant][0] == QUEUE // ranks
@@ -107,14 +107,14 @@ def test_shards_train_as_the_whole_queue_does(folder, variant, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_of_two_ranks_goes_on_with_four_or_one(folder, variant):
+def test_a_run_of_two_ranks_continues_on_four_or_one(folder, variant):
     method = whole(variant)
     a_run(method, BEFORE)
     expected = a_run(method, AFTER)
     state = results(folder, 2)[0][0][variant][-1]
     assert_same_run(resumed(variant, state), expected)
-    for number in range(4):
-        runs, _ = torch.load(f"{folder}/resumed{number}")
+    for rank in range(4):
+        runs, _ = torch.load(f"{folder}/resumed{rank}")
         assert_same_run(runs[variant], expected)
 
 
@@ -122,8 +122,8 @@ def test_a_run_of_two_ranks_goes_on_with_four_or_one(folder, variant):
 @pytest.mark.parametrize("ranks", WORLDS)
 def test_read_of_shards_and_its_gradient(folder, ranks):
     expected = reading()
-    for number, (*_, given) in enumerate(results(folder, ranks)):
-        mine = tuple(value.chunk(ranks)[number] for value in expected)
+    for rank, (*_, given) in enumerate(results(folder, ranks)):
+        mine = tuple(value.chunk(ranks)[rank] for value in expected)
         torch.testing.assert_close(given, mine, rtol=1e-12, atol=1e-14)
 
 
@@ -137,7 +137,7 @@ def test_hash_of_shards_is_that_of_the_whole_queue(folder, ranks):
         assert {hashes[variant] for _, hashes, _, _ in everyone} == {queue_hash(method)}
 
 
-def test_hash_sees_keys_labels_and_where_they_are():
+def test_the_hash_depends_on_keys_labels_and_positions():
     def changed(change):
         torch.manual_seed(0)
         queue = KeyQueue(12, 4)
@@ -175,18 +175,18 @@ def test_one_process_has_the_whole_queue_and_its_fused_losses():
 
 @pytest.mark.slow
 def test_a_queue_that_ranks_cannot_share_evenly(folder):
-    for number in range(4):
-        _, message = torch.load(f"{folder}/resumed{number}")
+    for rank in range(4):
+        _, message = torch.load(f"{folder}/resumed{rank}")
         assert message == (
             "--method.queue-size 42 was given with --method.shard-queue on 4 devices; it must be a multiple of 4"
         )
 
 
-def test_options_that_do_not_fit():
+def test_unusable_options_are_refused():
     with pytest.raises(ValueError, match="a queue of 7 keys in 2 shards"):
         KeyQueue(7, 2, shards=2)
-    with_a_queue = {name for name, method in METHODS.items() if issubclass(method.Config, MomentumConfig)}
+    with_a_queue = {name for name, method in METHODS.items() if issubclass(method.Config, ShardableQueueConfig)}
     assert set(SHARDABLE) < with_a_queue
     for name in with_a_queue - set(SHARDABLE):
-        with pytest.raises(ConfigError, match=f"--method.shard-queue was given with {name}, .*mocov1, mocov2"):
+        with pytest.raises(ConfigError, match=f"--method.shard-queue was given with {name}, .*mixco, .*mocov1"):
             METHODS[name].Config(shard_queue=True)

@@ -1,4 +1,4 @@
-"""What only SMoG has: groups, their banks and k-means, and the gradient through them."""
+"""Parts of SMoG: groups, their banks and k-means, and the gradient through them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.fastssl.small_methods import BATCH, STEPS_PER_EPOCH, a_batch, a_step,
 from tests.fastssl.transcriptions import rows
 
 
-def test_the_gradient_through_smogs_groups_is_a_switch():
+def test_the_gradient_through_smogs_groups_can_be_switched_off():
     (with_groups, through), (without, stopped) = one_loss("smog"), one_loss("smog", groups_gradient=False)
     assert torch.equal(with_groups, without)
     assert (through - stopped).norm() > 1e-3 * stopped.norm()
 
 
-def test_smogs_groups_that_keep_their_momentum_do_not_move():
+def test_smogs_groups_with_momentum_one_do_not_move():
     method = build("smog")
     method.group_momentum.fill_(1.0)
     before = method.groups.clone()
@@ -29,26 +29,26 @@ def test_smogs_groups_that_keep_their_momentum_do_not_move():
 
 def test_smog_makes_new_groups_at_the_end_of_an_epoch():
     method = build("smog", momentum=0.5)
-    for number in range(STEPS_PER_EPOCH):
-        a_step(method, sgd(method), a_batch("smog", number))
+    for step in range(STEPS_PER_EPOCH):
+        a_step(method, sgd(method), a_batch("smog", step))
     for query, key in zip(method.query_encoder.parameters(), method.key_encoder.parameters(), strict=True):
         assert torch.equal(query, key)
     for head, groups in enumerate(method.groups):
         bank = method.banks[head % 2].keys
         assigned = (bank @ groups.T).argmax(1)
-        for number in assigned.unique():
-            # ten rounds are enough for 40 rows and 6 groups to settle
-            torch.testing.assert_close(groups[number], normalize(bank[assigned == number].mean(0), dim=0))
+        for group in assigned.unique():
+            # Ten rounds are enough for 40 rows and 6 groups to converge
+            torch.testing.assert_close(groups[group], normalize(bank[assigned == group].mean(0), dim=0))
 
 
 def test_smog_prepares_its_banks_and_groups_from_one_epoch():
     method = build("smog", bank_size=100)
     torch.manual_seed(0)
-    method.prepare(iter([a_batch("smog", number) for number in range(3)]))
+    method.prepare(iter([a_batch("smog", step) for step in range(3)]))
     twin = build("smog", bank_size=100)
     with torch.no_grad():
-        for number in range(3):  # the same passes, as they move the batch norm's statistics
-            expected = rows(twin.query_encoder, torch.cat(a_batch("smog", number).views[:2])).split(BATCH)
+        for step in range(3):  # The same passes, as they update the batch norm's statistics
+            expected = rows(twin.query_encoder, torch.cat(a_batch("smog", step).views[:2])).split(BATCH)
     for bank, row in zip(method.banks, expected, strict=True):
         torch.testing.assert_close(bank.keys[2 * BATCH : 3 * BATCH], row, rtol=1e-5, atol=1e-6)
     for groups in method.groups:

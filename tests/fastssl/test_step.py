@@ -82,9 +82,9 @@ def test_parts_are_cut_and_joined_in_order():
     assert all(part.views[0].is_contiguous(memory_format=torch.channels_last) for part in cut)
     method = build("mocov2")
     outputs = [method(part) for part in cut]
-    labels, keys = joined(outputs).kept
+    labels, keys = joined(outputs).updates
     assert torch.equal(labels, batch.labels)
-    assert torch.equal(keys, torch.cat([output.kept[1] for output in outputs]))
+    assert torch.equal(keys, torch.cat([output.updates[1] for output in outputs]))
 
 
 def test_a_long_gradient_is_clipped():

@@ -5,7 +5,8 @@ import torch
 
 from fastssl.cli import main
 from fastssl.commands import verify, verify_augment
-from fastssl_kernels import blockwise, ops, parity
+from fastssl_kernels import ops, parity
+from fastssl_kernels.blockwise import losses as blockwise
 from fastssl_kernels.rows import Rows
 
 

@@ -1,4 +1,4 @@
-"""Commands on a machine that has neither tyro nor rich: they take their options and print what they have to say."""
+"""Commands on a machine without tyro and rich: they read their options and print their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY = "--train.batch-size 32 --data.pictures 300 --model.width 0.25 --train.dev
 
 def fastssl(arguments: str, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", HIDDEN, *arguments.split(), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # compiling would take a minute
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # Compiling would take a minute
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -67,13 +67,13 @@ def test_doctor_and_a_benchmark_print(tmp_path):
     run = fastssl("doctor")
     assert run.returncode == 0, run.stderr
     assert "loss backends on cpu" in run.stdout
-    numbers = tmp_path / "input.json"
+    file = tmp_path / "input.json"
     run = fastssl(
         "bench input quickstart --images 16 --batch-size 8 --seconds 0.2 --repeats 1 --pipelines resident --device cpu",
-        *("--json", str(numbers)),
+        *("--json", str(file)),
     )
     assert run.returncode == 0, run.stderr
-    assert numbers.exists()
+    assert file.exists()
     assert any(line.startswith("fastssl resident  ") for line in run.stdout.splitlines())
 
 

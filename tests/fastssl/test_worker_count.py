@@ -29,7 +29,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (16, 4, 3, 2),
         (96, 8, 11, 3),
         (256, 1, 12, 12),
-        (4, 8, 1, 2),  # more processes than cores
+        (4, 8, 1, 2),  # More processes than cores
     ],
 )
 def test_workers_follow_the_cores_of_a_process(monkeypatch, cores, ranks, for_gpu, for_cpu):
@@ -65,15 +65,16 @@ def test_configurations_with_and_without_a_number_are_read_back(workers):
     assert "data.workers" in HARMLESS
 
 
-@pytest.mark.parametrize(("workers", "notes"), [(None, 1), (3, 0)])
-def test_a_gpu_tells_how_many_it_took_where_nobody_said(monkeypatch, workers, notes):
+@pytest.mark.parametrize(("workers", "count"), [(None, 1), (3, 0)])
+def test_a_gpu_tells_how_many_it_took_where_nobody_said(monkeypatch, notes, workers, count):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
     config = load("mocov2-cifar10")
     data = replace(config.data, root=None, pictures=20, workers=workers)
     source = open_splits(replace(config, data=data)).train
-    assert input_executor(data, source, device=CPU, dtype=torch.float32).notes == []
+    input_executor(data, source, device=CPU, dtype=torch.float32)
+    assert notes.take() == []
     fake_cuda.install(monkeypatch)
     executor = input_executor(data, source, device=GPU, dtype=torch.float32)
-    told = [note for note in executor.notes if "--data.workers" in note]
-    assert told == [f"5 of 6 cores decode {source.name}; --data.workers chooses"] * notes
+    told = [note for note in notes.take() if "--data.workers" in note]
+    assert told == [f"5 of 6 cores decode {source.name}; --data.workers chooses"] * count
     assert executor.workers == (workers or 5)

@@ -1,7 +1,7 @@
 """One step of every method as its official code computes it: dense logits and targets, plain loops, float64 losses.
 
-Each function takes a method, of which it uses the encoders and reads the state, and a batch, in the order in which the
-official code draws its random numbers. It returns the loss and what the step leaves in the buffers by name.
+Each function takes a method, of which it uses the encoders and reads the state, and a batch. It draws random numbers in
+the order of the official code and returns the loss and the buffers after the step by name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sup_con(method, query, key, labels):
 
 
 def co2(method, query, key, labels):
-    """The paper's two KL terms over the negatives, as lightly writes them but without the positive."""
+    """The paper's two KL terms over the negatives, as in lightly, but without the positive."""
     config = method.config
     first = log_softmax(query.double() @ method.queue.keys.double().T / config.consistency_temperature, dim=1)
     second = log_softmax(key.double() @ method.queue.keys.double().T / config.consistency_temperature, dim=1)
@@ -62,10 +62,10 @@ def co2(method, query, key, labels):
 
 
 def enqueued(queue, keys, labels, step, name="queue"):
-    """The ring after one more write, as moco/builder.py does it, slot by slot."""
+    """The queue after one more write, slot by slot as in moco/builder.py."""
     new_keys, new_labels = queue.keys.clone(), queue.labels.clone()
-    for number, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        slot = (step * len(keys) + number) % len(new_keys)
+    for index, (key, label) in enumerate(zip(keys, labels, strict=True)):
+        slot = (step * len(keys) + index) % len(new_keys)
         new_keys[slot], new_labels[slot] = key, label
     return {f"{name}.keys": new_keys, f"{name}.labels": new_labels}
 
@@ -95,7 +95,7 @@ def mixco(method, batch):
     for pair in range(len(images) // 2):
         first, second = images[2 * pair], images[2 * pair + 1]
         everything += [first, second, share[pair] * first + (1 - share[pair]) * second]
-    # another memory format would round otherwise and turn a ReLU here and there
+    # Another memory format rounds differently, which flips some ReLUs
     features = rows(method.query_encoder, torch.stack(everything).contiguous(memory_format=torch.channels_last))
     mixed, query = features[2::3], features[torch.arange(len(features)) % 3 != 2]
     key = shuffled_rows(method.key_encoder, batch.views[1])
@@ -173,8 +173,8 @@ def smog(method, batch):
         old, features = method.groups[head].double(), projections[head % 2].double()
         assigned = (features @ old.T).argmax(1)
         groups = []
-        for number, group in enumerate(old):
-            members = features[assigned == number]
+        for index, group in enumerate(old):
+            members = features[assigned == index]
             if len(members):
                 share = method.group_momentum.double()
                 group = share * group + (1 - share) * members.mean(0)
@@ -188,8 +188,8 @@ def smog(method, batch):
                 total = total + cross_entropy(crop @ scored.T / config.temperature, target)
     state: dict[str, Tensor] = {"groups": torch.stack(moved)}
     none = torch.full((count,), -1)
-    for number, row in enumerate(projections):
-        state |= enqueued(method.banks[number], row.detach(), none, batch.step, name=f"banks.{number}")
+    for index, row in enumerate(projections):
+        state |= enqueued(method.banks[index], row.detach(), none, batch.step, name=f"banks.{index}")
     return total / (config.heads * len(keys) * len(crops)), state
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +11,8 @@ import torch.multiprocessing
 
 from fastssl.cli import main
 from fastssl.commands.pretrain import parse
-from fastssl.errors import TrainingError
 from fastssl.train import checkpoint
-from fastssl.train.identity import facts_of_options, weights_hash
-from fastssl.train.step import TrainStep
-from fastssl.train.trainer import Trainer
-from tests.fastssl.commands import commands_into
-from tests.fastssl.rank_runs import join
-from tests.fastssl.small_methods import build
+from fastssl.train.identity import facts_of_options
 from tests.fastssl.test_runs import assert_same, final_state, records
 from tests.faults.runs import PICTURES, TINY, contents, image_folder, refusal, train
 
@@ -208,7 +200,7 @@ def test_harmless_edits_are_taken_and_told(ours, run, change):
         f"--{option.replace('_', '-')} is {value} from here on and was "
         f"{facts_of_options(parse([*TINY, *PICTURES]))[option]} before"
     ]
-    if option != "data.pipeline":  # whose pixels differ in their last bits
+    if option != "data.pipeline":  # Whose pixels differ in their last bits
         assert_same(final_state(run)["method"], final_state(ours)["method"])
 
 
@@ -307,107 +299,3 @@ def test_the_identity_is_in_checkpoint_log_and_configuration(ours):
     assert start["identity"] == config["identity"]["digest"]
     assert state["facts"]["images.count"] == start["facts"]["images.count"] == config["identity"]["images.count"] == 40
     assert state["facts"]["method.temperature"] == config["method"]["temperature"]
-
-
-# Ranks: what the second one has of its own.
-DIFFERENT_RANKS = {
-    "rate": ["--optim.lr", "0.5"],
-    "temperature": ["--method.temperature", "0.9"],
-    "momentum": ["--method.momentum", "0.5"],
-    "weight decay": ["--optim.weight-decay", "0.5"],
-    "seed": ["--seed", "3"],
-    "batch": ["--train.batch-size", "16"],
-    "checkpoint period": ["--train.checkpoint-every", "3"],
-    "log period": ["--train.log-every", "2"],
-    "precision": ["--train.precision", "bf16"],
-    "width": ["--model.width", "0.125"],
-    "queue": ["--method.queue-size", "64"],
-    "steps": ["--train.steps", "5"],
-    "images": ["--data.pictures", "48"],
-}
-RANKS = ["--train.precision", "fp32", "--train.steps", "4", "--train.timeout-s", "20"]
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    with commands_into(tmp_path_factory.mktemp("output") / "output.txt") as commands:
-        yield commands
-
-
-def run_ranks(commands, first, second):
-    commands.start_each([["pretrain", *arguments] for arguments in (first, second)])
-    return commands.exit_codes()
-
-
-@pytest.mark.parametrize("difference", [*DIFFERENT_RANKS, "method"])
-def test_ranks_with_other_options_end_with_a_sentence(commands, tmp_path, difference):
-    arguments = [*TINY, *PICTURES, *RANKS, "--run.dir", str(tmp_path / "run")]
-    if difference == "method":
-        second = ["mocov2-cifar10", *arguments]
-        arguments = ["unimoco-cifar10", *arguments]
-    else:
-        second = [*arguments, *DIFFERENT_RANKS[difference]]
-    assert run_ranks(commands, arguments, second) == [2, 2]
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-@pytest.mark.parametrize("change", [fewer, another_size, another_name])
-def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change):
-    image_folder(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    change(tmp_path / "b")
-    both = ["mocov2-cifar10", *TINY, *RANKS, "--run.dir", str(tmp_path / "run")]
-    first, second = ([*both, "--data.root", str(tmp_path / name)] for name in "ab")
-    assert run_ranks(commands, first, second) == [2, 2]
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_what_a_machine_may_have_of_its_own_may_differ_among_ranks(commands, tmp_path):
-    for name in "ab":
-        image_folder(tmp_path / name)
-    both = ["mocov2-cifar10", *TINY, *RANKS]
-    first = [*both, "--data.root", str(tmp_path / "a"), "--run.dir", str(tmp_path / "run")]
-    second = [*both, "--data.root", str(tmp_path / "b"), "--run.dir", str(tmp_path / "x"), "--data.prefetch", "3"]
-    assert run_ranks(commands, first, second) == [0, 0]
-
-
-@pytest.mark.parametrize("name", ["mocov2", "smog"])
-def test_the_hash_sees_one_bit_of_every_weight_and_no_statistics(name):
-    method = build(name, splits=2)
-    before = weights_hash(method)
-    assert weights_hash(method) == before
-    for parameter in [*method.parameters(), *([method.groups] if name == "smog" else [])]:
-        bits = parameter.detach().view(torch.int32)
-        first = (0,) * bits.ndim
-        bits[first] ^= 1
-        assert weights_hash(method) != before
-        bits[first] ^= 1
-    for path, buffer in method.named_buffers():
-        if path.endswith("running_mean"):
-            buffer.add_(1)
-    assert weights_hash(method) == before
-
-
-def a_rank_whose_weights_drift(number, store, folder):
-    join(store, number, 2)
-    step = TrainStep.__call__
-
-    def drifting(self, *arguments):
-        output = step(self, *arguments)
-        if number == 1:
-            next(self.method.parameters()).data[0] += 1e-6
-        return output
-
-    TrainStep.__call__ = drifting
-    trainer = Trainer(parse([*TINY, *PICTURES, *RANKS]), Path(folder))
-    with pytest.raises(TrainingError, match="the weights of the processes differ after step 1"):
-        trainer.train()
-    # not `destroy_process_group`: both have had enough
-    os._exit(0)
-
-
-@pytest.mark.slow
-def test_weights_that_drift_apart_end_the_run(tmp_path):
-    (tmp_path / "run").mkdir()
-    arguments = (str(tmp_path / "store"), str(tmp_path / "run"))
-    torch.multiprocessing.spawn(a_rank_whose_weights_drift, arguments, nprocs=2)

@@ -16,9 +16,8 @@ from PIL import Image
 
 from fastssl_pipelines import DataError, ImageFolder
 from fastssl_pipelines.labels import listed_labels, quarantine_list, without
-from fastssl_pipelines.names import to_line
+from fastssl_pipelines.names import read_names, to_line, write_names
 from fastssl_pipelines.sources.listing import Listing
-from fastssl_pipelines.sources.lists import read_names, write_names
 from fastssl_pipelines.sources.open import list_images, open_source
 
 
@@ -68,7 +67,7 @@ def test_a_folder_that_is_reached_in_two_ways_is_refused(root, tmp_path, link, t
     (elsewhere / "9.png").write_bytes(png(9))
     (root / "cat" / "first").symlink_to(elsewhere)
     before = list_images(root)
-    assert names(before) == ["bird/1.png", "bird/2.png", "cat/3.png", "cat/first/9.png"]  # a link elsewhere is allowed
+    assert names(before) == ["bird/1.png", "bird/2.png", "cat/3.png", "cat/first/9.png"]  # A link elsewhere is allowed
     (root / link).parent.mkdir(parents=True, exist_ok=True)
     (root / link).symlink_to(target.format(elsewhere=elsewhere))
     for labeled in (True, False):

@@ -187,7 +187,7 @@ def test_in_a_read_only_folder_an_evaluation_lacks_only_its_file(finished, monke
     def fail(path, content):
         raise OSError(30, os.strerror(30), path)
 
-    monkeypatch.setattr("fastssl.commands.evaluate.write_whole", fail)
+    monkeypatch.setattr("fastssl.commands.evaluate.write_atomic", fail)
     assert main(["eval", "knn", str(finished)]) == 0
     out = capsys.readouterr().out
     assert "top-1" in out

@@ -90,14 +90,14 @@ STARTED_S = 40.0  # Time for worker processes to start, even on a busy machine
 def test_a_dead_disk_ends_a_stream_in_time(name, workers):
     executor = build(name, sleep, workers, timeout_s=STARTED_S if name == "torchvision" and workers else 2.0)
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"the batch of step \d was not there within .*--train\.timeout-s") as raised:
+    with pytest.raises(InputError, match=r"the batch of step \d was not ready within .*--train\.timeout-s") as raised:
         stream(executor)
     assert time.monotonic() - started < STARTED_S + 30
     assert ("worker process" in one_line(raised)) == (name == "torchvision" and workers > 0)
 
 
 def test_a_dead_disk_ends_the_decoding_of_resident_in_time():
-    with pytest.raises(InputError, match=r"image 0 of faulty, to be kept decoded, was not there within 1 s.*timeout-s"):
+    with pytest.raises(InputError, match=r"image 0 of faulty, to be kept decoded, was not ready within 1 s.*timeout-s"):
         build("resident", sleep, timeout_s=1.0)
 
 
@@ -140,7 +140,7 @@ def test_a_dead_worker_process_is_one_sentence(fault, word, capfd):
 def test_a_stopped_worker_process_ends_a_stream_in_time():
     executor = build("torchvision", stopped, workers=1, timeout_s=STARTED_S)
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"was not there within 40 s: a disk or a worker process does not answer"):
+    with pytest.raises(InputError, match=r"was not ready within 40 s: a disk or a worker process does not respond"):
         stream(executor)
     assert time.monotonic() - started < STARTED_S + 30
 
@@ -172,20 +172,22 @@ def test_a_process_with_stuck_input_can_exit(tmp_path, name, fault, workers):
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (1, "")
-    assert re.fullmatch(r"the batch of step \d was not there within .*\n", done.stdout)
+    assert re.fullmatch(r"the batch of step \d was not ready within .*\n", done.stdout)
 
 
 SMALL = "mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {python} {script}"
 ROOM = """
 import sys
 sys.path.insert(0, {root!r})
+from fastssl.observe.notes import NoteQueue
 from tests.faults.test_workers import *
 
 if __name__ == "__main__":
-    executor = build({name!r}, lambda: None, workers=2)
-    steps = TrainSampler(plan_of(executor.source), batch_size=32)
-    batches = list(executor.stream(steps, 0, 120))
-    print(len(batches), *executor.notes, sep="|")
+    with NoteQueue() as notes:
+        executor = build({name!r}, lambda: None, workers=2)
+        steps = TrainSampler(plan_of(executor.source), batch_size=32)
+        batches = list(executor.stream(steps, 0, 120))
+    print(len(batches), *notes.take(), sep="|")
 """
 
 
@@ -205,15 +207,16 @@ def test_too_little_shared_memory_is_noted(tmp_path, name, size):
     )
 
 
-def test_auto_names_the_image_that_made_it_slow():
+def test_auto_names_the_image_that_made_it_slow(notes):
     source = Faulty(lambda: None)
     source.heights[5], source.widths[5] = 13000, 12000
     executor = build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION)
-    (note,) = executor.notes
+    (note,) = notes.take()
     assert executor.name == "torchvision"
     assert (
         "image 5 of faulty has 12000 x 13000 pixels and all 40 images at the size of the largest take 17.4 GiB" in note
     )
     assert "--data.resident-gib" in note
     source.heights[:], source.widths[:] = 13000, 12000
-    assert build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION).notes == []
+    build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION)
+    assert notes.take() == []

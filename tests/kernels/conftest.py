@@ -57,13 +57,13 @@ def _arguments(loss: str, device: str = "cpu") -> dict[str, Any]:
             "weight": 0.3,
             **temperature,
         },
-        "group_cross_entropy": {
+        "bank_cross_entropy": {
             "prediction": given.query,
-            "groups": given.queue,
+            "bank": given.queue,
             "target": given.target,
             **temperature,
         },
-        "assign_groups": {"features": given.query, "groups": given.queue},
+        "nearest_entry": {"query": given.query, "bank": given.queue},
         "update_groups": {"features": given.query, "groups": given.queue, "momentum": 0.9},
         "mean_shift": {**pair, "k": 5},
         "nt_xent": {"first": given.query, "second": given.key, "labels": given.query_labels, **temperature},

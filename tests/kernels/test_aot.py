@@ -9,11 +9,14 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fastssl_kernels import aot, sass, triton
+from fastssl_kernels.triton.configuration import argument_type
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -62,12 +65,33 @@ def usages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return json.loads(done.stderr.splitlines()[-1])
 
 
+def every_kernel() -> dict[str, Any]:
+    """By name, from all modules."""
+    modules = pkgutil.iter_modules(triton.__path__, f"{triton.__name__}.")
+    found = [vars(importlib.import_module(module.name)) for module in modules]
+    return {name: kernel for names in found for name, kernel in names.items() if name.endswith("_kernel")}
+
+
 @slow
 def test_every_kernel_is_compiled(usages: list[dict[str, Any]]) -> None:
-    kernels = set()
-    for module in pkgutil.iter_modules(triton.__path__, f"{triton.__name__}."):
-        kernels |= {name for name in vars(importlib.import_module(module.name)) if name.endswith("_kernel")}
-    assert {usage["kernel"] for usage in usages if usage["target"] == "sm_90"} == kernels
+    assert {usage["kernel"] for usage in usages if usage["target"] == "sm_90"} == every_kernel().keys()
+
+
+def test_every_kernel_declares_the_kinds_of_its_arguments() -> None:
+    for kernel in every_kernel().values():
+        for name in kernel.arg_names:
+            if not name.isupper():
+                assert argument_type(kernel, name, torch.float32)
+
+
+@pytest.mark.parametrize("annotation", [None, "kind.Unknown", "tl.tensor"])
+def test_an_undeclared_argument_is_refused(annotation: str | None) -> None:
+    def broken_kernel(lse: Any) -> None: ...
+
+    broken_kernel.__annotations__ = {"lse": annotation} if annotation else {}
+    kernel = SimpleNamespace(fn=broken_kernel, __name__="broken_kernel")
+    with pytest.raises(TypeError, match=r"^broken_kernel declares .* for its argument lse; annotate it with a class"):
+        argument_type(kernel, "lse", torch.float32)
 
 
 def test_the_limits_of_shared_memory_are_those_of_the_gpus() -> None:

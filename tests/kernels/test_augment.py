@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from fastssl_kernels import use_backend
-from fastssl_kernels.augment import AugmentParameters, augment
+from fastssl_kernels import AugmentParameters, augment, use_backend
 
-MODULE = import_module("fastssl_kernels.augment")  # the package's attribute of that name is the function
+MODULE = import_module("fastssl_kernels.blockwise.augment")
 ORDERS = torch.tensor(list(permutations(range(4))))
 
 

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl_kernels import available_backends, blockwise, info_nce, reference, use_backend
+from fastssl_kernels import available_backends, info_nce, reference, use_backend
 from fastssl_kernels.backend import requested
+from fastssl_kernels.blockwise import losses as blockwise
 
 
 def rows(count: int, features: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:

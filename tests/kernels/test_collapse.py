@@ -61,7 +61,7 @@ def test_collapsed_queue(
     tolerance = 1e-5
     if loss == "queue_read" or parity.LOSSES[loss].in_batch:
         tolerance = max(tolerance, epsilon)
-    if loss == "group_cross_entropy":
+    if loss == "bank_cross_entropy":
         tolerance = max(tolerance, math.expm1(epsilon / temperature))
     assert (result.gradients - truth.gradients).norm() < tolerance * (1 / temperature + truth.gradients.norm())
 

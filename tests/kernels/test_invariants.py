@@ -185,7 +185,7 @@ def test_a_group_without_rows_stays_and_one_with_rows_is_their_mean(given: Input
 
 def test_rows_are_assigned_to_the_nearest_group(given: Inputs) -> None:
     query, groups = given.query.clone().requires_grad_(), given.queue.clone().requires_grad_()
-    assignment = fk.assign_groups(query, groups)
+    assignment = fk.nearest_entry(query, groups)
     assert assignment.dtype == torch.int64
     assert torch.equal(assignment, (given.query @ given.queue.T).argmax(1))
 
@@ -204,9 +204,9 @@ def test_the_sums_of_groups_do_not_depend_on_the_block(given: Inputs, monkeypatc
     assert_same(fk.update_groups(given.query, given.queue, momentum=0.7)[:1], (expected,))
 
 
-def test_group_cross_entropy_is_info_nce_of_the_target(given: Inputs) -> None:
+def test_bank_cross_entropy_is_info_nce_of_the_target(given: Inputs) -> None:
     target = given.target[0]
-    rows, gradient = run(fk.group_cross_entropy, given.query, given.queue, target, temperature=T)
+    rows, gradient = run(fk.bank_cross_entropy, given.query, given.queue, target, temperature=T)
     others = given.queue[torch.arange(70, device=target.device) != target[0]]
     expected = run(fk.info_nce, given.query[:1], given.queue[target[:1]], others, temperature=T)
     assert_same((rows[:1], gradient[:1]), expected)

@@ -30,8 +30,8 @@ TENSORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "consistency": (("query",), ("key", "queue")),
     "mixco": (("query",), ("keys", "queue", "first", "second", "weight")),
     "unmix": (("query",), ("first_key", "second_key", "queue", "weight")),
-    "group_cross_entropy": (("prediction", "groups"), ("target",)),
-    "assign_groups": ((), ("features", "groups")),
+    "bank_cross_entropy": (("prediction", "bank"), ("target",)),
+    "nearest_entry": ((), ("query", "bank")),
     "update_groups": (("features",), ("groups",)),
     "mean_shift": (("query",), ("key", "queue")),
     "nt_xent": (("first", "second"), ("labels",)),
@@ -56,7 +56,7 @@ def prepared(name: str, arguments: Arguments, device: str, dtype: torch.dtype) -
         given["teacher"] = torch.stack([given["teacher"], given["teacher"].flip(0)])
     if "weight" in given:
         given["weight"] = torch.linspace(0.1, 0.9, len(given["query"]), device=device)
-    options = {} if name in ("queue_read", "assign_groups", "update_groups") else {"reduction": "none"}
+    options = {} if name in ("queue_read", "nearest_entry", "update_groups") else {"reduction": "none"}
     floating = {key: x.to(dtype) for key, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
     return given | floating | options
 
@@ -115,7 +115,8 @@ def test_expanded_rows_of_each_argument(
 ) -> None:
     for dtype in dtypes(backend):
         given = prepared(name, arguments, device, dtype)
-        if argument == "groups":  # of which the first is taken, if all tie
+        if name in ("bank_cross_entropy", "nearest_entry", "update_groups") and argument in ("bank", "groups"):
+            # Equal entries all tie, and the first is taken: that takes exact products.
             rows = next(iter(TENSORS[name][0] + TENSORS[name][1]))
             given[rows], given[argument] = layouts.coarse(given[rows]), layouts.coarse(given[argument])
         given[argument] = layouts.expanded(given[argument])
@@ -186,7 +187,7 @@ def test_dtypes_of_each_argument(name: str, argument: str, backend: str, device:
             expected = evaluate(name, {k: x.double() if _floats(x) else x for k, x in mixed.items()})
         with use_backend(backend):
             found = evaluate(name, mixed)
-        if name in ("assign_groups", "update_groups", "mean_shift"):  # rounding may choose another entry
+        if name in ("nearest_entry", "update_groups", "mean_shift"):  # rounding may choose another entry
             assert found[0].isfinite().all()
             continue
         for got, wanted in zip(found, expected, strict=True):

@@ -15,7 +15,7 @@ Arguments = Callable[..., dict[str, Any]]
 FUNCTIONS = list(dict.fromkeys(name.partition("+")[0] for name in parity.LOSSES))
 REDUCED = [name for name in FUNCTIONS if name not in ("queue_read", "update_groups")]
 WITH_ACCURACY = ["info_nce", "unicon", "sup_con"]
-WITH_QUEUE = [name for name in REDUCED if name not in ("group_cross_entropy", "nt_xent")]
+WITH_QUEUE = [name for name in REDUCED if name not in ("bank_cross_entropy", "nt_xent")]
 DTYPES = [  # of queries and of the queue: exact, as trained, turned round, alike
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -126,9 +126,9 @@ REFUSED_HERE: list[Refusal] = [
     ("mixco", lambda g: {"first": g["first"][1:]}, ValueError, r"first has shape \[8\]; it must be \[9\]"),
     ("mixco", lambda g: {"second": g["second"].int()}, TypeError, "second has dtype torch.int32"),
     ("unmix", lambda g: {"second_key": g["second_key"][1:]}, ValueError, r"second_key has shape \[8, 32\]"),
-    ("group_cross_entropy", lambda g: {"target": g["target"].int()}, TypeError, "target has dtype torch.int32"),
-    ("group_cross_entropy", lambda g: {"target": g["target"].T}, ValueError, r"it must be \[9\] or \[T, 9\]"),
-    ("group_cross_entropy", lambda g: {"groups": g["groups"].T}, ValueError, r"groups has shape \[32, 70\]"),
+    ("bank_cross_entropy", lambda g: {"target": g["target"].int()}, TypeError, "target has dtype torch.int32"),
+    ("bank_cross_entropy", lambda g: {"target": g["target"].T}, ValueError, r"it must be \[9\] or \[T, 9\]"),
+    ("bank_cross_entropy", lambda g: {"bank": g["bank"].T}, ValueError, r"bank has shape \[32, 70\]"),
     ("update_groups", lambda g: {"momentum": 1.1}, ValueError, "momentum is 1.1; it must lie in"),
     ("update_groups", lambda g: {"groups": g["groups"].requires_grad_()}, ValueError, r"pass groups.detach\(\)"),
     ("mean_shift", lambda g: {"k": 0}, ValueError, "k is 0; it must lie between 1 and the queue's 70 entries"),
@@ -157,7 +157,7 @@ def test_refuses_an_unknown_reduction(loss: str, backend: str, arguments: Argume
         getattr(fk, loss)(**arguments(loss), reduction="sum")
 
 
-@pytest.mark.parametrize("loss", ["mixco", "group_cross_entropy"])
+@pytest.mark.parametrize("loss", ["mixco", "bank_cross_entropy"])
 def test_refuses_an_index_that_is_none_on_a_cpu(loss: str, arguments: Arguments) -> None:
     name = "second" if loss == "mixco" else "target"
     given = arguments(loss)
@@ -171,7 +171,7 @@ def test_debug_mode_refuses_rows_that_are_not_unit(
     loss: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = arguments(loss)
-    name = {"queue_read": "bank", "group_cross_entropy": "groups", "nt_xent": "second"}.get(loss, "queue")
+    name = {"queue_read": "bank", "bank_cross_entropy": "bank", "nt_xent": "second"}.get(loss, "queue")
     long = given | {name: given[name] * 1.5}
     getattr(fk, loss)(**long)
     monkeypatch.setenv("FASTSSL_DEBUG", "1")

@@ -37,12 +37,12 @@ def test_constants_may_be_overwritten_before_backward(loss: str, backend: str, d
     assert torch.equal(gradient, expected)
 
 
-@pytest.mark.parametrize("loss", ["queue_read", "group_cross_entropy"])
+@pytest.mark.parametrize("loss", ["queue_read", "bank_cross_entropy"])
 @each_backend
 def test_a_bank_that_is_read_again_must_not_be_overwritten(loss: str, backend: str, device: str) -> None:
     given = prepare(loss, device)
     given.query.requires_grad_()
-    given.queue.requires_grad_(loss == "group_cross_entropy")
+    given.queue.requires_grad_(loss == "bank_cross_entropy")
     with use_backend(backend):
         value = total(loss, given)
         with torch.no_grad():
@@ -128,7 +128,7 @@ def _op_arguments(given: Inputs, backend: str) -> list[tuple[Callable[..., Any],
         (ops.mixco, (*pair, own, given.partner, given.weight, 0.1, backend)),
         (ops.unmix, (query, given.key, given.second_key, given.queue, given.weight, 0.1, backend)),
         (ops.mean_shift, (*pair, 5, backend)),
-        (ops.group_cross_entropy, (query, bank, given.target, 0.1, backend)),
+        (ops.bank_cross_entropy, (query, bank, given.target, 0.1, backend)),
         (ops.nt_xent, (rows, own.repeat(2), 0.1, backend)),
         (ops.bank_gradient, (given.query, given.queue, given.target, numbers, 5 + row, row, row, 0.1, False, backend)),
         (ops.queue_read, (query, given.queue, 0.1, backend)),

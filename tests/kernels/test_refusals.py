@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 import fastssl_kernels as fk
-from fastssl_kernels import checks, use_backend
+from fastssl_kernels import contract, use_backend
 from tests.kernels.test_augment import drawn, pictures
 
 Arguments = Callable[..., dict[str, Any]]
 
 FUNCTIONS = (
     *("queue_read", "info_nce", "unicon", "sup_con", "soft_cross_entropy", "consistency", "mixco", "unmix"),
-    *("group_cross_entropy", "assign_groups", "update_groups", "mean_shift", "nt_xent"),
+    *("bank_cross_entropy", "nearest_entry", "update_groups", "mean_shift", "nt_xent"),
 )
 OPTIONS: dict[str, dict[str, Any]] = {
     **{key: {"reduction": "mean", "return_accuracy": False} for key in ("info_nce", "unicon", "sup_con")},
-    **{key: {} for key in ("queue_read", "assign_groups", "update_groups")},
+    **{key: {} for key in ("queue_read", "nearest_entry", "update_groups")},
     "consistency": {"reduction": "mean", "include_positive": False},
 }
 # What no argument is, whatever it should be.
@@ -95,8 +95,8 @@ def constants(name: str) -> list[str]:
         "mixco": ["keys", "queue"],
         "unmix": ["first_key", "second_key", "queue"],
         "update_groups": ["groups"],
-        "group_cross_entropy": [],
-        "assign_groups": [],
+        "bank_cross_entropy": [],
+        "nearest_entry": [],
         "nt_xent": [],
     }.get(name, ["key", "queue"])
 
@@ -163,10 +163,10 @@ def test_any_real_number_is_taken(name: str, backend: str, arguments: Arguments)
             assert torch.equal(fk.mean_shift(**given | {"k": np.int64(5)}), fk.mean_shift(**given))
 
 
-@pytest.mark.parametrize("temperature", checks.TEMPERATURES)
+@pytest.mark.parametrize("temperature", contract.TEMPERATURES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("assign_groups", "update_groups")])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("nearest_entry", "update_groups")])
 def test_losses_and_gradients_are_finite_at_either_end_of_the_temperatures(
     name: str, backend: str, dtype: torch.dtype, temperature: float, device: str, arguments: Arguments
 ) -> None:

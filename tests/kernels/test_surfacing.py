@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import fastssl_kernels as fk
-from fastssl_kernels import blockwise, parity, reference, use_backend
+from fastssl_kernels import parity, reference, use_backend
+from fastssl_kernels.blockwise import losses as blockwise
 
 Arguments = Callable[..., dict[str, Any]]
 T = 0.2
@@ -25,7 +26,7 @@ ROWS = {
     "consistency": ("query", "key"),
     "mixco": ("query", "weight"),
     "unmix": ("query", "first_key", "second_key", "weight"),
-    "group_cross_entropy": ("prediction",),
+    "bank_cross_entropy": ("prediction",),
     "mean_shift": ("query", "key"),
     "queue_read": ("query",),
 }
@@ -33,7 +34,7 @@ BANKS = {
     **dict.fromkeys(("info_nce", "unicon", "sup_con", "soft_cross_entropy", "consistency", "unmix"), ("queue",)),
     "mean_shift": ("queue",),
     "mixco": ("keys", "queue"),
-    "group_cross_entropy": ("groups",),
+    "bank_cross_entropy": ("bank",),
     "queue_read": ("bank",),
     "nt_xent": ("first", "second"),
 }
@@ -119,9 +120,9 @@ def test_a_row_of_nan_counts_as_a_miss(name: str, backend: str, device: str, arg
 def test_nan_in_groups_and_features(backend: str, device: str, arguments: Arguments) -> None:
     given = arguments("update_groups", device)
     with use_backend(backend):
-        clean = fk.assign_groups(given["features"], given["groups"])
+        clean = fk.nearest_entry(given["features"], given["groups"])
         given["groups"][33] = torch.nan
-        assert fk.assign_groups(given["features"], given["groups"]).eq(33).all()
+        assert fk.nearest_entry(given["features"], given["groups"]).eq(33).all()
         groups, assignment = fk.update_groups(**given)
         assert assignment.eq(33).all()
         assert groups[33].isnan().all()
@@ -205,7 +206,7 @@ def test_of_equal_groups_the_first_is_assigned(kind: str, backend: str, device: 
                 groups = torch.cat([queue, queue])
                 expected = (query.double() @ queue.double().T).argmax(1)
             with use_backend(backend):
-                assert torch.equal(fk.assign_groups(query, groups), expected), (rows, count, features)
+                assert torch.equal(fk.nearest_entry(query, groups), expected), (rows, count, features)
 
 
 def with_exact_products(rows: int, count: int, features: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -218,8 +219,8 @@ def with_exact_products(rows: int, count: int, features: int, device: str = "cpu
 def test_of_equal_groups_in_other_blocks_the_first_is_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
     query, queue = with_exact_products(300, 25, 16)
     groups = queue.repeat(4, 1)
-    expected = reference.assign_groups(query, queue)
+    expected = reference.nearest_entry(query, queue)
     for length in (1, 7, 50, 64):
         monkeypatch.setattr("fastssl_kernels.blockwise.stream._block_length", lambda _, length=length: length)
         with use_backend("blockwise"):
-            assert torch.equal(fk.assign_groups(query, groups), expected)
+            assert torch.equal(fk.nearest_entry(query, groups), expected)

@@ -14,15 +14,16 @@ import torch
 from torch import nn
 
 from fastssl.methods import METHODS, TrainProgress, sharded, smog
-from fastssl.methods.queue_method import SHARDABLE, MomentumMethod
+from fastssl.methods.queue_method import MomentumMethod
 from fastssl.models.encoders import Encoder
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.presets import PRESETS, load
 from fastssl_kernels import aot, ops
-from fastssl_kernels.triton import bank_gradient, consistency, losses, nearest, reads
+from fastssl_kernels.triton import bank_gradient, consistency, losses, nearest, read
 from fastssl_kernels.triton.configuration import Configuration, launched
 from fastssl_kernels.triton.launch import H100_PROCESSORS, noted_launches
 from fastssl_pipelines.batch import Batch
+from tests.fastssl.small_methods import SHARDABLE
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -71,7 +72,7 @@ class Averages(Encoder):
 @pytest.fixture(autouse=True)
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_implementation", lambda *_: losses)
-    for module in (bank_gradient, consistency, nearest, reads):
+    for module in (bank_gradient, consistency, nearest, read):
         monkeypatch.setattr(module, "processors", lambda _: H100_PROCESSORS)
     monkeypatch.setattr(smog, "spherical_kmeans", partial(spherical_kmeans, rounds=1))
 

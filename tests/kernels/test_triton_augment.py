@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastssl_kernels import use_backend
-from fastssl_kernels.augment import AugmentParameters
-from fastssl_kernels.augment import augment as torch_augment
+from fastssl_kernels import AugmentParameters, use_backend
+from fastssl_kernels import augment as torch_augment
 from tests.kernels.test_augment import ORDERS, drawn, neutral, pictures
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -55,7 +55,7 @@ def group_arguments(
     temperature: float = 0.1,
     scale: float = 1.0,
 ) -> tuple:
-    """As backward of `group_cross_entropy` calls it, with upstream gradients about as large as `scale`."""
+    """As backward of `bank_cross_entropy` calls it, with upstream gradients about as large as `scale`."""
     rows, entries, features, targets = shape
     given = parity.make_inputs(rows, entries, features).to(dtype, bank_dtype or dtype)
     lse = (given.query.double() @ given.queue.double().T / temperature).logsumexp(1).float()
@@ -108,7 +108,7 @@ def test_triton_bank_gradient_is_that_of_autograd() -> None:
     arguments = group_arguments((40, 70, 48, 2), torch.float32)
     prediction, groups, target, _, _, _, upstream, temperature, _ = arguments
     leaf = groups.double().requires_grad_()
-    loss = reference.group_cross_entropy(prediction.double(), leaf, target, temperature=temperature, reduction="none")
+    loss = reference.bank_cross_entropy(prediction.double(), leaf, target, temperature=temperature, reduction="none")
     (expected,) = torch.autograd.grad(loss, leaf, upstream.double())
     assert error(gradient(*arguments), expected) < 1e-5
 

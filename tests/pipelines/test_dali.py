@@ -47,7 +47,7 @@ def test_the_cut_and_resize_of_a_gpu_are_torchvisions_within_one_level_but_for_t
         levels = (torch.from_dlpack(output.as_tensor()).int() - wanted.int()).abs()
         margin = view.size // 8
         assert levels[:, margin:-margin, margin:-margin].max() <= 1
-        # where a box is made smaller, DALI repeats its border pixel and torchvision narrows the filter
+        # Where a box is made smaller, DALI repeats its border pixel and torchvision narrows the filter
         assert levels.max() <= 12
         assert levels.float().mean() < 0.4
 
@@ -73,7 +73,7 @@ def test_a_file_that_only_pillow_reads_is_used(tmp_path):
     Image.open(paths[5]).save(tmp_path / "005.png")
     paths[5].unlink()
     content = (tmp_path / "005.png").read_bytes()
-    (tmp_path / "005.png").write_bytes(content[:-6])  # its end mark is cut
+    (tmp_path / "005.png").write_bytes(content[:-6])  # Its end mark is cut
     source = ImageFolder(tmp_path)
     steps = TrainSampler(plan_of(source), batch_size=20)
     executor = build_executor("dali", source, workers=2, **NORMALIZATION)
@@ -129,7 +129,7 @@ def test_two_streams_at_once_do_not_mix(folder):
             assert torch.equal(batch.views[0], expected[batch.step].views[0])
 
 
-def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder):
+def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder, notes):
     seconds = {"gpu": 0.02, "gpu-region": 0.004, "cpu": 0.03, "cpu-region": 0.03}
     clock = [100.0]
 
@@ -145,7 +145,7 @@ def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder):
     monkeypatch.setattr(executor, "_new_decoder", lambda sizes, batch_size, decode: Timed(decode))
     plan = plan_of(folder).batch(0, 0, 24)
     assert executor._faster_way((64, 16), plan, []) == "gpu-region"
-    (note,) = executor.notes
+    (note,) = notes.take()
     assert "auto takes gpu-region; images/s with 3 threads: gpu 1200, gpu-region 6000, cpu 800, cpu-region 800" in note
 
 
@@ -197,17 +197,17 @@ def slow(monkeypatch, folder):
     return build_executor("dali", folder, device=fake_cuda.DEVICE, workers=2, **NORMALIZATION), decoder
 
 
-def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder):
+def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder, notes):
     executor, decoder = slow
     steps = TrainSampler(plan_of(folder), batch_size=8)
-    with ThreadPoolExecutor(2) as consumers:  # as an evaluation beside the training
+    with ThreadPoolExecutor(2) as consumers:  # As an evaluation beside the training
         batches = consumers.map(lambda first: len(list(executor.stream(steps, first, first + 4))), (0, 4))
         assert list(batches) == [4, 4]
     assert decoder.decodes[:4] == list(dali.DECODES)
     assert set(decoder.decodes[4:]) == {executor._decode}
     assert decoder.at_once[: 2 * len(dali.DECODES)] == [0] * 2 * len(dali.DECODES)
     assert max(decoder.at_once) > 0
-    (note,) = executor.notes
+    (note,) = notes.take()
     assert "auto takes" in note
 
 
@@ -222,7 +222,7 @@ def test_auto_measures_before_other_batches_are_read(slow, folder, monkeypatch):
     monkeypatch.setattr(executor, "_encoded", watched)
     assert len(list(executor.stream(TrainSampler(plan_of(folder), batch_size=8), 0, 6))) == 6
     assert decode_then.count("auto") == 1
-    assert len(decode_then) == 7  # the first batch is decoded twice
+    assert len(decode_then) == 7  # The first batch is decoded twice
 
 
 def test_a_decoder_is_taken_by_one_thread_alone(slow, folder):

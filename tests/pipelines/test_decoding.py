@@ -73,7 +73,7 @@ def test_an_orientation_is_applied_to_size_and_pixels(kind, orientation, tmp_pat
     source = ImageFolder(tmp_path)
     assert (source.heights[0], source.widths[0]) == expected.shape[:2]
     np.testing.assert_array_equal(source.pixels(0), expected)
-    # not by Pillow: the corner that EXIF calls the first row and column
+    # Not by Pillow: the corner that EXIF calls the first row and column
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
     stored = np.asarray(Image.open(io.BytesIO(TURNED[kind](1))).convert("RGB"))
     np.testing.assert_array_equal(expected[corner[orientation]], stored[0, 0])
@@ -214,7 +214,7 @@ def test_numbers_without_a_range_are_told_and_not_guessed(dtype, tmp_path):
     (tmp_path / "good.png").write_bytes(encoded("PNG"))
     source = ImageFolder(tmp_path)
     assert list(source.defects) == [1]
-    with pytest.raises(DataError, match=r"measured\.tif .*8 or 16 bits a channel.*--data\.root"):
+    with pytest.raises(DataError, match=r"measured\.tif .*8 or 16 bits per channel.*--data\.root"):
         source.pixels(1)
 
 

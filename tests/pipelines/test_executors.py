@@ -72,7 +72,7 @@ def test_pixels_are_those_of_torchvision(request, name, kind, view):
     assert crops.dtype == torch.uint8
     assert crops.shape == expected.shape == (len(source), view.size, view.size, 3)
     levels = difference(crops, expected)
-    # on a CPU, all resize with torchvision's function, and dali decodes like PIL
+    # On a CPU, all resize with torchvision's function, and dali decodes like PIL
     assert levels.max() == 0
 
 
@@ -235,7 +235,7 @@ def test_worker_processes_give_the_same_batches(monkeypatch, name, small):
     monkeypatch.setattr("fastssl_pipelines.executors.resident._WORTH_PROCESSES", 3)
     steps = TrainSampler(plan_of(small), batch_size=16)
     in_process = list(build(name, small).stream(steps, 1, 15))
-    # all are kept, so that memory that is used again would show
+    # All are kept, so that memory that is used again would show
     for one, other in zip(in_process, list(build(name, small, workers=2).stream(steps, 1, 15)), strict=True):
         assert (one.step, one.ids.tolist()) == (other.step, other.ids.tolist())
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
@@ -250,7 +250,7 @@ def test_a_worker_process_gives_the_same_error(broken):
 
 @pytest.mark.parametrize(("name", "workers"), [("resident", 0), ("torchvision", 0), ("torchvision", 1), ("dali", 1)])
 def test_a_stream_stops_with_its_consumer(name, workers, small):
-    before = threading.enumerate()  # other tests leave stuck threads behind, on purpose
+    before = threading.enumerate()  # Other tests leave stuck threads behind, on purpose
     executor = build(name, small, workers=workers)
     stream = executor.stream(TrainSampler(plan_of(small), batch_size=4), 0, 10**9)
     assert next(stream).step == 0
@@ -332,7 +332,7 @@ def test_a_negative_number_of_workers_is_refused(small):
 def test_as_many_workers_decode_as_share_memory_for_their_batches(monkeypatch, folder, room, taken):
     """Each has two batches under way, and one more is being copied."""
     plan = plan_of(folder, REDUCED).batch(0, 0, 8)
-    free_bytes = 2 * room * 8 * 16 * 16 * 3  # half of which may be taken
+    free_bytes = 2 * room * 8 * 16 * 16 * 3  # Half of which may be taken
     monkeypatch.setattr(workers.os, "statvfs", lambda path: SimpleNamespace(f_bavail=free_bytes, f_frsize=1))
     asked = []
     monkeypatch.setattr(workers, "_views_of_processes", lambda *given: asked.append((len(given[2]), given[3])) or ())

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from fastssl_pipelines.errors import MachineError
-from fastssl_pipelines.files import new_file, open_regular, open_to_append, read_file, read_text, write_whole
+from fastssl_pipelines.files import new_file, open_regular, open_to_append, read_file, read_text, write_atomic
 
 
 def test_reads_a_regular_file_also_through_a_link(tmp_path):
@@ -41,7 +41,7 @@ def test_refuses_what_is_no_regular_file_at_once(tmp_path, kind):
 
 def test_refuses_a_file_beyond_the_limit_without_reading_it(tmp_path):
     with (tmp_path / "giant").open("wb") as file:
-        file.truncate(2**42)  # sparse
+        file.truncate(2**42)  # Sparse
     with pytest.raises(OSError, match="at most 1000 are allowed") as error:
         read_file(tmp_path / "giant", at_most_bytes=1000)
     assert error.value.errno == errno.EFBIG
@@ -79,7 +79,7 @@ def test_links_where_files_are_written_lose_their_place_and_not_their_target(tmp
     victim.write_text("precious")
     for name in ("out", "out.tmp", "new"):
         (tmp_path / name).symlink_to(victim)
-    write_whole(tmp_path / "out", b"written")
+    write_atomic(tmp_path / "out", b"written")
     with new_file(tmp_path / "new") as file:
         file.write(b"written")
     assert victim.read_text() == "precious"
@@ -94,10 +94,10 @@ def test_links_where_files_are_written_lose_their_place_and_not_their_target(tmp
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     (tmp_path / "out").write_text("before")
     with pytest.raises(OSError, match="directory"):
-        write_whole(tmp_path / "missing" / "out", b"x")
+        write_atomic(tmp_path / "missing" / "out", b"x")
     os.mkdir(tmp_path / "folder")
     with pytest.raises(OSError, match="directory"):
-        write_whole(tmp_path / "folder", b"x")
+        write_atomic(tmp_path / "folder", b"x")
     assert (tmp_path / "out").read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out"]
 

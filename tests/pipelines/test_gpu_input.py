@@ -18,8 +18,7 @@ from fastssl_pipelines import (
     available_executors,
     build_executor,
 )
-from fastssl_pipelines.executors.handover import HOST_AHEAD
-from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, to_device
+from fastssl_pipelines.executors.transfer import ALIGNED_BYTES, HOST_AHEAD, to_device
 from tests.pipelines.photos import NORMALIZATION, photo, plan_of, save_photos
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.gpu
 STEPS = 40
 SIZES = (48, 64)
 VIEWS = tuple(ViewSpec(size=size, blur=0.5, solarize=0.2) for size in SIZES)
-MEAN_LEVELS = 1.0  # of an image; on a CPU the resize and the graph of a GPU were within 0.47 after augmentation
+MEAN_LEVELS = 1.0  # Of an image; on a CPU the resize and the graph of a GPU were within 0.47 after augmentation
 PIPELINES = [("resident", 2), ("torchvision", 0), ("torchvision", 2), ("dali", 2)]
 
 
@@ -55,7 +54,7 @@ def expected(images) -> list[Batch]:
 
 def busy(milliseconds: float) -> None:
     """Keep the current stream busy, as training does."""
-    torch.cuda._sleep(int(milliseconds * 1.5e6))  # clock cycles at about 1.5 GHz
+    torch.cuda._sleep(int(milliseconds * 1.5e6))  # Clock cycles at about 1.5 GHz
 
 
 def assert_the_same(found: Batch, wanted: Batch) -> None:
@@ -118,7 +117,7 @@ def test_no_thread_waits_for_the_stream_that_trains(images, name, workers):
     """The consumer's stream has seconds of work before it, and the input prepares its batches all the same."""
     executor = build(name, images, "cuda", workers, prefetch=HOST_AHEAD)
     stream = executor.stream(steps_of(images), 0, STEPS)
-    next(stream)  # kernels are compiled, memory is there
+    next(stream)  # Kernels are compiled, memory is there
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -157,16 +156,16 @@ def test_memory_does_not_grow_with_the_length_of_a_stream(images, name, workers)
         for _ in executor.stream(steps, 0, length):
             busy(3)
         torch.cuda.synchronize()
-        # what was freed and waits for the consumer's stream counts as well
+        # What was freed and waits for the consumer's stream counts as well
         peaks.append(torch.cuda.memory_stats()["active_bytes.all.peak"])
     batch_bytes = 32 * 3 * sum(size**2 for size in SIZES) * 4
     assert peaks[1] <= peaks[0] + 2 * batch_bytes
 
 
-def test_images_in_host_memory_give_the_same_batches(monkeypatch, images, expected):
+def test_images_in_host_memory_give_the_same_batches(monkeypatch, images, expected, notes):
     monkeypatch.setattr("fastssl_pipelines.executors.resident._place", lambda needed_bytes, device: "cpu")
     executor = build("resident", images, "cuda", 2)
-    assert any("host memory" in note for note in executor.notes)
+    assert any("host memory" in note for note in notes.take())
     for batch, wanted in zip(executor.stream(steps_of(images), 0, STEPS), expected, strict=True):
         busy(2)
         assert_the_same(on_host(batch), wanted)

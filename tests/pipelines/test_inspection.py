@@ -115,7 +115,7 @@ def test_another_format_is_named(format):
 def test_numbers_without_a_range_are_told(mode):
     (defect,) = inspect(encode("TIFF", Image.new(mode, (8, 8))), "b.tif")
     assert defect.kind is DefectKind.OTHER_FORMAT
-    assert "8 or 16 bits a channel" in defect.detail
+    assert "8 or 16 bits per channel" in defect.detail
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
@@ -135,7 +135,7 @@ def test_other_files_that_end_early_are_unusable(format):
 
 def test_what_is_no_picture_is_told():
     (defect,) = inspect(b"<html>404 Not Found</html>", "b.jpg")
-    assert (defect.kind, defect.detail) == (DefectKind.OTHER_FORMAT, "no picture that Pillow knows")
+    assert (defect.kind, defect.detail) == (DefectKind.OTHER_FORMAT, "not an image format that Pillow knows")
 
 
 @pytest.mark.parametrize(

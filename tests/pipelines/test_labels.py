@@ -70,7 +70,7 @@ def test_a_subset_of_a_joint_source(joint):
 
 @pytest.mark.parametrize("pipeline", ["dali", "torchvision", "resident"])
 def test_every_executor_takes_a_joint_source(joint, pipeline):
-    source = pickle.loads(pickle.dumps(joint))  # as worker processes get it
+    source = pickle.loads(pickle.dumps(joint))  # As worker processes get it
     plan = SamplePlan(
         widths=source.widths,
         heights=source.heights,
@@ -86,7 +86,7 @@ def test_every_executor_takes_a_joint_source(joint, pipeline):
     for row, (top, left, height, width) in enumerate(boxes.tolist()):
         side = min(joint.heights[row], joint.widths[row])
         assert height == width == side
-        if side == 8:  # not resized, so exact
+        if side == 8:  # Not resized, so exact
             cut = joint.pixels(row)[top : top + 8, left : left + 8]
             got = (batch.views[0][row].permute(1, 2, 0) * 255).round().numpy().astype(np.uint8)
             np.testing.assert_array_equal(got, cut)

@@ -16,7 +16,7 @@ from tests.pipelines.photos import NORMALIZATION, plan_of
 
 COUNT = 24
 VIEWS = (ViewSpec(size=224), ViewSpec(size=96, scale=(0.05, 0.2)), ViewSpec(size=32))
-# mean, maximum, and maximum without an eighth of the view at each border
+# Mean, maximum, and maximum without an eighth of the view at each border
 TOLERANCES = {
     "torchvision": (0.1, 2, 2),
     "dali on a CPU": (0.1, 2, 2),
@@ -57,7 +57,7 @@ def crops_of(name: str, source: ImageFolder) -> tuple[torch.Tensor, ...]:
     executor = build_executor(name.split()[0], source, workers=0, **NORMALIZATION)
     if not name.endswith("GPU"):
         return executor.crops(plan)
-    # what a GPU runs, on a CPU
+    # What a GPU runs, on a CPU
     if name.startswith("resident"):
         return _crops_in_batches(executor._images.transpose(2, 3).contiguous(), torch.device("cpu"), plan)
     from fastssl_pipelines.executors.dali_graph import Decoder

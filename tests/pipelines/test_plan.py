@@ -84,7 +84,7 @@ def test_seed_epoch_position_and_view_all_change_the_numbers():
     drawn = [view.brightness for batch in batches for view in batch.views]
     for number, one in enumerate(drawn):
         for other in drawn[:number]:
-            assert np.mean(one == other) < 0.3  # neutral values coincide, drawn ones do not
+            assert np.mean(one == other) < 0.3  # Neutral values coincide, drawn ones do not
     assert len({tuple(batch.ids) for batch in batches}) == len(batches)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastssl_pipelines import DataError, TarShards, list_images, open_source
 from fastssl_pipelines.sources import index, shards
-from fastssl_pipelines.sources.open_files import OpenFiles
+from fastssl_pipelines.sources.tar import OpenFiles
 
 
 def png(value, width=6, height=5):
@@ -139,7 +139,7 @@ def test_a_shard_cut_anywhere_is_refused(webdataset):
     content = path.read_bytes()
     with tarfile.open(path) as archive:
         end = [member.offset_data + member.size for member in archive][-1]
-    end += -end % 512  # the end mark
+    end += -end % 512  # The end mark
     cuts = [*range(0, end, 256), end - 1, end, end + 100]
     for cut in cuts:
         path.write_bytes(content[:cut])
@@ -231,7 +231,7 @@ def open_descriptors() -> int:
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors as Linux shows them")
 def test_descriptors_are_few_and_closed_at_the_end(tmp_path, monkeypatch):
     gc.collect()
-    monkeypatch.setattr("fastssl_pipelines.sources.open_files._KEPT_AT_MOST", OpenFiles._kept + 3)
+    monkeypatch.setattr("fastssl_pipelines.sources.tar._KEPT_AT_MOST", OpenFiles._kept + 3)
     for number in range(6):
         shard(tmp_path / f"{number}.tar", {"a.png": png(number)})
     before = open_descriptors()

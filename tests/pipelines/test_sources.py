@@ -69,7 +69,7 @@ def test_more_files_than_a_scan_chunk(tmp_path):
         (lambda root: (root / "cat").mkdir(parents=True), "class folder .*cat holds no"),
         (
             lambda root: [save(root / "cat" / "1.png", picture(2, 2)), save(root / "2.png", picture(2, 2))],
-            "also 2.png beside them",
+            "also 2.png next to them",
         ),
     ],
 )
@@ -103,13 +103,11 @@ def test_files_without_a_readable_header_keep_their_numbers(with_garbage):
             assert "\n" not in str(raised.value)
 
 
-def test_defects_and_notes_of_subsets_and_joint_sources(with_garbage):
-    with_garbage.notes = ("a note",)
+def test_defects_of_subsets_and_joint_sources(with_garbage):
     subset = Subset(with_garbage, np.array([3, 2, 0, 2]))
     assert subset.defects == {1: with_garbage.defects[2], 3: with_garbage.defects[2]}
     joint = JointSource(subset, with_garbage)
     assert list(joint.defects) == [1, 3, 5, 6]
-    assert joint.notes == ("a note", "a note")
     for source in (subset, joint):
         for number, reason in source.defects.items():
             assert source.widths[number] == 0

@@ -86,7 +86,7 @@ def test_ranks_and_restarts_agree_on_the_image_that_stands_in(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_training_goes_on_and_says_what_was_replaced(name, workers, folder):
+def test_training_goes_on_and_says_what_was_replaced(name, workers, folder, notes):
     executor = build(name, folder, workers=workers)
     steps = TrainSampler(plan_of(folder), batch_size=40)
     batches = list(executor.stream(steps, 0, 12))
@@ -94,10 +94,10 @@ def test_training_goes_on_and_says_what_was_replaced(name, workers, folder):
     assert set(executor.unreadable) == {CUT, GONE}
     for batch in batches:
         assert batch.ids.tolist() == steps.at(batch.step, masked(CUT, GONE)).ids.tolist()
-    notes = " ".join(executor.notes)
-    assert "017.jpg cannot be read" in notes
-    assert "100.jpg cannot be read" in notes
-    assert notes.count("the next image takes its place") == 2
+    text = " ".join(notes.take())
+    assert "017.jpg cannot be read" in text
+    assert "100.jpg cannot be read" in text
+    assert text.count("the next image takes its place") == 2
 
 
 @pytest.mark.parametrize("name", ["resident", "dali"])
@@ -142,7 +142,7 @@ def test_more_than_one_in_a_hundred_stops_the_run(name, folder, tmp_path):
 def test_a_single_plan_names_all_its_unreadable_images(name, folder):
     with pytest.raises(UnreadableImages) as raised:
         build(name, folder).batch(plan_of(folder).batch(0, 0, COUNT), 0)
-    # a missing file is known before anything is decoded
+    # A missing file is known before anything is decoded
     assert set(raised.value.reasons) in ({CUT, GONE}, {GONE})
 
 

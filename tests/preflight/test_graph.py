@@ -20,7 +20,7 @@ from tests.fastssl.small_methods import VARIANTS, a_batch, build
 from tests.preflight.fake_cuda import DEVICE, fake_cuda
 from tests.preflight.recipes import DTYPES
 
-LOSSES = {"smog": "group_cross_entropy", "ressl": "soft_cross_entropy", "msvq": "soft_cross_entropy"}
+LOSSES = {"smog": "bank_cross_entropy", "ressl": "soft_cross_entropy", "msvq": "soft_cross_entropy"}
 LOSSES |= {"unimoco": "unicon", "supcon": "sup_con"}
 CASES = [(variant, "bf16") for variant in VARIANTS] + [(name, "fp16") for name in METHODS]
 

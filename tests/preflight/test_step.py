@@ -44,8 +44,8 @@ def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pyte
             output = step(batch_on_gpu(config, END), TrainProgress(END, 2 * END, END + 1), 0.1)
     scalars = {"loss": output.loss, **output.metrics}
     assert described(scalars) == {key: (torch.Size([]), torch.float32, DEVICE) for key in scalars}
-    assert {rows.device for rows in output.kept} == {DEVICE}
-    assert not any(rows.requires_grad for rows in output.kept)
+    assert {rows.device for rows in output.updates} == {DEVICE}
+    assert not any(rows.requires_grad for rows in output.updates)
     assert described(method.state_dict()) == state
     banks = {value.dtype for key, value in method.state_dict().items() if key.endswith(".keys")}
     assert banks == {DTYPES[precision]}

@@ -25,8 +25,8 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastssl_kernels import AugmentParameters
 from fastssl_kernels.aot import SHARED_BYTES
-from fastssl_kernels.augment import AugmentParameters
 from fastssl_kernels.triton import augment, losses
 from tests.preflight.driver import installed
 from tests.preflight.fake_cuda import DEVICE, fake_cuda
@@ -105,7 +105,7 @@ FUNCTIONS: dict[str, Callable[[Inputs], Any]] = {
         losses.soft_cross_entropy_rows(x.query, x.teachers[:count], x.queue, x.temperature, 0.6 * x.temperature)
         for count in (1, 2)
     ],
-    "group_cross_entropy": lambda x: losses.group_cross_entropy_rows(x.query, x.queue, x.targets, x.temperature),
+    "bank_cross_entropy": lambda x: losses.bank_cross_entropy_rows(x.query, x.queue, x.targets, x.temperature),
     "bank_gradient": lambda x: losses.bank_gradient(
         x.query, x.queue, x.targets, x.bank_labels, x.weight, x.weight, x.upstream, x.temperature, False
     ),
@@ -130,7 +130,7 @@ def training_cases() -> Iterator[Case]:
     for function in FUNCTIONS:
         for size in (TRAINING, ONE):
             yield Case(function, "bf16", size)
-    for function in ("group_cross_entropy", "bank_gradient"):
+    for function in ("bank_cross_entropy", "bank_gradient"):
         yield Case(function, "fp32", TRAINING)
 
 

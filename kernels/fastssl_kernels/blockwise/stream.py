@@ -1,4 +1,4 @@
-"""How a bank is streamed: blocks of entries, chunks of rows, and the sums kept over the blocks.
+"""How a bank is streamed: blocks of entries against chunks of rows.
 
 A block's logits are [entries, rows] and the sums [features, rows]: the bank then enters both products as it
 lies in memory, and sums over entries run along whole rows. Logits are in base 2, because `exp2` is cheaper
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..numerics import LOG2_E, accumulation_dtype
+from ..rows import LOG2_E, accumulation_dtype
 
 _CPU_ROWS = 256
 # Of each thread: its 4 MiB of float32 stay in a cache between passes, and blocks are few. At each operation the
@@ -68,67 +68,9 @@ class Products:
         return torch.mm(block, self._columns, out=self._buffer[: len(block)])
 
 
-class Sums:
-    """Per row, over the blocks added so far: the largest logit, and sums relative to its exponential."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self._weighted = empty_sums(rows)
-        # Finite, so that the difference of two empty rows' largest is 0 and not NaN.
-        self.largest = torch.full_like(self._weighted[0], -1e30)
-        """[N], in base 2."""
-        self.total = torch.zeros_like(self.largest)
-        """[N]: sum of 2**(logit - largest)."""
-
-    def add(self, logits: Tensor, block: Tensor) -> None:
-        """Overwrites `logits` by their terms of `total`."""
-        largest = torch.maximum(self.largest, logits.amax(0))
-        self._rescale(torch.exp2(self.largest - largest))
-        self.largest = largest
-        logits.sub_(largest).exp2_()
-        self.total += logits.sum(0)
-        self._weighted.addmm_(block.T, logits)
-
-    def mean(self) -> Tensor:
-        """[N, C]: the entries' mean, weighted by the softmax of the logits; 0 for a row without entries."""
-        return self._mean_of(self._weighted)
-
-    def _rescale(self, factor: Tensor) -> None:
-        self.total *= factor
-        self._weighted *= factor
-
-    def _mean_of(self, weighted: Tensor) -> Tensor:
-        return (weighted / torch.where(self.total > 0, self.total, 1)).T.contiguous()
-
-
-class MomentSums(Sums):
-    """`Sums` that weight entries also by a factor of their own."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__(rows)
-        self._moment = empty_sums(rows)
-
-    def add_with(self, factor: Tensor, logits: Tensor, block: Tensor) -> None:
-        """`add`; overwrites `factor` too."""
-        self.add(logits, block)
-        self._moment.addmm_(block.T, factor.mul_(logits))
-
-    def moment(self) -> Tensor:
-        """[N, C]: the mean of factor times entry."""
-        return self._mean_of(self._moment)
-
-    def _rescale(self, factor: Tensor) -> None:
-        super()._rescale(factor)
-        self._moment *= factor
-
-
 def in_base_2(rows: Tensor, temperature: float) -> Tensor:
     """Rows whose products with an entry are logits in base 2."""
     return rows.to(accumulation_dtype(rows.dtype)) * (LOG2_E / temperature)
-
-
-def empty_sums(rows: Tensor) -> Tensor:
-    """Zeros, [features, rows]."""
-    return torch.zeros_like(rows.T, memory_format=torch.contiguous_format)
 
 
 def row_chunks(rows: Tensor) -> list[slice]:

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..numerics import LOG2_E
+from ..rows import LOG2_E
+from . import kind
 from .configuration import Configuration, configure, every_input
 from .launch import Plan, Tiles, launch, make_plan, pad_columns, processors
-from .reads import with_unit_stride
+from .read import with_unit_stride
 from .tiles import dot, load_tile, round_to, rounded_weights
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -28,20 +29,20 @@ TILES: dict[int, dict[int, Tiles]] = {
 
 @triton.jit
 def bank_gradient_kernel(
-    stream,  # [rows, features] contiguous
-    bank,  # [entries, features] of the same dtype, last stride 1
-    query_labels,  # [TARGETS, rows] int64
-    bank_labels,  # [entries] int64
-    lse,  # [rows] of each row's logits, natural
-    label_weight,  # [rows]
-    upstream,  # [rows]
-    gradient,  # [splits, entries, features]
-    inverse_temperature,
-    rows,
-    entries,
-    features,
-    bank_stride,
-    share,  # rows per split, a multiple of ROWS
+    stream: kind.Elements,  # [rows, features] contiguous
+    bank: kind.Elements,  # [entries, features] of the same dtype, last stride 1
+    query_labels: kind.Longs,  # [TARGETS, rows] int64
+    bank_labels: kind.Longs,  # [entries] int64
+    lse: kind.Floats,  # [rows] of each row's logits, natural
+    label_weight: kind.Floats,  # [rows]
+    upstream: kind.Floats,  # [rows]
+    gradient: kind.Floats,  # [splits, entries, features]
+    inverse_temperature: kind.Factor,
+    rows: kind.Count,
+    entries: kind.Entries,
+    features: kind.Multiple,
+    bank_stride: kind.Multiple,
+    share: kind.Multiple,  # rows per split, a multiple of ROWS
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..numerics import LOG2_E
+from ..rows import LOG2_E
+from . import kind
 from .color import store_finished
 from .tiles import dot
 
@@ -28,22 +29,22 @@ def weight_at(distance, sigma, radius, dtype: tl.constexpr):
 
 @triton.jit
 def blur_kernel(
-    levels,  # [B, height, width, 3]
-    blur_sigma,  # [B], as those that follow
-    solarize,
-    flip,
-    result,  # [B, height, width, 3]: of the images with sigma above 0
-    red_scale,
-    green_scale,
-    blue_scale,
-    red_shift,
-    green_shift,
-    blue_shift,
-    height,
-    width,
-    radius,
-    across,  # windows in a row
-    parts,
+    levels: kind.Levels,  # [B, height, width, 3]
+    blur_sigma: kind.Floats,  # [B], as those that follow
+    solarize: kind.Bools,
+    flip: kind.Bools,
+    result: kind.Elements,  # [B, height, width, 3]: of the images with sigma above 0
+    red_scale: kind.Factor,
+    green_scale: kind.Factor,
+    blue_scale: kind.Factor,
+    red_shift: kind.Factor,
+    green_shift: kind.Factor,
+    blue_shift: kind.Factor,
+    height: kind.Count,
+    width: kind.Count,
+    radius: kind.Count,
+    across: kind.Count,  # windows in a row
+    parts: kind.Count,
     WINDOW: tl.constexpr,
 ):
     image = tl.program_id(0) // parts

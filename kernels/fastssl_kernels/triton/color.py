@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import kind
 from .tiles import round_to
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -85,15 +86,15 @@ def store_finished(result, level, solarize, scale, shift, mask):
 
 @triton.jit
 def gray_sum_kernel(
-    images,  # [B, pixels, 3] contiguous uint8
-    brightness,  # [B], as all that follow
-    contrast,
-    saturation,
-    hue,
-    order,  # [B, 4] int64
-    gray_sum,  # [B, parts]: of the image as it comes to contrast; not written where contrast changes nothing
-    pixels,
-    parts,
+    images: kind.Bytes,  # [B, pixels, 3] contiguous uint8
+    brightness: kind.Floats,  # [B], as all that follow
+    contrast: kind.Floats,
+    saturation: kind.Floats,
+    hue: kind.Floats,
+    order: kind.Longs,  # [B, 4] int64
+    gray_sum: kind.Floats,  # [B, parts]: before contrast; not written where it changes nothing
+    pixels: kind.Count,
+    parts: kind.Count,
     PIXELS: tl.constexpr,
 ):
     image = tl.program_id(0) // parts
@@ -114,28 +115,28 @@ def gray_sum_kernel(
 
 @triton.jit
 def color_kernel(
-    images,  # [B, pixels, 3] contiguous uint8
-    brightness,  # [B], as all that follow
-    contrast,
-    saturation,
-    hue,
-    order,  # [B, 4] int64
-    grayscale,
-    blur_sigma,  # not read unless BLUR
-    solarize,
-    flip,
-    gray_sum,  # [B, parts]
-    levels,  # [B, pixels, 3]: of the images to be blurred
-    result,  # [B, pixels, 3]: all others
-    red_scale,
-    green_scale,
-    blue_scale,
-    red_shift,
-    green_shift,
-    blue_shift,
-    pixels,
-    width,
-    parts,
+    images: kind.Bytes,  # [B, pixels, 3] contiguous uint8
+    brightness: kind.Floats,  # [B], as all that follow
+    contrast: kind.Floats,
+    saturation: kind.Floats,
+    hue: kind.Floats,
+    order: kind.Longs,  # [B, 4] int64
+    grayscale: kind.Bools,
+    blur_sigma: kind.Floats,  # not read unless BLUR
+    solarize: kind.Bools,
+    flip: kind.Bools,
+    gray_sum: kind.Floats,  # [B, parts]
+    levels: kind.Levels,  # [B, pixels, 3]: of the images to be blurred
+    result: kind.Elements,  # [B, pixels, 3]: all others
+    red_scale: kind.Factor,
+    green_scale: kind.Factor,
+    blue_scale: kind.Factor,
+    red_shift: kind.Factor,
+    green_shift: kind.Factor,
+    blue_shift: kind.Factor,
+    pixels: kind.Count,
+    width: kind.Count,
+    parts: kind.Count,
     PIXELS: tl.constexpr,
     PARTS: tl.constexpr,
     BLUR: tl.constexpr,

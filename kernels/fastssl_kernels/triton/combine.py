@@ -1,10 +1,11 @@
-"""What every combine kernel is made of: one program a row merges the row's splits in a fixed order."""
+"""Merge the splits of a read in a fixed order, one program per row, and apply the closed form of the loss."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from . import kind
 from .tiles import LOWEST
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -91,3 +92,136 @@ def sigmoid(x):
     """1 / (1 + exp(-x)) without overflow."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x > 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def combine_pairs_kernel(
+    query: kind.Floats,  # [rows, features] contiguous, as are the keys: unrounded, for the positive pair
+    key: kind.Floats,
+    second_key: kind.Floats,  # not read unless MIXED
+    weight: kind.Floats,  # [rows], of the first key; not read unless MIXED
+    negative_lse: kind.Floats,  # [splits, rows], base 2
+    negative_mean: kind.Floats,  # [splits, rows, features]
+    positive_lse: kind.Floats,  # of the negated logits; not read unless LABELED
+    positive_mean: kind.Floats,
+    largest: kind.Floats,  # [splits, rows]; not read unless ACCURACY
+    loss: kind.Floats,  # [rows]
+    gradient: kind.Floats,  # [rows, features]
+    accuracy: kind.Floats,  # [rows]; not written unless ACCURACY
+    scale: kind.Factor,
+    inverse_temperature: kind.Factor,
+    rows: kind.Count,
+    features: kind.Multiple,
+    splits: kind.Count,
+    SPLITS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    LABELED: tl.constexpr,
+    MIXED: tl.constexpr,
+    ACCURACY: tl.constexpr,
+):
+    """Softplus of LSE of negatives + LSE of negated positives: InfoNCE, UniCon, Un-Mix."""
+    row = tl.program_id(0)
+    # Scaled before the product, as in the reads: equal vectors then have equal logits, not almost.
+    q = load_row(query, row, features, FEATURES) * scale
+    k = load_row(key, row, features, FEATURES)
+    own = tl.sum(q * k, 0)
+    lse, mean = merge_new(negative_lse, negative_mean, row, rows, splits, features, SPLITS, FEATURES)
+    # The own key is the first positive; without labels it is the only one.
+    shift = -own
+    total = tl.full([], 1.0, tl.float32)
+    positive = k
+    if LABELED:
+        shift, total, positive = merge(
+            positive_lse, positive_mean, shift, total, positive, row, rows, splits, features, SPLITS, FEATURES
+        )
+    pairs = (lse + shift + tl.log2(total)) * LN2
+    value = softplus(pairs)
+    slope = sigmoid(pairs) * (mean - positive / total)
+    if MIXED:
+        w = tl.load(weight + row)
+        second = load_row(second_key, row, features, FEATURES)
+        pairs = (lse - tl.sum(q * second, 0)) * LN2
+        value = w * value + (1.0 - w) * softplus(pairs)
+        slope = w * slope + (1.0 - w) * sigmoid(pairs) * (mean - second)
+    tl.store(loss + row, value)
+    store_row(gradient, row, slope * inverse_temperature, features, FEATURES)
+    if ACCURACY:
+        top = largest_logit(largest, row, rows, splits, SPLITS)
+        tl.store(accuracy + row, ((own >= top) & (value == value)).to(tl.float32))
+
+
+@triton.jit
+def combine_target_kernel(
+    query: kind.Floats,  # [rows, features] contiguous, unrounded
+    key: kind.Floats,  # [rows, features] contiguous; not read unless OWN
+    bank: kind.Elements,  # [*, features] contiguous; TARGET "entries": where the targets lie
+    index: kind.Longs,  # [targets, rows] int64, rows of `bank`
+    weight: kind.Floats,  # [targets, rows]
+    lse: kind.Floats,  # [splits, stacked], base 2; the rows from `rows` on are those of the teachers
+    mean: kind.Floats,  # [splits, stacked, features]
+    positive_lse: kind.Floats,  # [splits, rows]; TARGET "positives": logarithm of their number
+    positive_mean: kind.Floats,
+    largest: kind.Floats,  # [splits, rows]; not read unless ACCURACY
+    loss: kind.Floats,  # [rows]
+    gradient: kind.Floats,  # [rows, features]
+    natural_lse: kind.Floats,  # [rows]
+    inverse_count: kind.Floats,  # [rows]: 1 / positives; not written unless TARGET is "positives"
+    accuracy: kind.Floats,  # [rows]; not written unless ACCURACY
+    scale: kind.Factor,
+    inverse_temperature: kind.Factor,
+    rows: kind.Count,
+    bank_rows: kind.Count,
+    features: kind.Multiple,
+    splits: kind.Count,
+    targets: kind.Count,  # per row: teachers or entries
+    SPLITS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TARGET: tl.constexpr,
+    OWN: tl.constexpr,  # the own key is an entry and a positive
+    ACCURACY: tl.constexpr,
+):
+    """LSE - q.target / temperature: SupCon, soft cross-entropy, MixCo, bank cross-entropy."""
+    row = tl.program_id(0)
+    q = load_row(query, row, features, FEATURES) * scale
+    stacked = rows * (1 + targets) if TARGET == "teachers" else rows
+    target = tl.zeros([FEATURES], tl.float32)
+    inside = True
+    if TARGET == "teachers":
+        for number in range(targets):
+            _, part = merge_new(lse, mean, row + (1 + number) * rows, stacked, splits, features, SPLITS, FEATURES)
+            target += part / targets
+    if TARGET == "entries":
+        for number in range(targets):
+            at = tl.cast(number, tl.int64) * rows + row
+            entry = tl.load(index + at)
+            known = (entry >= 0) & (entry < bank_rows)
+            inside = inside & known
+            target += tl.load(weight + at) * load_row(bank, tl.where(known, entry, 0), features, FEATURES)
+    if TARGET == "positives":
+        if OWN:
+            target = load_row(key, row, features, FEATURES)
+        shift = tl.full([], 0.0, tl.float32)
+        count = tl.full([], 1.0 if OWN else 0.0, tl.float32)
+        shift, count, target = merge(
+            positive_lse, positive_mean, shift, count, target, row, rows, splits, features, SPLITS, FEATURES
+        )
+        target = target / count
+        tl.store(inverse_count + row, tl.exp2(-shift) / count)
+    if OWN:
+        k = load_row(key, row, features, FEATURES)
+        own = tl.sum(q * k, 0)
+        shift, total, weighted = merge(
+            lse, mean, own, tl.full([], 1.0, tl.float32), k, row, stacked, splits, features, SPLITS, FEATURES
+        )
+        all_lse = shift + tl.log2(total)
+        all_mean = weighted / total
+        if ACCURACY:
+            top = largest_logit(largest, row, rows, splits, SPLITS)
+            tl.store(accuracy + row, ((own >= top) & (all_lse == all_lse)).to(tl.float32))
+    else:
+        all_lse, all_mean = merge_new(lse, mean, row, stacked, splits, features, SPLITS, FEATURES)
+    value = (all_lse - tl.sum(q * target, 0)) * LN2
+    # A target that is not there must be seen; looking on the host would wait for the device.
+    tl.store(loss + row, tl.where(inside, value, float("nan")))
+    tl.store(natural_lse + row, all_lse * LN2)
+    store_row(gradient, row, (all_mean - target) * inverse_temperature, features, FEATURES)

@@ -7,17 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import kind
 from .launch import TF32_MAX_FEATURES, Plan, Tiles, make_plan
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
-_OPERANDS = ("queue", "bank", "stream", "result")
-_LONGS = ("index", "limit", "kept", "order")
-_SWITCHES = ("grayscale", "solarize", "flip")
-_COUNTS = (
-    *("rows", "entries", "features", "boundary", "share", "splits", "targets"),
-    *("pixels", "height", "width", "radius", "across", "parts"),
-)
-_FACTORS = ("scale", "inverse_temperature")
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 
 
 class Configuration(NamedTuple):
@@ -29,9 +28,7 @@ class Configuration(NamedTuple):
     options: dict[str, int]  # num_warps, num_stages
     logits: int  # per tile, 0 for a kernel without
     label: str  # such as "bf16 C=128 full online accuracy"
-    special: tuple[
-        tuple[str, str], ...
-    ] = ()  # arguments with types that `argument_type` does not tell; 1 is a constant
+    special: tuple[tuple[str, str], ...] = ()  # arguments whose type is not the declared one; 1 is a constant
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -42,15 +39,14 @@ class Configuration(NamedTuple):
     @property
     def fixed(self) -> dict[str, Any]:
         """All that Triton takes as constants: its own and integers that are 1."""
-        return self.constants | {name: 1 for name, kind in self.special if kind == "1"}
+        return self.constants | {name: 1 for name, type in self.special if type == "1"}
 
     @property
     def types(self) -> dict[str, str]:
         """Triton's types of the other arguments."""
         names = [name for name in self.kernel.arg_names if name not in self.fixed]
-        return {name: argument_type(name, self.dtype) for name in names} | {
-            name: kind for name, kind in self.special if name in names
-        }
+        declared = {name: argument_type(self.kernel, name, self.dtype) for name in names}
+        return declared | {name: type for name, type in self.special if name in names}
 
 
 class Inputs(NamedTuple):
@@ -96,9 +92,9 @@ def launched(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
     given = dict(zip(kernel.arg_names, arguments, strict=False))
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     options = {name: value for name, value in options.items() if name not in constants}
-    dtype = next((value.dtype for name, value in given.items() if name in _OPERANDS), torch.float32)
-    kinds = {name: _type_of(value) for name, value in given.items()}
-    special = tuple((name, kind) for name, kind in kinds.items() if kind != argument_type(name, dtype))
+    dtype = next((x.dtype for name, x in given.items() if _kind_of(kernel, name) is kind.Elements), torch.float32)
+    types = {name: _type_of(value) for name, value in given.items()}
+    special = tuple((name, type) for name, type in types.items() if type != argument_type(kernel, name, dtype))
     logits = constants["ROWS"] * constants["ENTRIES"] if "ENTRIES" in constants else 0
     return Configuration(
         kernel, constants, dtype, options, logits, _describe(kernel, dtype, constants, special), special
@@ -127,41 +123,38 @@ def _describe(
     if "PRECISION" in constants and dtype == torch.float32:  # else it means nothing
         words.append(constants["PRECISION"])
     words += [f"{constants[name]} {name.lower()}" for name in ("SPLITS", "COUNT", "TARGETS") if name in constants]
-    words += [f"{name}={kind.strip('*')}" for name, kind in special]
+    words += [f"{name}={type.strip('*')}" for name, type in special]
     return " ".join(words)
 
 
-def argument_type(name: str, dtype: torch.dtype) -> str:
-    """Triton's type of a kernel argument, by the one naming convention that all kernels keep.
+def argument_type(kernel: Any, name: str, dtype: torch.dtype) -> str:
+    """Triton's type of a kernel argument where the configuration's dtype is `dtype`, by the declared `kind`.
 
-    `queue`, `bank`, `stream` and `result` point to `dtype`, `levels` to float16 or, with it, float32; `images` to
-    uint8, switches to bool; `index`, `limit`, `kept`, `order` and names that end in `labels` to int64; counts and
-    strides are int32 and factors float32 values; all else points to float32.
+    Raises TypeError for an argument without one.
     """
-    if name in _OPERANDS:
-        return f"*{_TYPES[dtype]}"
-    if name == "levels":
-        return "*fp32" if dtype == torch.float32 else "*fp16"
-    if name == "images":
-        return "*u8"
-    if name in _SWITCHES:
-        return "*u1"
-    if name in _LONGS or name.endswith("labels"):
-        return "*i64"
-    if name in _COUNTS or name.endswith(("_rows", "_stride")):
-        return "i32"
-    return "fp32" if name in _FACTORS or name.endswith(("_scale", "_shift")) else "*fp32"
+    level = "fp32" if dtype == torch.float32 else "fp16"
+    return _kind_of(kernel, name).triton.format(dtype=_TYPES[dtype], level=level)
+
+
+def _kind_of(kernel: Any, name: str) -> Any:
+    annotation = kernel.fn.__annotations__.get(name, "nothing")
+    module, _, attribute = annotation.partition(".")
+    if module != "kind" or not hasattr(kind, attribute):
+        raise TypeError(
+            f"{kernel.__name__} declares {annotation} for its argument {name}; annotate it with a class of "
+            f"triton/kind.py, as in {name}: kind.Floats"
+        )
+    return getattr(kind, attribute)
 
 
 def aligned_arguments(configuration: Configuration) -> list[str]:
     """The arguments that are divisible by 16: pointers, widths and strides, and the entries of whole tiles.
 
-    Triton specialises on it; without, loads are scalar. The launches widen and copy rows that are not.
+    Triton specializes on it; without, loads are scalar. The launches widen and copy rows that are not.
     """
-    whole = configuration.constants.get("FULL", True)
-
-    def aligned(name: str, kind: str) -> bool:
-        size = name in ("features", "share") or name.endswith("_stride") or (whole and name == "entries")
-        return size or kind.startswith("*")
-
-    return [name for name, kind in configuration.types.items() if aligned(name, kind)]
+    aligned = {kind.Multiple, *([kind.Entries] if configuration.constants.get("FULL", True) else [])}
+    return [
+        name
+        for name, type in configuration.types.items()
+        if type.startswith("*") or _kind_of(configuration.kernel, name) in aligned
+    ]

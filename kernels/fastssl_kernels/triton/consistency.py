@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..numerics import LOG2_E
-from ..rows import Rows
-from .combine_consistency import combine_gradients_kernel, combine_moments_kernel
+from ..rows import LOG2_E, Rows
+from . import kind
+from .combine import load_row, store_row
 from .configuration import Configuration, configure, every_input
 from .launch import Plan, Tiles, launch, make_plan, pad_columns, pad_features, processors, splits_at_once
 from .moment_read import moment_gradient_kernel, moment_read_kernel
-from .reads import with_unit_stride
+from .read import with_unit_stride
+from .tiles import LOWEST, round_to
 
 # As launch.TILES: largest padded C an entry serves -> tiles; by bytes per bank element. The first reading sums along
 # rows all the time, which few warps do with fewer exchanges.
@@ -30,6 +31,119 @@ GRADIENT_TILES: dict[int, dict[int, Tiles]] = {
     4: {128: Tiles(16, 16, 4, 2), 256: Tiles(16, 16, 8, 2), 512: Tiles(8, 16, 8, 1)},
 }
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def load_splits(base, row, rows, splits, beyond, SPLITS: tl.constexpr):
+    """One row's values, one per split."""
+    split = tl.arange(0, SPLITS)
+    return tl.load(base + tl.cast(split, tl.int64) * rows + row, mask=split < splits, other=beyond)
+
+
+@triton.jit
+def log_sum(parts):
+    """The LSE of base-2 logarithms, and each one's share of it, both as logarithms."""
+    highest = tl.max(parts, 0)
+    rest = tl.log2(tl.sum(tl.exp2(parts - highest), 0))
+    return highest + rest, parts - highest - rest
+
+
+@triton.jit
+def log_one_plus(x):
+    """log2(1 + 2**x) without overflow."""
+    return tl.maximum(x, 0.0) + tl.log2(1.0 + tl.exp2(-tl.abs(x)))
+
+
+@triton.jit
+def combine_moments_kernel(
+    query: kind.Floats,  # [rows, features] contiguous, as is key: unrounded, for the positive pair
+    key: kind.Floats,
+    moments: kind.Floats,  # [4 or 7, splits, rows], as moment_read_kernel writes them
+    loss: kind.Floats,  # [rows]
+    lse: kind.Floats,  # [rows], base 2, less log2(weight_scale); the next three are read by moment_gradient_kernel
+    bias: kind.Floats,
+    tilt: kind.Floats,
+    pair: kind.Floats,  # [rows]: the factor of the key in the gradient; not written unless POSITIVE
+    scale: kind.Factor,
+    inverse_temperature: kind.Factor,
+    weight_scale: kind.Factor,
+    rows: kind.Count,
+    features: kind.Multiple,
+    splits: kind.Count,
+    SPLITS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+):
+    """Merge the splits of the first reading, in a fixed order: the loss, and what the second reading needs."""
+    row = tl.program_id(0)
+    size = tl.cast(splits, tl.int64) * rows
+    row_lse, share = log_sum(load_splits(moments, row, rows, splits, LOWEST, SPLITS))
+    # The tilted softmax is kept relative to the other, for the loss lives in their difference.
+    row_tilt, tilted_share = log_sum(share + load_splits(moments + 2 * size, row, rows, splits, 0.0, SPLITS))
+    if POSITIVE:
+        # The pair's logit is the same from either side: it takes a share of both softmaxes but pulls nowhere.
+        own = tl.sum(load_row(query, row, features, FEATURES) * scale * load_row(key, row, features, FEATURES), 0)
+        own -= row_lse
+        tilted_own = own - row_tilt
+        grown = log_one_plus(own)
+        tilted_grown = log_one_plus(tilted_own)
+        share -= grown
+        tilted_share -= tilted_grown
+        row_lse += grown
+        row_tilt += tilted_grown - grown
+    weight = tl.exp2(share)
+    tilted = tl.exp2(tilted_share)
+    in_query = tl.sum(weight * load_splits(moments + size, row, rows, splits, 0.0, SPLITS), 0)
+    in_key = tl.sum(tilted * load_splits(moments + 3 * size, row, rows, splits, 0.0, SPLITS), 0)
+    value = in_key - in_query
+    if ROUNDED:
+        off = tl.sum(weight * load_splits(moments + 4 * size, row, rows, splits, 0.0, SPLITS), 0)
+        tilted_off = tl.sum(tilted * load_splits(moments + 5 * size, row, rows, splits, 0.0, SPLITS), 0)
+        tilted_pulled_off = tl.sum(tilted * load_splits(moments + 6 * size, row, rows, splits, 0.0, SPLITS), 0)
+        value -= tilted_pulled_off + (1.0 - in_key) * tilted_off - off
+    if POSITIVE:
+        factor = tl.exp2(own - grown) * in_query - tl.exp2(tilted_own - tilted_grown) * in_key
+        tl.store(pair + row, 0.5 * inverse_temperature * factor)
+    tl.store(loss + row, 0.5 * value)
+    tl.store(lse + row, row_lse - tl.log2(weight_scale))
+    tl.store(bias + row, 1.0 + in_query)
+    tl.store(tilt + row, row_tilt)
+
+
+@triton.jit
+def combine_gradients_kernel(
+    query: kind.Floats,  # [rows, features] contiguous, as is key
+    key: kind.Floats,
+    partial: kind.Floats,  # [splits, rows, features], as moment_gradient_kernel writes them
+    pair: kind.Floats,  # [rows]; not read unless POSITIVE
+    loss: kind.Floats,  # [rows], corrected in place
+    gradient: kind.Floats,  # [rows, features]
+    scale: kind.Factor,
+    inverse_scale: kind.Factor,
+    rows: kind.Count,
+    features: kind.Multiple,
+    splits: kind.Count,
+    SPLITS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the queue
+    POSITIVE: tl.constexpr,
+):
+    """Merge the splits of the second reading, in a fixed order: the gradient, and the loss corrected for rounding."""
+    row = tl.program_id(0)
+    column = tl.arange(0, FEATURES)[None, :]
+    value = tl.zeros([FEATURES], tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)[:, None]
+        at = (tl.cast(split, tl.int64) * rows + row) * features + column
+        value += tl.sum(tl.load(partial + at, mask=(split < splits) & (column < features), other=0.0), 0)
+    # To first order, the loss of the query itself and not of its rounding.
+    q = load_row(query, row, features, FEATURES)
+    rounded = round_to(q * scale, DTYPE).to(tl.float32) * inverse_scale
+    tl.store(loss + row, tl.load(loss + row) - tl.sum(value * (rounded - q), 0))
+    if POSITIVE:
+        value += tl.load(pair + row) * load_row(key, row, features, FEATURES)
+    store_row(gradient, row, value, features, FEATURES)
 
 
 class _Reader(NamedTuple):

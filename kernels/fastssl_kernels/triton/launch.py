@@ -12,8 +12,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..numerics import exp_is_safe
-from ..rows import Rows
+from ..rows import Rows, exp_is_safe
 
 _MIN_TILES = 4  # per split: below, partial results cost more than the parallelism gains
 _WIDTH = 16  # columns: 32 bytes of 16-bit rows

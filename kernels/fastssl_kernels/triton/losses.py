@@ -9,21 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import LOG2_E
-from ..rows import Rows
+from ..rows import LOG2_E, Rows
 from .bank_gradient import bank_gradient
-from .combine_pairs import combine_pairs_kernel
-from .combine_target import combine_target_kernel
+from .combine import combine_pairs_kernel, combine_target_kernel
 from .configuration import Configuration, configure
 from .consistency import consistency_rows, queue_read_gradient
 from .launch import launch, pad_columns, pad_features, splits_at_once
 from .nearest import nearest
-from .reads import Partials, read_banks, read_labeled
+from .read import Partials, read_banks, read_labeled
 
 __all__ = [
+    "bank_cross_entropy_rows",
     "bank_gradient",
     "consistency_rows",
-    "group_cross_entropy_rows",
     "info_nce_rows",
     "mean_shift_rows",
     "mixco_rows",
@@ -127,14 +125,14 @@ def mixco_rows(
 
 
 @pad_columns
-def group_cross_entropy_rows(
-    prediction: Tensor, groups: Tensor, target: Tensor, temperature: float
+def bank_cross_entropy_rows(
+    prediction: Tensor, bank: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient to the prediction, LSE; `target` [T, N]."""
-    entries = read_banks(prediction, groups, temperature=temperature)
+    entries = read_banks(prediction, bank, temperature=temperature)
     share = torch.full(target.shape, 1 / len(target), dtype=torch.float32, device=target.device)
     loss, gradient, lse, _, _ = _combine_target(
-        prediction, entries, temperature, "entries", targets=len(target), entries_of=(groups, target, share)
+        prediction, entries, temperature, "entries", targets=len(target), entries_of=(bank, target, share)
     )
     return loss, gradient, lse
 

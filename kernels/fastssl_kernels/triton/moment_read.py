@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..numerics import LOG2_E
+from ..rows import LOG2_E
+from . import kind
 from .tiles import LOWEST, dot, load_tile, round_to
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -74,17 +75,17 @@ def take_weights(logits, shift, ONLINE: tl.constexpr):
 
 @triton.jit
 def moment_read_kernel(
-    query,  # [rows, features] contiguous, as is direction
-    direction,  # the key where TILTED: the direction is (key - query) / temperature
-    bank,  # [entries, features], last stride 1
-    moments,  # [2; splits, rows]: LSE (base 2) and mean of d; [4; ...] where TILTED; [7; ...] where ROUNDED too
-    scale,
-    direction_scale,
-    rows,
-    entries,
-    features,
-    bank_stride,
-    share,  # entries per split, a multiple of ENTRIES
+    query: kind.Floats,  # [rows, features] contiguous, as is direction
+    direction: kind.Floats,  # the key where TILTED: the direction is (key - query) / temperature
+    bank: kind.Elements,  # [entries, features], last stride 1
+    moments: kind.Floats,  # [2; splits, rows]: LSE (base 2), mean of d; 4 if TILTED; 7 if ROUNDED too
+    scale: kind.Factor,
+    direction_scale: kind.Factor,
+    rows: kind.Count,
+    entries: kind.Entries,
+    features: kind.Multiple,
+    bank_stride: kind.Multiple,
+    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -147,21 +148,21 @@ def moment_read_kernel(
 
 @triton.jit
 def moment_gradient_kernel(
-    query,  # [rows, features] contiguous, as is direction
-    direction,  # the key where TILTED
-    bank,  # [entries, features], last stride 1
-    lse,  # [rows], base 2: of the whole bank
-    bias,  # [rows]
-    tilt,  # [rows], base 2: the tilted LSE - lse; not read unless TILTED
-    gradient,  # [splits, rows, features]: sum of (softmax * (bias - d) - tilted softmax) * entry
-    scale,
-    direction_scale,
-    gradient_scale,
-    rows,
-    entries,
-    features,
-    bank_stride,
-    share,  # entries per split, a multiple of ENTRIES
+    query: kind.Floats,  # [rows, features] contiguous, as is direction
+    direction: kind.Floats,  # the key where TILTED
+    bank: kind.Elements,  # [entries, features], last stride 1
+    lse: kind.Floats,  # [rows], base 2: of the whole bank
+    bias: kind.Floats,  # [rows]
+    tilt: kind.Floats,  # [rows], base 2: the tilted LSE - lse; not read unless TILTED
+    gradient: kind.Floats,  # [splits, rows, features]: sum of (softmax * (bias - d) - tilted softmax) * entry
+    scale: kind.Factor,
+    direction_scale: kind.Factor,
+    gradient_scale: kind.Factor,
+    rows: kind.Count,
+    entries: kind.Entries,
+    features: kind.Multiple,
+    bank_stride: kind.Multiple,
+    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,

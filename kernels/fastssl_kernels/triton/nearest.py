@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import kind
 from .configuration import Configuration, configure, every_input
 from .launch import Tiles, launch, make_plan, pad_columns, processors
-from .reads import with_unit_stride
+from .read import with_unit_stride
 from .tiles import dot, load_tile, round_to
 
 _AT_ONCE = 16  # entries found in one read of the bank: more would not stay in registers
@@ -63,15 +64,15 @@ def keep(best, lowest, similarity, first, ENTRIES: tl.constexpr):
 
 @triton.jit
 def nearest_kernel(
-    query,  # [rows, features] contiguous
-    bank,  # [entries, features], last stride 1
-    limit,  # [rows] int64: entries whose keys are lower are looked at; not read unless LIMITED
-    kept,  # [rows, splits, COUNT] int64 keys, unordered
-    rows,
-    entries,
-    features,
-    bank_stride,
-    share,  # entries per split, a multiple of ENTRIES
+    query: kind.Floats,  # [rows, features] contiguous
+    bank: kind.Elements,  # [entries, features], last stride 1
+    limit: kind.Longs,  # [rows] int64: entries whose keys are lower are looked at; not read unless LIMITED
+    kept: kind.Longs,  # [rows, splits, COUNT] int64 keys, unordered
+    rows: kind.Count,
+    entries: kind.Entries,
+    features: kind.Multiple,
+    bank_stride: kind.Multiple,
+    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,

@@ -81,8 +81,8 @@ def _move_groups(crops: Tensor, groups: Tensor, dtype: torch.dtype) -> None:
     target = _integers(2, len(crops))
     for rows in (crops, crops.to(dtype)):  # of a step; of a bank, at the end of an epoch
         losses.nearest(rows, groups.to(dtype), 1)
-    losses.group_cross_entropy_rows(crops, groups.to(dtype), target, _TEMPERATURE)
-    _, _, lse = losses.group_cross_entropy_rows(crops, groups, target, _TEMPERATURE)
+    losses.bank_cross_entropy_rows(crops, groups.to(dtype), target, _TEMPERATURE)
+    _, _, lse = losses.bank_cross_entropy_rows(crops, groups, target, _TEMPERATURE)
     losses.bank_gradient(crops, groups, target, _integers(len(groups)), lse, lse, lse, _TEMPERATURE, False)
 
 

@@ -1,7 +1,8 @@
-"""Executors turn plans into batches; all of them apply the same numbers, so they differ in speed alone."""
+"""Executors turn plans into batches; all apply the same random values, so they differ only in speed."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -20,21 +21,23 @@ from torch import Tensor
 
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError, InputError, UnreadableImages, install_command
-from fastssl_pipelines.executors.augmentation import Augmentation
-from fastssl_pipelines.executors.handover import InputStream, handed_over
+from fastssl_pipelines.executors.pixels import Augmentation
 from fastssl_pipelines.executors.threads import DaemonThreads
-from fastssl_pipelines.executors.transfer import to_device
+from fastssl_pipelines.executors.transfer import InputStream, handed_over, to_device
 from fastssl_pipelines.executors.turns import Turns
 from fastssl_pipelines.executors.workers import Crops, context, views_of
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.sources.listing import being_read
 
-UNREADABLE_AT_MOST = 0.01  # of the images of a source
+UNREADABLE_AT_MOST = 0.01  # Fraction of the images of a source
 
 TIMEOUT_S = 600.0
-THREADS_NAME = "fastssl-"  # how the names of the threads begin that read and decode
+THREADS_NAME = "fastssl-"  # Prefix of the names of all input threads
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -46,13 +49,13 @@ _REQUIREMENTS = {
 
 
 class Executor(ABC):
-    """Decodes, cuts and resizes the images of a plan, augments them and hands over batches on `device`.
+    """Decodes, crops, resizes and augments the images of a plan; yields batches on `device`.
 
     `mean`, `std`: of the normalization, in units of the [0, 1] range. `dtype`: of the views.
-    `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead. `timeout_s`: how long
-    nothing may be finished before InputError ends a stream.
-    `unreadable`: a sentence by the number of each image that could not be decoded so far. `notes`: what the executor
-    chose and found, for the user; whoever shows a sentence takes it out.
+    `workers`: decoding threads or processes. `prefetch`: batches that `stream` prepares ahead. `timeout_s`: longest
+    wait for a batch before InputError ends a stream.
+    `unreadable`: maps the index of each image that could not be decoded so far to a sentence. The executor logs what
+    it chooses and which images it replaces.
     """
 
     name: ClassVar[str]
@@ -77,46 +80,45 @@ class Executor(ABC):
         self.source = source
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
-            # Every thread has a current GPU of its own, so the stream's thread needs the number.
+            # The current GPU differs between threads, so the stream's thread needs the index.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.augmentation = Augmentation(mean=mean, std=std, device=self.device, dtype=dtype)
         self.workers = workers
         self.prefetch = prefetch
         self.timeout_s = timeout_s
         self._input_stream = InputStream(self.device)
-        self._processes: list[BaseProcess] = []  # that work for streams just now
-        self._turns: Turns | None = None  # of these processes, where there have been any and they compute on a CPU
+        self._processes: list[BaseProcess] = []  # Now working for streams
+        self._turns: Turns | None = None  # Of the processes, once there are any that augment on a CPU
         self._stuck = False
-        self._lock = threading.Lock()  # around what the threads of all streams change
-        self.notes: list[str] = []
+        self._lock = threading.Lock()  # Guards what the threads of all streams change
         self.unreadable: dict[int, str] = {}
         self._is_unreadable = np.zeros(len(source), np.bool_)
         self._exclude(source.defects)
 
     @abstractmethod
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
-        """The boxes of every view, resized: uint8 [B, size, size, 3] on `device`; UnreadableImages for broken files."""
+        """Resized boxes of every view: uint8 [B, size, size, 3] on `device`; UnreadableImages for broken files."""
 
     def batch(self, plan: BatchPlan, step: int) -> Batch:
-        """The finished batch of one plan; UnreadableImages for broken files."""
+        """Finished batch of one plan; UnreadableImages for broken files."""
         return self._finished(plan, self.crops(plan), step)
 
     def stream(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
-        """The batches of steps first, ..., last - 1, prepared ahead by one background thread.
+        """Yield the batches of steps first, ..., last - 1, prepared ahead by a background thread.
 
-        An image that cannot be read is excluded: the next one in plan order takes its place, with a sentence in
-        `notes`. Where more than 1 % of the images are excluded, DataError ends the stream. An error of the input
-        path is raised where the consumer asks for the batch it belongs to. InputError where no batch is finished within
-        `timeout_s` while the consumer waits, or where a worker process dies; no other stream will work then.
+        An image that cannot be read is excluded: a warning is logged and the next image in plan order takes its place.
+        DataError ends the stream once more than 1 % of the images are excluded. An error of the input path is raised
+        when the consumer asks for the batch that it concerns. InputError if the consumer waits longer than `timeout_s`
+        for a batch, or if a worker process dies; after that, no other stream works either.
 
-        On a GPU the batches are made on a CUDA stream of the executor's own, for which the one that is current where a
-        batch is asked for waits in the consumer's place (see fastssl_pipelines.executors.handover).
+        On a GPU, batches are made on a separate CUDA stream, and the consumer's current CUDA stream waits for them,
+        not the consumer's thread (see fastssl_pipelines.executors.transfer).
         """
         with closing(self._prepared(steps, first, last)) as batches:
             yield from handed_over(batches)
 
     def _prepared(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
-        """The batches of `stream` as they are when its thread has made them."""
+        """Batches of `stream`, before they are handed to the consumer's CUDA stream."""
         batches = self._batches(steps, first, last)
         thread = DaemonThreads(1, f"{THREADS_NAME}input", self._enter_thread)
         pending: deque[Future[Batch]] = deque()
@@ -138,23 +140,23 @@ class Executor(ABC):
         return self._input_stream.finish(next(batches))
 
     def _in_time(self, future: Future[_T], what: str) -> _T:
-        """The result; InputError if it is not there within `timeout_s`, after which all that works on it is given up.
+        """Return the result; if it takes longer than `timeout_s`, abandon the work and raise InputError.
 
-        The one before was finished when this one was asked for, so that slow input has that time for each.
+        The previous batch was finished before this call, so slow input has that time for every batch.
         """
         if self._turns and not future.done():
             self._turns.give()
         if not wait([future], self.timeout_s).done:
             self._stuck = True
             for process in self._processes:
-                process.kill()  # a stopped one would outlive a gentle end
+                process.kill()  # A stopped process would survive terminate()
             files = being_read()
             reading = f", and {files[0]} is being read" if files else ""
             workers = " or a worker process" if self._processes else ""
             raise InputError(
-                f"{what} was not there within {self.timeout_s:g} s{reading}: a disk{workers} does not answer, or is"
-                " very slow; mend it, copy the images to a disk of this machine or raise --train.timeout-s, and then"
-                " `fastssl resume` the run"
+                f"{what} was not ready within {self.timeout_s:g} s{reading}: a disk{workers} does not respond or is"
+                " very slow; fix it, copy the images to a local disk or raise --train.timeout-s, then `fastssl resume`"
+                " the run"
             )
         return future.result()
 
@@ -181,7 +183,6 @@ class Executor(ABC):
             new = {index: reason for index, reason in reasons.items() if index not in self.unreadable}
             self.unreadable.update(new)
             self._is_unreadable[list(new)] = True
-            self.notes += [f"{reason}; the next image takes its place" for reason in new.values()]
         count, total = len(self.unreadable), len(self.source)
         if count > UNREADABLE_AT_MOST * total:
             raise DataError(
@@ -189,14 +190,16 @@ class Executor(ABC):
                 f" {UNREADABLE_AT_MOST:.0%}: {next(iter(self.unreadable.values()))}; `fastssl data check` finds all"
                 " of them and --data.quarantine leaves them out"
             )
+        for reason in new.values():
+            _log.warning(printable(f"{reason}; the next image takes its place"))
 
     def _enter_thread(self) -> None:
-        # a second team of OpenMP threads on the training cores was seen to make a step 20 times slower
+        # A second team of OpenMP threads on the training cores made a step 20 times slower
         torch.set_num_threads(1)
         self._input_stream.enter()
 
     def _batches_of_processes(self, crops: Crops, steps: Sampler, first: int, last: int) -> Generator[Batch]:
-        """The batches of what `crops` gives in worker processes, which for a CPU augment as well."""
+        """Batches of the crops that worker processes make with `crops`; for a CPU they augment as well."""
         on_cpu = self.device.type == "cpu"
         if on_cpu and self.workers and not self._turns:
             self._turns = Turns(context(), self.workers)
@@ -209,7 +212,6 @@ class Executor(ABC):
             own_memory=on_cpu,
             processes=self._processes,
             turns=self._turns,
-            say=self.notes.append,
         )
         for step, plan, loaded in zip(range(first, last), plans, loading, strict=False):
             if isinstance(loaded, dict):
@@ -229,7 +231,7 @@ class Executor(ABC):
 
 
 def available_executors() -> dict[str, str | None]:
-    """For every executor None if it works here, else what to do about it."""
+    """Map each executor to None if it works here, else to a sentence that says what to do."""
     return {name: _missing(name) for name in _REQUIREMENTS}
 
 
@@ -247,16 +249,15 @@ def build_executor(
     decode: str = "auto",
     resident_gib: float = 2.0,
 ) -> Executor:
-    """The executor called `name`: "dali", "torchvision", "resident" or "auto".
+    """Build the executor called `name`: "dali", "torchvision", "resident" or "auto".
 
-    "auto" is "resident" for a data set that decodes to at most `resident_gib` GiB; else "dali" for a GPU, where it is
-    installed, and "torchvision", which leaves the cores more time to train, for a CPU. `decode` is the DALI executor's.
-    DataError for an unknown name or one that does not work here; the other arguments are those of Executor.
+    "auto" is "resident" for a data set that decodes to at most `resident_gib` GiB; otherwise "dali" on a GPU if it is
+    installed, and "torchvision", which leaves more CPU time to training. `decode`: option of the DALI executor. The
+    other arguments are those of Executor. DataError for an unknown name, or for an executor that does not work here.
     """
-    note = None
     if name == "auto":
         name = _automatic(source, torch.device(device), resident_gib)
-        note = _note_of_outlier(source, name, resident_gib)
+        _warn_of_outlier(source, name, resident_gib)
     if name not in _REQUIREMENTS:
         raise DataError(f"the input pipeline {name} was asked for; --data.pipeline is auto, {', '.join(_REQUIREMENTS)}")
     if reason := _missing(name):
@@ -264,7 +265,7 @@ def build_executor(
     module = import_module(f"fastssl_pipelines.executors.{name}")
     kind: type[Executor] = getattr(module, f"{name.capitalize()}Executor")
     own = {"decode": decode} if name == "dali" else {}
-    executor = kind(
+    return kind(
         source,
         mean=mean,
         std=std,
@@ -275,8 +276,6 @@ def build_executor(
         timeout_s=timeout_s,
         **own,
     )
-    executor.notes += [note] if note else []
-    return executor
 
 
 def _automatic(source: Source, device: torch.device, resident_gib: float) -> str:
@@ -285,21 +284,22 @@ def _automatic(source: Source, device: torch.device, resident_gib: float) -> str
     return "dali" if device.type == "cuda" and not _missing("dali") else "torchvision"
 
 
-def _note_of_outlier(source: Source, name: str, resident_gib: float) -> str | None:
-    """A sentence where "auto" took another executor than "resident" for the sake of a few large images."""
+def _warn_of_outlier(source: Source, name: str, resident_gib: float) -> None:
+    """Warn where a few large images alone keep "auto" from choosing "resident"."""
     if name == "resident" or _decoded_gib(source, np.median) > resident_gib:
-        return None
+        return
     largest = int(np.argmax(np.maximum(source.widths, source.heights)))
-    return (
+    message = (
         f"--data.pipeline auto takes {name} and not resident, since {source.describe(largest)} has "
         f"{source.widths[largest]} x {source.heights[largest]} pixels and all {len(source)} images at the size of the "
         f"largest take {_decoded_gib(source, np.max):.1f} GiB; make such images smaller, list them in "
         "--data.quarantine or raise --data.resident-gib"
     )
+    _log.warning(printable(message))
 
 
 def _decoded_gib(source: Source, size: Callable[[NDArray[np.int32]], Any]) -> float:
-    """What all images take if each has the height and the width that `size` tells of all heights and widths."""
+    """Memory of all decoded images if each has the height `size(heights)` and the width `size(widths)`."""
     return len(source) * float(size(source.heights)) * float(size(source.widths)) * 3 / 2**30
 
 
@@ -307,6 +307,6 @@ def _missing(name: str) -> str | None:
     module, remedy = _REQUIREMENTS[name]
     try:
         import_module(module)
-    except Exception as error:  # a broken installation fails in ways of its own
+    except Exception as error:  # A broken installation can fail in any way
         return f"{remedy} ({error})"
     return None

@@ -1,7 +1,8 @@
-"""The DALI executor: each image is decoded once by NVIDIA DALI, on the GPU where that is faster."""
+"""DALI executor: NVIDIA DALI decodes each image once, on the GPU where that is faster."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -19,26 +20,28 @@ from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError, UnreadableImages
 from fastssl_pipelines.executors.base import THREADS_NAME, Executor
 from fastssl_pipelines.executors.dali_graph import Boxes, Decoder, region_of, within
-from fastssl_pipelines.executors.resize import resized_boxes
+from fastssl_pipelines.executors.pixels import resized_boxes
 from fastssl_pipelines.executors.threads import DaemonThreads
 from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 from fastssl_pipelines.sources.headers import well_formed
 
-_MEASURED_S = 0.3  # for each way to decode, where auto has to choose
+_log = logging.getLogger(__name__)
+
+_MEASURED_S = 0.3  # For each decoder that "auto" compares
 
 DECODES = ("gpu", "gpu-region", "cpu", "cpu-region")
 
 
 class DaliExecutor(Executor):
-    """For data sets that do not fit on the device.
+    """Executor for data sets that do not fit on the device.
 
-    `decode`: "gpu" (with its JPEG engine where it has one) or "cpu", both also with "-region", which decodes no more of
-    an image than its views need; or "auto", which on a GPU measures all four with the first batch and says in `notes`
-    what it chose. On a GPU, DALI cuts and resizes there; its pixels are torchvision's within one gray level, except
-    along the border of a box that is made smaller: DALI repeats the last pixel and torchvision narrows the filter. On
-    a CPU torch does that, twice as fast as DALI and to the bit as torchvision.
+    `decode`: "gpu" (with its JPEG engine, if any) or "cpu", or either with "-region", which decodes only the part of
+    an image that its views need; or "auto", which on a GPU measures all four with the first batch and logs its choice.
+    On a GPU, DALI crops and resizes. Its pixels are within one gray level of torchvision's, except along the border of
+    a downscaled box: DALI repeats the last pixel, torchvision narrows the filter. On a CPU, torch crops and resizes,
+    twice as fast as DALI and bit-identical to torchvision.
     """
 
     name = "dali"
@@ -48,18 +51,18 @@ class DaliExecutor(Executor):
         self._on_gpu = self.device.type == "cuda"
         if decode.startswith("gpu") and not self._on_gpu:
             raise DataError(f"--data.decode {decode} was given with device {self.device}; only a GPU can do that")
-        # on a CPU neither was seen to be faster for good
+        # On a CPU neither was consistently faster
         self._decode = "cpu" if decode == "auto" and not self._on_gpu else decode
         self._readers = DaemonThreads(max(1, self.workers), f"{THREADS_NAME}read")
         self._idle: list[Decoder] = []
-        self._recoded: set[int] = set()  # images that Pillow decodes: turned ones, other formats, what DALI refuses
+        self._recoded: set[int] = set()  # Decoded by Pillow: rotated, of other formats, or refused by DALI
 
     def crops(self, plan: BatchPlan) -> tuple[Tensor, ...]:
         encoded = self._encoded(plan.ids)
         try:
             decoder = self._decoder(plan, encoded)
             crops = self._crops(decoder.run(encoded, _boxes(plan)), plan)
-        except RuntimeError as error:  # after which a pipeline is of no use
+        except RuntimeError as error:  # After which the pipeline is unusable
             if reasons := self._unreadable_of(plan, error):
                 raise UnreadableImages(reasons) from error
             return self.crops(plan)
@@ -68,12 +71,12 @@ class DaliExecutor(Executor):
         return crops
 
     def _batches(self, steps: Sampler, first: int, last: int) -> Generator[Batch]:
-        # on a CPU: while a batch is augmented the next is decoded; on a GPU: while DALI's kernels run
+        # Decode the next batch while this one is augmented (CPU) or DALI's kernels run (GPU)
         ahead = 2 if self._on_gpu else 1
         pending: deque[Future[tuple[BatchPlan, tuple[Tensor, ...]]]] = deque()
         in_use: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
         if self._decode == "auto":
-            self._readable_crops(steps, first)  # by itself, since it measures
+            self._readable_crops(steps, first)  # Alone, since it measures
         with DaemonThreads(ahead, f"{THREADS_NAME}dali", self._enter_thread) as decoding:
             try:
                 for step in range(first, last):
@@ -82,18 +85,18 @@ class DaliExecutor(Executor):
                     plan, crops = pending.popleft().result()
                     batch = self._finished(plan, crops, step)
                     if self._on_gpu:
-                        # on the CUDA stream that reads the crops: what trains is not waited for
+                        # On the CUDA stream that reads the crops, so as not to wait for training
                         in_use.append((torch.cuda.current_stream(self.device).record_event(), crops))
                     yield batch
                     if len(in_use) > ahead:
                         in_use.popleft()[0].synchronize()
             finally:
-                # DALI writes again into what torch has freed, also while a kernel still reads it
+                # DALI reuses memory that torch has freed, even while a kernel still reads it
                 for event, _ in in_use:
                     event.synchronize()
 
     def _encoded(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """The files of these images; UnreadableImages names those that are not there."""
+        """Read the files of these images; UnreadableImages for those that cannot be read."""
 
         def read(part: NDArray[np.int64]) -> list[bytes | DataError]:
             return [self._file(index) for index in part.tolist()]
@@ -110,24 +113,24 @@ class DaliExecutor(Executor):
         try:
             if index not in self._recoded:
                 encoded = self.source.encoded(index)
-                # DALI 2.4 was seen to crash, at times, on files whose header it cannot parse
+                # DALI 2.4 sometimes crashed on files whose header it cannot parse
                 if well_formed(encoded, int(self.source.widths[index]), int(self.source.heights[index])):
                     return encoded
                 self._recoded.add(index)
             pixels = self.source.pixels(index)
-            # a PPM file, since a PNG takes ten times as long to write and to decode
+            # PPM, since PNG takes ten times as long to write and to decode
             return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
         except DataError as error:
             return error
 
     def _decoder(self, plan: BatchPlan, encoded: Sequence[NDArray[np.uint8]]) -> Decoder:
-        """One that no other stream uses."""
+        """Get a decoder that no other stream uses."""
         sizes = tuple(view.size for view in plan.views) if self._on_gpu else ()
         with self._lock:
             for at, idle in enumerate(self._idle):
                 if idle.sizes == sizes and idle.batch_size >= len(plan.ids):
                     return self._idle.pop(at)
-            if self._decode == "auto":  # whoever comes meanwhile waits, for the choice and lest it be disturbed
+            if self._decode == "auto":  # Other threads wait here, since they need the choice and would disturb it
                 self._decode = self._faster_way(sizes, plan, encoded)
         return self._new_decoder(sizes, len(plan.ids), self._decode)
 
@@ -142,14 +145,14 @@ class DaliExecutor(Executor):
             started, images = 0.0, 0
             while not images or time.perf_counter() - started < _MEASURED_S:
                 decoder.run(encoded, _boxes(plan))
-                if not started:  # the first run allocates
+                if not started:  # The first run allocates
                     started = time.perf_counter()
                     continue
                 images += len(plan.ids)
             images_per_s[decode] = images / (time.perf_counter() - started)
         measured = ", ".join(f"{decode} {rate:.0f}" for decode, rate in images_per_s.items())
         best = max(images_per_s, key=lambda decode: images_per_s[decode])
-        self.notes.append(f"--data.decode auto takes {best}; images/s with {self.workers} threads: {measured}")
+        _log.info(f"--data.decode auto takes {best}; images/s with {self.workers} threads: {measured}")
         return best
 
     def _crops(self, outputs: Sequence[TensorListCPU | TensorListGPU], plan: BatchPlan) -> tuple[Tensor, ...]:
@@ -161,7 +164,7 @@ class DaliExecutor(Executor):
             region = region_of(boxes)
             boxes = [within(region, box) for box in boxes]
 
-        # the readers have nothing to do just now
+        # The readers are idle now
         workers = max(1, self.workers)
         cuts = [slice(len(images) * part // workers, len(images) * (part + 1) // workers) for part in range(workers)]
         parts = [images[cut] for cut in cuts]
@@ -171,10 +174,10 @@ class DaliExecutor(Executor):
         )
 
     def _unreadable_of(self, plan: BatchPlan, error: RuntimeError) -> dict[int, str]:
-        """Why images of a batch that failed cannot be read, by number; DALI names none.
+        """Find out which images made a batch fail, since DALI does not say; returns a sentence by image index.
 
-        Images that DALI alone cannot read are decoded by Pillow from then on, so that all executors train on the same
-        ones; if there are none either, `error` is about something else and is raised again.
+        Images that only DALI cannot read are decoded by Pillow from now on, so that all executors train on the same
+        images. If there are none of those either, `error` has another cause and is raised again.
         """
 
         def reason(index: int) -> str | None:
@@ -194,7 +197,7 @@ class DaliExecutor(Executor):
         return reasons
 
     def _refused(self, ids: list[int]) -> set[int]:
-        """Those that DALI cannot decode, by halving."""
+        """Images that DALI cannot decode, found by bisection."""
         decoder = self._new_decoder((), len(ids), "gpu" if self._decode.startswith("gpu") else "cpu")
         encoded = self._encoded(np.array(ids))
         try:

@@ -1,4 +1,4 @@
-"""What DALI runs: one decode an image, and on a GPU the cut and the resize of every view."""
+"""DALI pipeline: decodes each image once and, on a GPU, crops and resizes every view."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Boxes = NDArray[np.int32]  # [B, 4]: top, left, height, width in pixels
 
 
 class Decoder:
-    """A DALI pipeline for up to `batch_size` images; after an error it is of no use.
+    """DALI pipeline for up to `batch_size` images; unusable after an error.
 
-    `sizes`: the side of each view, which the pipeline then cuts and resizes; () for the decoded images themselves.
-    `decode`: "gpu" or "cpu" says where, and with "-region" behind it only a part of each image is decoded. `device`:
-    the number of the GPU on which all else is done, or None.
+    `sizes`: side of each view, which the pipeline crops and resizes; () for the decoded images themselves.
+    `decode`: "gpu" or "cpu"; with the suffix "-region", only a part of each image is decoded. `device`: index of the
+    GPU that does everything else, or None.
     """
 
     def __init__(
@@ -27,11 +27,10 @@ class Decoder:
         self.sizes, self.batch_size = sizes, batch_size
         self._region = decode.endswith("-region")
         self._pipeline = Pipeline(
-            # what is fed for a run cannot be prefetched
             batch_size=batch_size,
             num_threads=threads,
             device_id=device,
-            prefetch_queue_depth=1,
+            prefetch_queue_depth=1,  # The inputs of a run cannot be prefetched
         )
         how: dict[str, Any] = {"device": "mixed" if decode.startswith("gpu") else "cpu"}
         how |= {"output_type": DALIImageType.RGB, "adjust_orientation": False}
@@ -47,7 +46,7 @@ class Decoder:
         self._pipeline.build()
 
     def run(self, encoded: Sequence[NDArray[np.uint8]], boxes: Sequence[Boxes]) -> Sequence[Any]:
-        """A tensor list for each view, or one of images, of JPEG or PNG files; the views are `boxes` of whole images.
+        """Decode JPEG or PNG files: a tensor list for each view, or one of images; `boxes` refer to whole images.
 
         RuntimeError for a file that DALI cannot decode.
         """
@@ -58,13 +57,13 @@ class Decoder:
             inputs |= _corners("region", region)
         for view in range(len(self.sizes)):
             inputs |= _corners(f"view_{view}", boxes[view])
-        # DALI reads these arrays themselves while it runs; a copy would hold the interpreter for 10 ms and more
+        # DALI reads these arrays in place while it runs; a copy would block the interpreter for 10 ms and more
         self._fed = inputs
         return self._pipeline.run(**inputs)
 
 
 def region_of(boxes: Sequence[Boxes]) -> Boxes:
-    """The smallest box around those of all views, for each image."""
+    """Bounding box of all views of each image."""
     corners = np.stack(boxes)
     start = corners[:, :, :2].min(0)
     stop = (corners[:, :, :2] + corners[:, :, 2:]).max(0)
@@ -72,12 +71,12 @@ def region_of(boxes: Sequence[Boxes]) -> Boxes:
 
 
 def within(region: Boxes, boxes: Boxes) -> Boxes:
-    """`boxes` as seen from the corner of `region`."""
+    """`boxes` relative to the corner of `region`."""
     return np.concatenate([boxes[:, :2] - region[:, :2], boxes[:, 2:]], axis=1)
 
 
 def _resized(images: Any, view: int, size: int) -> Any:
-    # resize has a region of interest of its own, but lets the filter see the pixels around it
+    # The region of interest of fn.resize would let the filter see the pixels around it
     cut = fn.slice(images, **_window(f"view_{view}"))
     return fn.resize(cut, size=[size, size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
 
@@ -89,10 +88,10 @@ def _window(name: str) -> dict[str, Any]:
 
 
 def _fed(name: str, dtype: DALIDataType) -> Any:
-    """What `run` gives for each image under this name, one-dimensional."""
+    """One-dimensional input that `run` feeds for each image under this name."""
     return fn.external_source(name=name, dtype=dtype, ndim=1, no_copy=True)
 
 
 def _corners(name: str, boxes: Boxes) -> dict[str, NDArray[np.int32]]:
     halves = {f"{name}_start": boxes[:, :2], f"{name}_shape": boxes[:, 2:]}
-    return {end: np.ascontiguousarray(half) for end, half in halves.items()}  # a list of rows takes 20 times as long
+    return {end: np.ascontiguousarray(half) for end, half in halves.items()}  # A list of rows takes 20 times as long

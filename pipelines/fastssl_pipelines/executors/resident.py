@@ -1,7 +1,8 @@
-"""The resident executor: every image is decoded once, kept on the device, and cut and resized there."""
+"""Resident executor: decodes every image once, keeps it on the device, and crops and resizes it there."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.executors.base import THREADS_NAME, Executor
-from fastssl_pipelines.executors.resize import resized_batch, resized_boxes
+from fastssl_pipelines.executors.pixels import resized_batch, resized_boxes
 from fastssl_pipelines.executors.threads import DaemonThreads
 from fastssl_pipelines.executors.transfer import to_device
 from fastssl_pipelines.executors.workers import Crops, lack_of_shared_memory
@@ -22,19 +23,21 @@ from fastssl_pipelines.plan import BatchPlan
 from fastssl_pipelines.sampler import Sampler
 from fastssl_pipelines.sources.base import Source
 
-_DECODE_CHUNK = 64  # a future for every small image would cost more than decoding it
-_THREADED_DECODE_PIXELS = 128 * 128  # for 32 px images the interpreter lock makes four threads half as fast as one
+_log = logging.getLogger(__name__)
+
+_DECODE_CHUNK = 64  # A future for every small image would cost more than decoding it
+_THREADED_DECODE_PIXELS = 128 * 128  # For 32 px images the interpreter lock makes four threads half as fast as one
 _WORKING_SET_VALUES = 2**26  # float32 pixels in flight, 256 MiB, so that large images do not fill the GPU
-_WORTH_PROCESSES = 100  # batches; a few are made before processes have started
-_SHARE_OF_FREE_MEMORY = 0.5  # for the images; the rest is the encoder's
+_WORTH_PROCESSES = 100  # Batches; fewer are done before the processes have started
+_SHARE_OF_FREE_MEMORY = 0.5  # For the images; the rest is the encoder's
 
 
 class ResidentExecutor(Executor):
-    """For data sets that fit decoded on the device, or else in host memory: n * max height * max width * 3 bytes.
+    """Executor for data sets that fit in GPU or host memory when decoded: n * max height * max width * 3 bytes.
 
-    `notes` says which. From host memory the images of each batch are copied to the device, where all else is done, with
-    torchvision's pixels within one gray level. For a CPU `workers` processes cut, resize and augment, where that is
-    worth starting them, with torchvision's pixels to the bit.
+    It logs which. From host memory, the images of each batch are copied to the GPU, which does everything else; its
+    pixels are within one gray level of torchvision's. On a CPU, `workers` processes crop, resize and augment if there
+    are enough batches; the pixels are bit-identical to torchvision's.
     """
 
     name = "resident"
@@ -57,7 +60,7 @@ class ResidentExecutor(Executor):
             lack = "" if self._images.is_shared() else lack_of_shared_memory(self._images.numel())
             if not lack:
                 return self._batches_of_processes(self._crops, steps, first, last)
-            self.notes.append(f"{lack}, so batches are made in this process")
+            _log.warning(f"{lack}, so batches are made in this process")
         return super()._batches(steps, first, last)
 
     def _decoded(self) -> Tensor:
@@ -65,11 +68,11 @@ class ResidentExecutor(Executor):
         height, width = int(np.max(source.heights)), int(np.max(source.widths))
         place = _place(count * height * width * 3, self.device)
         if self.device.type == "cuda":
-            self.notes.append(f"the images are kept decoded in {'GPU' if place == 'cuda' else 'host'} memory")
+            _log.info(f"the images are kept decoded in {'GPU' if place == 'cuda' else 'host'} memory")
         if self.device.type == "cpu":
             images = interleaved = torch.zeros(count, height, width, 3, dtype=torch.uint8)
         else:
-            # needs no transposition between the two matrix products of a resize
+            # This layout needs no transposition between the two matrix products of a resize
             images = torch.zeros(count, height, 3, width, dtype=torch.uint8)
             interleaved = images.transpose(2, 3)
 
@@ -97,14 +100,14 @@ class ResidentExecutor(Executor):
 
 
 def _crops_one_by_one(images: Tensor, plan: BatchPlan) -> tuple[Tensor, ...]:
-    """Crops of `images`, uint8 [n, H, W, 3] on a CPU."""
+    """Crop `images`, uint8 [n, H, W, 3], on a CPU."""
     planes = images.permute(0, 3, 1, 2)
     chosen = [planes[index : index + 1] for index in plan.ids.tolist()]
     return tuple(resized_boxes(chosen, view.boxes, view.size) for view in plan.views)
 
 
 def _crops_in_batches(images: Tensor, device: torch.device, plan: BatchPlan) -> tuple[Tensor, ...]:
-    """Crops of `images`, uint8 [n, H, 3, W], made on `device`."""
+    """Crop `images`, uint8 [n, H, 3, W], on `device`."""
     ids, *boxes = to_device([plan.ids, *(view.boxes for view in plan.views)], device)
     host_ids = torch.from_numpy(plan.ids)
     at_once = max(1, _WORKING_SET_VALUES // images[0].numel())
@@ -122,7 +125,7 @@ def _crops_in_batches(images: Tensor, device: torch.device, plan: BatchPlan) -> 
 
 
 def _place(needed_bytes: int, device: torch.device) -> str:
-    """ "cuda" or "cpu": where the images fit; DataError if nowhere."""
+    """Choose where the images fit, "cuda" or "cpu"; DataError if nowhere."""
     free_bytes = {"cpu": _available_host_bytes()}
     if device.type == "cuda":
         free_bytes = {"cuda": torch.cuda.mem_get_info(device)[0], **free_bytes}
@@ -131,16 +134,16 @@ def _place(needed_bytes: int, device: torch.device) -> str:
             return place
     found = " and ".join(f"{free / 2**30:.1f} GiB free ({place})" for place, free in free_bytes.items())
     raise DataError(
-        f"the images take {needed_bytes / 2**30:.1f} GiB when they are decoded and there is {found}, of which they may"
+        f"the decoded images take {needed_bytes / 2**30:.1f} GiB and there is {found}, of which they may"
         f" take {_SHARE_OF_FREE_MEMORY:.0%}; take --data.pipeline dali or torchvision"
     )
 
 
 def _available_host_bytes() -> int:
-    """Memory that can be had without swapping."""
+    """Memory that is available without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":") for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
-    except OSError:  # not Linux
+    except OSError:  # Not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Threads that never keep the process from ending: one of them can be stuck in a read from a dead disk."""
+"""Thread pool that never keeps the process from exiting, even if a thread is stuck reading from a dead disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-_END_WITHIN_S = 2.0  # after which threads that are still busy at the end of the process are left behind
+_END_WITHIN_S = 2.0  # At the end of the process; threads that are still busy after that are abandoned
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -19,9 +19,9 @@ _Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class DaemonThreads(Executor):
-    """As a ThreadPoolExecutor with `count` threads, of which `shutdown` alone waits for those that are busy.
+    """Like ThreadPoolExecutor with `count` threads, but only `shutdown` waits for busy threads, not process exit.
 
-    `initializer` is called in each thread before anything else.
+    `initializer` is called first in each thread.
     """
 
     def __init__(self, count: int, name: str, initializer: Callable[[], object] | None = None) -> None:
@@ -32,7 +32,7 @@ class DaemonThreads(Executor):
         ]
         for thread in self._threads:
             thread.start()
-        # also where the process ends: a thread in the midst of torch's code must not lose the interpreter under it
+        # Also at process exit: the interpreter must not go away under a thread that runs torch code
         self._finalizer = weakref.finalize(self, _end, self._calls, self._threads, _END_WITHIN_S)
 
     def submit(self, call: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
@@ -41,7 +41,7 @@ class DaemonThreads(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """No more calls are taken; with `cancel_futures` also none of those that have not begun."""
+        """Accept no more calls; with `cancel_futures`, also cancel those that have not started."""
         if cancel_futures:
             _cancel(self._calls)
         for _ in self._threads:
@@ -64,7 +64,7 @@ def _serve(calls: _Calls, initializer: Callable[[], object] | None) -> None:
             future.set_exception(error)
         else:
             future.set_result(result)
-        del given, future, call  # what they hold is not kept until the next call
+        del given, future, call  # Else they would be kept alive until the next call
 
 
 def _cancel(calls: _Calls) -> None:

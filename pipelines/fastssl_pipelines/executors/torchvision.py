@@ -1,4 +1,4 @@
-"""The torchvision executor: PIL decodes and torchvision resizes, in worker processes; it runs everywhere."""
+"""Torchvision executor: PIL decodes and torchvision resizes, in worker processes; runs everywhere."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastssl_pipelines.sources.base import Source
 
 
 class TorchvisionExecutor(Executor):
-    """The reference of the pixels; `workers` processes decode, and 0 decodes in the thread of the stream.
+    """Reference for the pixels of all executors; `workers` processes decode, 0 decodes in the stream's thread.
 
-    Where the training device is a CPU, the processes augment as well.
+    If the training device is a CPU, the processes augment as well.
     """
 
     name = "torchvision"

@@ -1,7 +1,8 @@
-"""When worker processes begin a batch, on a CPU whose cores all compute the training step as well.
+"""When worker processes start a batch, on a CPU whose cores all compute the training step.
 
-Beside a step they take a core from one of its threads, for which all the others then wait: input and step together were
-seen to be 10 to 14 % slower than one after the other. So they begin one each when the consumer has to wait for a batch.
+During a step, a worker takes a core from one of the step's threads, and all other threads wait for that one: input and
+step at the same time measured 10 to 14 % slower than one after the other. So each worker starts one batch whenever the
+consumer has to wait.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from multiprocessing.context import BaseContext
 
 import torch
 
-_AT_MOST_S = 0.5  # that a worker waits: a step that takes longer is hardly held up by the input
+_AT_MOST_S = 0.5  # Longest wait of a worker; the input hardly slows a step that takes longer
 
 
 class Turns:
-    """Between the consumer of batches and the processes that make them, which may begin at any time at first."""
+    """Turns between the consumer and the worker processes; at first, workers may start a batch at any time."""
 
     def __init__(self, context: BaseContext, workers: int) -> None:
         self._workers = workers
@@ -24,25 +25,25 @@ class Turns:
         self._free.set()
 
     def wait(self) -> None:
-        """In a worker process: wait until a batch may be begun, for half a second at most."""
+        """In a worker process: wait until it may start a batch, at most half a second."""
         if not self._free.is_set():
             self._turns.acquire(timeout=_AT_MOST_S)
 
     def give(self) -> None:
-        """The consumer waits: each worker may begin a batch, or all they like where torch leaves cores to them."""
+        """In the waiting consumer: let each worker start one batch, or any number if torch leaves cores free."""
         if torch.get_num_threads() < cores():
             self.end()
             return
         self._free.clear()
         while self._turns.acquire(block=False):
-            pass  # what is left of the last time, so that they never have more
+            pass  # Take back unused turns, so that they do not add up
         self._let_each_begin()
 
     def end(self) -> None:
-        """Workers may begin at any time from now on."""
+        """Let workers start at any time from now on."""
         if not self._free.is_set():
             self._free.set()
-            self._let_each_begin()  # those that wait
+            self._let_each_begin()  # Wake those that wait
 
     def _let_each_begin(self) -> None:
         for _ in range(self._workers):
@@ -50,5 +51,5 @@ class Turns:
 
 
 def cores() -> int:
-    """Those that this process may run on."""
+    """Number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,13 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl_pipelines.errors import DataError, InputError, UnreadableImages
-from fastssl_pipelines.executors.augmentation import Augmentation
+from fastssl_pipelines.executors.pixels import Augmentation
 from fastssl_pipelines.executors.turns import Turns
 from fastssl_pipelines.plan import BatchPlan
 
-_BATCHES_EACH = 2  # that a worker may be given ahead
+_log = logging.getLogger(__name__)
+
+_BATCHES_EACH = 2  # Batches queued per worker
 _SHARED_MEMORY = "/dev/shm"
-_SHARE_OF_ROOM = 0.5  # what other processes write at the same time has to have room as well
+_SHARE_OF_ROOM = 0.5  # Leaves room for what other processes write at the same time
 
 Views = tuple[Tensor, ...]
 Crops = Callable[[BatchPlan], Views]
@@ -37,15 +40,14 @@ def views_of(
     own_memory: bool,
     processes: list[BaseProcess],
     turns: Turns | None,
-    say: Callable[[str], object],
 ) -> Iterator[Views | dict[int, str]]:
-    """For each plan what `crops` makes of it, augmented if asked for, or a sentence by number for unreadable images.
+    """Yield the crops of each plan, or its views with `augmentation`, or a dict of sentences by unreadable image.
 
-    `crops` and what it holds go to the `workers` processes once; with 0 of them all is done in this thread. Where the
-    shared memory has no room for what they make there are fewer, which `say` is told. A plan is taken as soon as a
-    worker can have it; none may have more rows than the first. Without `own_memory` the views may be gone when the next
-    ones are asked for. `processes` holds the worker processes while they work, and `turns`, if any, says when they
-    begin a batch. InputError where one dies or none can be started.
+    `crops` is sent once to each of the `workers` processes; with 0 workers, this thread does the work. If the shared
+    memory is too small, fewer are started and a warning is logged. A plan is taken as soon as a worker is free; none
+    may have more rows than the first. Without `own_memory`, views are valid only until the next ones are requested.
+    `processes` lists the worker processes while they run; `turns`, if given, says when they may start a batch.
+    InputError if a worker dies or cannot be started.
     """
     load = _Load(crops, augmentation)
     plans = iter(plans)
@@ -53,13 +55,13 @@ def views_of(
     if first is None:
         return
     plans = chain([first], plans)
-    # With new shared memory for each batch, as a DataLoader has it, streams were seen to be 5 to 25 % slower: its pages
-    # have to be cleared. One more slot than batches are under way: the one that is being copied.
+    # New shared memory for each batch, as in a DataLoader, measured 5 to 25 % slower, since its pages have to be
+    # cleared. There is one slot more than batches in progress: the one being copied.
     slot_bytes = _views_bytes(first, augmentation)
     if lack := lack_of_shared_memory(_slots(workers) * slot_bytes):
         fewer = [count for count in range(1, workers) if not lack_of_shared_memory(_slots(count) * slot_bytes)]
         who = f"by {fewer[-1]} of {workers} workers" if fewer else "in this process, by one thread"
-        say(f"{lack}, so images are decoded {who}; lower --data.workers")
+        _log.warning(f"{lack}, so images are decoded {who}; lower --data.workers")
         workers = fewer[-1] if fewer else 0
     if not workers:
         yield from map(raised, map(load, plans))
@@ -73,10 +75,10 @@ def _slots(workers: int) -> int:
 
 
 def lack_of_shared_memory(needed_bytes: int) -> str:
-    """A sentence without its end where worker processes cannot share so much, else ""; many containers have 64 MB."""
+    """Start of a sentence if worker processes cannot share that much, else ""; many containers have 64 MB."""
     try:
         room = os.statvfs(_SHARED_MEMORY)
-    except OSError:  # not Linux
+    except OSError:  # Not Linux
         return ""
     free_bytes = room.f_bavail * room.f_frsize
     if needed_bytes <= _SHARE_OF_ROOM * free_bytes:
@@ -88,7 +90,7 @@ def lack_of_shared_memory(needed_bytes: int) -> str:
 
 
 def raised(loaded: _Loaded) -> Views | dict[int, str]:
-    """What was loaded; an error is raised."""
+    """Raise what was loaded if it is an error, else return it."""
     if isinstance(loaded, Exception):
         raise loaded
     return loaded
@@ -134,27 +136,27 @@ def _views_of_processes(
 
 
 def _next_of(loading: Iterator[Any], processes: list[BaseProcess]) -> Any:
-    """The next item, None at the end; InputError where a process died."""
+    """Next item, None at the end; InputError if a process died."""
     try:
         return next(loading, None)
     except RuntimeError as error:
         for process in processes:
-            if process.exitcode:  # of a process that runs it is None
+            if process.exitcode:  # None while it runs
                 raise InputError(
-                    f"a worker process of the input ended ({_told_exit(process.exitcode)}), perhaps as memory ran out; "
+                    f"a worker process of the input ended ({_exit_text(process.exitcode)}), perhaps as memory ran out; "
                     "lower --data.workers or --data.prefetch, or give the run more memory, and `fastssl resume` it"
                 ) from error
         raise
 
 
-def _told_exit(code: int) -> str:
+def _exit_text(code: int) -> str:
     return f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
 
 
 class _Load:
-    """From a plan to crops or views, sentences about unreadable images, or an error for the user.
+    """Turns a plan into crops or views, sentences about unreadable images, or an error for the user.
 
-    Such an error would come out of a worker wrapped in a traceback.
+    The error is returned, since one raised in a worker would arrive wrapped in a traceback.
     """
 
     def __init__(self, crops: Crops, augmentation: Augmentation | None) -> None:
@@ -171,7 +173,7 @@ class _Load:
 
 
 class _IntoSlots(Dataset):
-    """Indexed by a plan and the number of a slot; an item is that number and how many rows of the slot are filled."""
+    """Data set indexed by (plan, slot index); an item is the slot index and its number of filled rows."""
 
     def __init__(self, load: _Load, slots: list[Views], turns: Turns | None) -> None:
         self._load, self._slots, self._turns = load, slots, turns
@@ -189,7 +191,7 @@ class _IntoSlots(Dataset):
 
 
 def _empty_views(plan: BatchPlan, augmentation: Augmentation | None) -> Views:
-    """Shared memory for what `_Load` makes of a plan."""
+    """Shared memory for the result of `_Load` for a plan."""
     dtype = _dtype(augmentation)
     views = (torch.empty(len(plan.ids), view.size, view.size, 3, dtype=dtype).share_memory_() for view in plan.views)
     return tuple(view.permute(0, 3, 1, 2) if augmentation else view for view in views)
@@ -204,9 +206,9 @@ def _dtype(augmentation: Augmentation | None) -> torch.dtype:
 
 
 def context() -> multiprocessing.context.BaseContext:
-    """How worker processes are started."""
-    # fork would copy the locks of running threads (the stream's, OpenMP's, CUDA's); spawn would import torch
-    # in every worker; the fork server imports it once, in a process without threads.
+    """Multiprocessing context that starts the worker processes."""
+    # "fork" would copy the locks of running threads (the stream's, OpenMP's, CUDA's) and "spawn" would import torch in
+    # every worker; the fork server imports it once, in a process without threads.
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload([__name__, "fastssl_pipelines.executors.torchvision"])
     return forkserver

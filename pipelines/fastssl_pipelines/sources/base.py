@@ -1,4 +1,4 @@
-"""Where images come from: numbered images with known sizes and labels, in memory or put together from others."""
+"""Image sources: indexed images with known sizes and labels, in memory or combined from other sources."""
 
 from __future__ import annotations
 
@@ -19,36 +19,34 @@ _FINGERPRINT_IMAGES = 10_000
 
 
 class Source(ABC):
-    """Numbered images with known sizes.
+    """Indexed images with known sizes.
 
     `labels`: int64 [n], the true labels, -1 = unknown, else an index into `classes`.
-    `widths`, `heights`: int32 [n], in pixels of the upright picture, as an EXIF orientation turns it.
-    `defects`: a sentence by the number of each image that is known to be unreadable; its width and height are 0.
-    `notes`: sentences that the user should see.
+    `widths`, `heights`: int32 [n], in pixels of the upright image, after its EXIF orientation is applied.
+    `defects`: maps the index of each image known to be unreadable to a sentence; its width and height are 0.
     """
 
     name: str
-    option: str = "--data.root"  # the one that names it on the command line, for error messages
+    option: str = "--data.root"  # Command line option that names the source, for error messages
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     widths: NDArray[np.int32]
     heights: NDArray[np.int32]
     defects: Mapping[int, str] = MappingProxyType({})
-    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The bytes of an image file; DataError for an image of `defects` and where they cannot be read."""
+        """Read the bytes of an image file; DataError for an image in `defects` and if they cannot be read."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """What to call image `index` in an error message."""
+        """Name of image `index` in an error message."""
 
     def name_of(self, index: int) -> str:
-        """The path of image `index` relative to the data set's folder; DataError for images that are no files."""
+        """Path of image `index` relative to the data set's folder; DataError for images that are not files."""
         raise DataError(
             f"the images of {self.name} have no file names; --data.label-list and --data.quarantine need those of "
             "--data.root"
@@ -56,10 +54,10 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that stand for names and sizes in bytes of all images, in their order."""
+        """Hash of the names and sizes in bytes of all images in order, 16 hexadecimal digits."""
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
-        """The upright picture, uint8 [H, W, 3], RGB; DataError if it cannot be decoded or has another size by now."""
+        """Decode the upright image, uint8 [H, W, 3], RGB; DataError if that fails or its size has changed."""
         encoded = self.encoded(index)
         known = int(self.widths[index]), int(self.heights[index])
         try:
@@ -72,14 +70,14 @@ class Source(ABC):
 
 
 def broken_image(name: str, error: Exception, option: str) -> DataError:
-    """The DataError for an image called `name` on which Pillow raised `error`."""
-    unknown = isinstance(error, UnidentifiedImageError)  # its own message shows the address of an object
+    """DataError for an image called `name` for which Pillow raised `error`."""
+    unknown = isinstance(error, UnidentifiedImageError)  # Its message shows the address of an object
     reason = f"it is none of {', '.join(FORMATS)}" if unknown else " ".join(str(error).split())
     return DataError(f"{name} cannot be read as an image ({reason}); remove or replace it in {option}")
 
 
 def digest_of(*parts: bytes | memoryview) -> str:
-    """16 hexadecimal digits of the parts, one after the other."""
+    """SHA-256 of the concatenated parts, its first 16 hexadecimal digits."""
     total = hashlib.sha256()
     for part in parts:
         total.update(part)
@@ -87,7 +85,7 @@ def digest_of(*parts: bytes | memoryview) -> str:
 
 
 class ArraySource(Source):
-    """Images that are already in memory: `images` uint8 [n, H, W, 3], `labels` int [n], -1 = unknown.
+    """Images in memory: `images` uint8 [n, H, W, 3], `labels` int [n], -1 = unknown.
 
     ValueError for other arrays and for labels outside -1, ..., len(classes) - 1.
     """
@@ -104,8 +102,8 @@ class ArraySource(Source):
         outside = self.labels[(self.labels < -1) | (self.labels >= len(classes))]
         if len(outside):
             raise ValueError(
-                f"label {outside[0]} was given with {len(classes)} classes; a label must be -1 (unknown) or the number"
-                " of a class, from 0 on"
+                f"label {outside[0]} was given with {len(classes)} classes; a label must be -1 (unknown) or the"
+                " index of a class, from 0 on"
             )
         self.classes = classes
         self.heights = np.full(len(images), images.shape[1], np.int32)
@@ -114,7 +112,7 @@ class ArraySource(Source):
 
     def encoded(self, index: int) -> bytes:
         file = io.BytesIO()
-        # Nothing keeps the file, so speed matters and size does not.
+        # The file is temporary, so speed matters and size does not.
         Image.fromarray(self._images[index]).save(file, "PNG", compress_level=1)
         return file.getvalue()
 
@@ -122,7 +120,7 @@ class ArraySource(Source):
         return f"image {index} of {self.name}"
 
     def fingerprint(self) -> str:
-        # these have no names; of the pixels of a large set a part will do
+        # These images have no names; for a large set, a part of the pixels is enough
         part = self._images[:: 1 + len(self._images) // _FINGERPRINT_IMAGES]
         return digest_of(self.labels.tobytes(), repr(self._images.shape).encode(), np.ascontiguousarray(part).data)
 
@@ -131,7 +129,7 @@ class ArraySource(Source):
 
 
 class Subset(Source):
-    """The images of another source at `rows`, int [n], in that order."""
+    """Images `rows`, int [n], of another source, in that order."""
 
     def __init__(self, source: Source, rows: NDArray[np.integer]) -> None:
         self.name = f"{len(rows)} images of {source.name}"
@@ -139,7 +137,7 @@ class Subset(Source):
         self.widths, self.heights = source.widths[rows], source.heights[rows]
         broken = np.flatnonzero(np.isin(rows, list(source.defects))).tolist()
         self.defects = {row: source.defects[int(rows[row])] for row in broken}
-        self.option, self.notes = source.option, source.notes
+        self.option = source.option
         self._source, self._rows = source, rows
 
     def encoded(self, index: int) -> bytes:
@@ -159,9 +157,9 @@ class Subset(Source):
 
 
 class JointSource(Source):
-    """The images of `labeled` and after them those of `unlabeled`, whose labels count as unknown.
+    """Images of `labeled`, followed by those of `unlabeled`, whose labels are set to unknown.
 
-    The unlabeled images stand last: so the labeled ones keep their numbers, and an evaluation can leave off the end.
+    The unlabeled images come last, so the labeled ones keep their indices and an evaluation can drop the end.
     """
 
     def __init__(self, labeled: Source, unlabeled: Source) -> None:
@@ -171,7 +169,6 @@ class JointSource(Source):
         self.widths = np.concatenate([labeled.widths, unlabeled.widths])
         self.heights = np.concatenate([labeled.heights, unlabeled.heights])
         self.defects = {**labeled.defects, **{len(labeled) + row: why for row, why in unlabeled.defects.items()}}
-        self.notes = labeled.notes + unlabeled.notes
         self._labeled, self._unlabeled = labeled, unlabeled
 
     def encoded(self, index: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The one way to open and decode an image file: which formats and pixels count, and which way up they are."""
+"""Open and decode image files: accepted formats and pixel types, and orientation."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from fastssl_pipelines.sources.listing import SUFFIXES_OF
 
-FORMATS = tuple(SUFFIXES_OF)  # as Pillow calls them
+FORMATS = tuple(SUFFIXES_OF)  # Pillow's names
 
 # What Pillow raises on broken files; a SyntaxError is a broken PNG chunk.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # tags
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262  # Tags
 
 Pixels = NDArray[np.uint8]
 
 
 class UnsupportedPixels(ValueError):
-    """The file is whole and its pixels are none that a picture could be made of."""
+    """An intact file whose pixels cannot be converted to 8 bits."""
 
 
-_ORIENTED_BY = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))  # in Image.info
+_ORIENTED_BY = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))  # In Image.info
 
-# From the pixels as stored to the upright picture.
+# From the pixels as stored to the upright image.
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda stored: stored[:, ::-1],
     3: lambda stored: stored[::-1, ::-1],
@@ -47,42 +47,42 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """The image file with its pixels not yet decoded; an error of BROKEN_IMAGE for what training cannot use."""
+    """Open an image file without decoding its pixels; an error in BROKEN_IMAGE if training cannot use it."""
     keep_pillow_quiet()
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if 0 in image.size:
         raise ValueError("it has no pixels")
-    # Pillow brings the 16 bits of a PGM file to the range of 16 bits and calls them I
+    # Pillow scales a PGM file to the full range of 16 bits and calls its mode I
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise UnsupportedPixels(
-            "its numbers have no range that is black to white; 8 or 16 bits a channel, unsigned, have one"
+            "its pixel type has no fixed range from black to white; use 8 or 16 bits per channel, unsigned"
         )
     return image
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Its EXIF orientation, 1 to 8, as EXIF or XMP in front of the pixels tell it; 1 where they do not.
+    """EXIF orientation, 1 to 8, from EXIF or XMP stored before the pixels; 1 without either.
 
-    Of a PNG file, what stands behind the pixels does not count: a header is enough to tell the size of every image.
+    Metadata after the pixels of a PNG file are ignored, so that the header is enough to know the size of an image.
     """
-    if image.format == "TIFF" or _ORIENTED_BY.isdisjoint(image.info):  # Pillow turns TIFF itself
+    if image.format == "TIFF" or _ORIENTED_BY.isdisjoint(image.info):  # Pillow applies that of TIFF itself
         return 1
     try:
-        # that of a PNG would decode the pixels to look behind them
+        # PngImageFile.getexif would decode the pixels to find metadata after them
         found = Image.Image.getexif(image).get(Base.Orientation)
-    except Exception:  # damaged metadata fail in ways of their own, and the pixels are good
+    except Exception:  # Damaged metadata can fail in any way, and the pixels are good
         return 1
     return found if found in _TURNS else 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of the upright picture in pixels."""
+    """Width and height of the upright image in pixels."""
     width, height = image.size
     return (height, width) if orientation_of(image) >= 5 else (width, height)
 
 
 def decode(image: Image.Image) -> Pixels:
-    """The upright picture, uint8 [H, W, 3], RGB; of 16 bits the upper 8, of several pictures the first."""
+    """Decode the upright image, uint8 [H, W, 3], RGB; the upper 8 of 16 bits, the first of several frames."""
     turn = _TURNS.get(orientation_of(image))
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit gray at 255, which makes nearly every pixel white
@@ -93,19 +93,19 @@ def decode(image: Image.Image) -> Pixels:
 
 
 def _gray(image: Image.Image) -> Pixels:
-    """The upper 8 bits of gray of 16 bits, or of 12 in TIFF."""
+    """Upper 8 bits of 16-bit gray, or of the 12 bits of some TIFF files."""
     bits, white_is_zero = 16, False
     if isinstance(image, TiffImageFile):
         bits = image.tag_v2[_TIFF_BITS][0]
-        white_is_zero = image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0  # which Pillow sees to for 8 bits alone
+        white_is_zero = image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0  # Pillow inverts these for 8 bits only
     levels = (np.array(image) >> (bits - 8)).astype(np.uint8)
     return 255 - levels if white_is_zero else levels
 
 
 @cache
 def keep_pillow_quiet() -> None:
-    """What Pillow finds odd but decodes is told by `fastssl data check`, not by warnings among the lines of a run."""
+    """Silence Pillow's warnings about odd files that it decodes; `fastssl data check` reports them."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with suppress(OSError, AttributeError):  # a Pillow whose libtiff cannot be reached
-        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # it writes to stderr what Pillow raises as well
+    with suppress(OSError, AttributeError):  # A Pillow whose libtiff is not accessible
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # It prints what Pillow raises anyway

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.files import raise_if_of_the_machine
-from fastssl_pipelines.names import from_line
+from fastssl_pipelines.names import from_line, numbered_lines
 from fastssl_pipelines.sources.index import IndexedSource
 from fastssl_pipelines.sources.listing import (
     SUFFIXES_SHOWN,
@@ -25,13 +25,12 @@ from fastssl_pipelines.sources.listing import (
     suffixes_of,
     whole_files,
 )
-from fastssl_pipelines.sources.lists import numbered_lines
 
 _INTEGER_CLASS = re.compile(r"(.*\S) +(\d+)")
 
 
 class ImageFolder(IndexedSource):
-    """The image files of a folder as `list_folder` finds them; `progress` is called while headers are read."""
+    """Image files of a folder, listed by `list_folder`; `progress` is called while headers are read."""
 
     def __init__(self, root: str | os.PathLike[str], *, labeled: bool = True, progress: Progress | None = None) -> None:
         super().__init__(
@@ -40,19 +39,19 @@ class ImageFolder(IndexedSource):
 
 
 class ListedImages(IndexedSource):
-    """The images that a text file names, as `list_file` reads it; `progress` is called while headers are read."""
+    """Images named in a text file, listed by `list_file`; `progress` is called while headers are read."""
 
     def __init__(self, path: str | os.PathLike[str], *, labeled: bool = True, progress: Progress | None = None) -> None:
         super().__init__(path, lambda known: list_file(Path(path), labeled=labeled), labeled=labeled, progress=progress)
 
 
 def list_folder(root: Path, *, labeled: bool = True) -> Listing:
-    """The image files under `root`, one folder a class in sorted order; files at any depth of it count.
+    """List the image files under `root`, one folder per class in sorted order, each searched at any depth.
 
     Without class folders, the files directly in `root` are the images and every label is -1. With `labeled` False
-    (--data.unlabeled) all files at any depth are images with label -1, whatever folders they are in. Hidden files and
-    folders are passed over, and other files than images are counted in `ignored`. DataError for a folder without
-    images or with unclear labels, for one that is reached in two ways, and for a link that leads nowhere.
+    (--data.unlabeled), image files at any depth have label -1, whatever their folder. Hidden files and folders are
+    skipped; files that are not images are counted in `ignored`. DataError for a folder without images or with
+    ambiguous labels, for one reached on two paths, and for a dangling link.
     """
     option = "--data.root" if labeled else "--data.unlabeled"
     name = os.fspath(root)
@@ -72,7 +71,7 @@ def list_folder(root: Path, *, labeled: bool = True) -> Listing:
         return whole_files(name, option, name, loose, ignored=suffixes_of(here.others))
     if loose:
         raise DataError(
-            f"{root} holds class folders and also {loose[0]} beside them, so its label is unclear;"
+            f"{root} holds class folders and also {loose[0]} next to them, so its label is unclear;"
             f" {option} must hold either images or class folders"
         )
     with ThreadPoolExecutor(THREADS) as pool:
@@ -97,11 +96,11 @@ def list_folder(root: Path, *, labeled: bool = True) -> Listing:
 
 
 def list_file(path: Path, *, labeled: bool = True) -> Listing:
-    """The images that a text file names, one a line: a path, relative to the list's folder or absolute.
+    """List the images named in a text file, one path per line, absolute or relative to the list's folder.
 
     A TAB and a class name may follow the path; without any TAB, a space and an integer on every line are the class
-    (as Caffe writes lists). Classes are sorted, integers by value. Without classes, or with `labeled` False, every
-    label is -1. DataError where the list cannot be read, names no file or a missing one, or has classes in part.
+    (as in Caffe's lists). Classes are sorted, integers by value. Without classes, or with `labeled` False, every label
+    is -1. DataError if the list cannot be read, is empty, names a missing file, or has classes for some images only.
     """
     option = "--data.root" if labeled else "--data.unlabeled"
     lines = numbered_lines(path, f"{option} must be a folder of images, .tar shards or a text file of paths")
@@ -119,14 +118,14 @@ def list_file(path: Path, *, labeled: bool = True) -> Listing:
         row = int(missing[0])
         raise DataError(
             f"line {lines[row][0]} of {path} names {listing.describe(row)}, which cannot be found ({len(missing)} such "
-            f"of {len(lines)}); a line is a path, relative to the folder of the list, and behind it nothing, a TAB and "
-            f"a class, or a space and an integer: correct it or {option}"
+            f"of {len(lines)}); a line is a path, relative to the folder of the list, optionally followed by a TAB "
+            f"and a class, or a space and an integer: correct it or {option}"
         )
     return listing
 
 
 def _paths_and_classes(path: Path, lines: list[tuple[int, str]], option: str) -> tuple[list[str], list[str]]:
-    """The paths, and as many class names or none."""
+    """Paths, and as many class names or none."""
     if any("\t" in line for _, line in lines):
         for number, line in lines:
             if "\t" not in line:
@@ -148,7 +147,7 @@ def _path(line: str) -> str:
 
 
 class _Contents(NamedTuple):
-    """Names in a folder: `images`, `others` that are none, and `folders` with the target of each that is a link."""
+    """Names in a folder: `images`, `others`, and `folders`, which maps each link to its target, others to None."""
 
     images: list[str]
     others: list[str]
@@ -156,7 +155,7 @@ class _Contents(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Paths of `images` relative to a root, names of `others`, and the paths of `folders` by where they really are."""
+    """Paths of `images` relative to a root, names of `others`, and paths of `folders` by their real path."""
 
     images: list[str]
     others: list[str]
@@ -164,7 +163,7 @@ class _Found(NamedTuple):
 
 
 def _contents(folder: str, option: str) -> _Contents:
-    """What is in a folder, sorted, without what is hidden; DataError for a link that leads nowhere."""
+    """Sorted content of a folder without hidden entries; DataError for a dangling link."""
     contents = _Contents([], [], {})
     try:
         with os.scandir(folder) as entries:
@@ -180,7 +179,7 @@ def _contents(folder: str, option: str) -> _Contents:
         elif entry.is_symlink() and not os.path.exists(entry.path):
             raise DataError(
                 f"{entry.path} is a link to {os.readlink(entry.path)}, which cannot be reached, and may stand for a "
-                f"folder of images; mend or remove it, or check {option}"
+                f"folder of images; fix or remove it, or check {option}"
             )
         else:
             contents.others.append(entry.name)
@@ -190,14 +189,14 @@ def _contents(folder: str, option: str) -> _Contents:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # as of a link to itself
+    except OSError:  # For a link to itself
         return False
 
 
 def _images_under(folder: str, root: str, option: str) -> _Found:
-    """Images and other files at any depth; a folder's own files come first, then those of its folders.
+    """Find images and other files at any depth; a folder's own files come first, then those of its folders.
 
-    DataError where a link leads to a folder that was there before: its images would count twice, or without end.
+    DataError if a link leads to a folder already visited, whose images would count twice or without end.
     """
     found = _Found([], [], {os.path.realpath(root): root})
     ahead = [(folder, os.path.realpath(folder))]
@@ -214,7 +213,7 @@ def _images_under(folder: str, root: str, option: str) -> _Found:
 
 
 def _require_apart(found_in: list[_Found], option: str) -> None:
-    """DataError where two classes share a folder."""
+    """DataError if two classes share a folder."""
     known: dict[str, str] = {}
     for found in found_in:
         for place, path in found.folders.items():

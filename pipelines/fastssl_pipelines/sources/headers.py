@@ -1,4 +1,4 @@
-"""Whether a JPEG or PNG file is put together as it should be, without decoding it."""
+"""Check the structure of a JPEG or PNG file without decoding it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, open_image, orientation_of
 
-PNG_BIT_DEPTH_AT = 24  # its place in the file
+PNG_BIT_DEPTH_AT = 24  # Offset in the file
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame; the three are tables and reserved
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # Start of frame; the three others are tables and reserved
 _START_OF_SCAN = 0xDA
 _APP1 = 0xE1  # EXIF or XMP
 _PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # EXIF, XMP, and EXIF in hexadecimal digits
 
 
 class _Header(NamedTuple):
-    """Width and height in pixels as stored, and whether there are metadata, which may say that it is turned."""
+    """Width and height in pixels as stored, and whether there are metadata, which may hold an orientation."""
 
     width: int
     height: int
@@ -24,10 +24,10 @@ class _Header(NamedTuple):
 
 
 def well_formed(encoded: bytes, width: int, height: int) -> bool:
-    """True for a JPEG whose segments lead to a scan and a PNG whose chunks lead to its end, upright and of that size.
+    """Whether the segments of a JPEG lead to a scan or the chunks of a PNG to its end, upright and of that size.
 
-    `width`, `height`: in pixels. The pixels may still be broken. False does not mean that no decoder takes it. A PNG
-    of 16 bits is none, since decoders do not agree on how it comes to 8.
+    `width`, `height`: in pixels. The pixels may still be broken, and a decoder may still accept a file that is not
+    well formed. False for a PNG of 16 bits, since decoders convert it to 8 bits in different ways.
     """
     if encoded[:2] == b"\xff\xd8":
         header = _jpeg_header(encoded)

@@ -1,39 +1,42 @@
-"""The index of a collection of image files: sizes from the headers, kept in a cache that is checked at every start."""
+"""Index of a collection of image files: sizes from their headers, in a cache that every start checks."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import logging
 import os
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.files import open_regular
+from fastssl_pipelines.files import open_atomic, open_regular
+from fastssl_pipelines.names import printable
 from fastssl_pipelines.sources.base import Source, broken_image, digest_of
 from fastssl_pipelines.sources.decoding import BROKEN_IMAGE, open_image, upright_size
 from fastssl_pipelines.sources.listing import CHUNK, THREADS, Listing, Progress, total_of
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 
+_log = logging.getLogger(__name__)
+
 _VERSION = 3
-_HEADER_BYTES = 32 * 1024  # holds the size in nearly every file; else the whole file is read
+_HEADER_BYTES = 32 * 1024  # Contains the size in nearly every file; otherwise the whole file is read
 
 Lister = Callable[[Listing | None], Listing]
-"""Lists a collection anew; takes an earlier listing of it, which may spare work."""
+"""Lists a collection; is passed an earlier listing of it, or None, which may save work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A listing and its images' `widths`, `heights`, int32 [n]; 0 for those with a sentence in `defects`."""
+    """Listing with the `widths` and `heights` of its images, int32 [n]; 0 for those in `defects`."""
 
     listing: Listing
     widths: NDArray[np.int32]
@@ -42,10 +45,10 @@ class Index:
 
 
 class IndexedSource(Source):
-    """The images of a listing, with an index that is cached between runs and made again where files changed.
+    """Images of a listing, with an index that is cached between runs and updated for changed files.
 
-    `root`, `labeled`: what the cache is kept under. `progress`: see Progress; called if headers are read.
-    DataError where no image can be read; a cache that cannot be written costs a note and no more.
+    `root`, `labeled`: key of the cache. `progress`: see Progress; called while headers are read.
+    DataError if no image can be read; if the cache cannot be written, a warning is logged.
     """
 
     def __init__(
@@ -56,8 +59,9 @@ class IndexedSource(Source):
         known = load(path, key)
         listing = lister(known.listing if known else None)
         index = build(listing, known, progress)
-        problem = save(index, path, key) if known is None or not _same(index, known) else None
-        self.notes = tuple(note for note in (problem, *_notes(listing, labeled)) if note)
+        if known is None or not _same(index, known):
+            save(index, path, key)
+        _warn_of_unused(listing, labeled)
         self.name, self.option = listing.name, listing.option
         self.labels, self.classes = listing.labels, listing.classes
         self.widths, self.heights, self.defects = index.widths, index.heights, index.defects
@@ -81,29 +85,30 @@ class IndexedSource(Source):
         return digest_of(names.blob, names.ends.tobytes(), self._listing.lengths.tobytes())
 
 
-def _notes(listing: Listing, labeled: bool) -> Iterator[str]:
-    """Sentences about what lies in a collection and is not used, which may be a mistake."""
-    if ignored := listing.told_ignored():
-        yield f"{listing.name}: {ignored}"
+def _warn_of_unused(listing: Listing, labeled: bool) -> None:
+    """Warn of files in a collection that are not used, which may be a mistake."""
+    if ignored := listing.describe_ignored():
+        _log.warning(printable(f"{listing.name}: {ignored}"))
     suffixes = {suffix for suffix, _ in listing.ignored}
     if listing.archives is not None and labeled and listing.labeled_by == "nothing" and suffixes & {".json", ".txt"}:
-        yield (
-            f"{listing.name}: no .cls in the shards: labels in .json or .txt are not read; write the number of a "
-            "class into KEY.cls beside each image"
+        message = (
+            f"{listing.name}: no .cls in the shards: labels in .json or .txt are not read; write the index of a "
+            "class into KEY.cls next to each image"
         )
+        _log.warning(printable(message))
 
 
 def cache_folder() -> Path:
-    """Where indices are kept: $FASTSSL_CACHE, else $XDG_CACHE_HOME/fastssl, else ~/.cache/fastssl."""
+    """Folder of the cached indices: $FASTSSL_CACHE, else $XDG_CACHE_HOME/fastssl, else ~/.cache/fastssl."""
     if own := os.environ.get("FASTSSL_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastssl"
 
 
 def build(listing: Listing, known: Index | None = None, progress: Progress | None = None) -> Index:
-    """The index of a listing; only headers in files that `known` has not, or has otherwise, are read.
+    """Build the index of a listing; read headers only in files that are new or changed since `known`.
 
-    Images that could not be read then are tried again: the reason may have been the disk.
+    Images that could not be read before are tried again, since the disk may have been the reason.
     """
     widths, heights = np.zeros(len(listing), np.int32), np.zeros(len(listing), np.int32)
     if known is not None:
@@ -132,8 +137,8 @@ def build(listing: Listing, known: Index | None = None, progress: Progress | Non
     return Index(listing, widths, heights, dict(sorted(defects.items())))
 
 
-def save(index: Index, path: Path, key: str) -> str | None:
-    """Writes the index so that either all of it or nothing appears at `path`; returns a sentence where it cannot."""
+def save(index: Index, path: Path, key: str) -> None:
+    """Write the index to `path` atomically; warn where that is not possible."""
     arrays: dict[str, Any] = {
         "version": np.array(_VERSION),
         "key": _bytes(os.fsencode(key)),
@@ -154,30 +159,24 @@ def save(index: Index, path: Path, key: str) -> str | None:
             **_packed("names", index.listing.names),
         }
     arrays["checksum"] = _bytes(_checksum(arrays))
-    temporary = None
+    # Processes that share a cache may write at the same time
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with open_atomic(path, temporary=temporary) as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        return (
+        message = (
             f"the index of {index.listing.name} could not be kept in {path.parent} ({error.strerror or error}), so the "
             "next start reads all image headers again; set FASTSSL_CACHE to a folder with room"
         )
-    return None
+        _log.warning(printable(message))
 
 
 def load(path: Path, key: str) -> Index | None:
-    """The index that `save` wrote under this key; None where there is none, or one that is damaged, old or foreign.
+    """Load the index that `save` wrote for this key; None if there is none or it is damaged, old or foreign.
 
-    Its listing has no name, option and folder, and cannot read images.
+    Its listing has no name, option or folder, and cannot read images.
     """
     try:
         with open_regular(path) as file:
@@ -190,12 +189,12 @@ def load(path: Path, key: str) -> Index | None:
             return None
         index = _unpacked(arrays)
         return index if _fits_together(index) else None
-    except Exception:  # a damaged file makes zipfile, zlib and NumPy raise errors of many kinds
+    except Exception:  # A damaged file makes zipfile, zlib and NumPy raise errors of many kinds
         return None
 
 
 def _require_plain(file: BinaryIO) -> None:
-    """ValueError where reading the arrays could take more memory than the file has bytes."""
+    """ValueError if reading the arrays could take more memory than the file has bytes."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     size = os.fstat(file.fileno()).st_size
@@ -238,7 +237,7 @@ def _unpacked(arrays: dict[str, NDArray[Any]]) -> Index:
 
 
 def _fits_together(index: Index) -> bool:
-    """Whether all arrays are of one collection, so that none of its numbers leads beyond another's end."""
+    """Whether all arrays belong together, so that no index in one is out of range in another."""
     listing = index.listing
     count, files = len(listing.names), len(listing.files)
     per_image = (listing.file, listing.offsets, listing.lengths, listing.labels, index.widths, index.heights)
@@ -254,16 +253,16 @@ def _fits_together(index: Index) -> bool:
 
 
 def _unchanged_rows(listing: Listing, known: Listing) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Numbers of the images whose files are as they were, and their numbers then."""
+    """Indices of the images in unchanged files, and their indices in `known`."""
     if listing.files == known.files:
         then = np.arange(len(known.files))
     else:
-        number = {name: row for row, name in enumerate(known.files)}
-        then = np.array([number.get(name, -1) for name in listing.files], np.int64)
+        index = {name: row for row, name in enumerate(known.files)}
+        then = np.array([index.get(name, -1) for name in listing.files], np.int64)
     same = then >= 0
     same[same] = (listing.signatures[same] == known.signatures[then[same]]).all(axis=1)
     rows = np.flatnonzero(same[listing.file])
-    # an image stands as far from the first one of its file as it stood then
+    # The distance of an image from the first one in its file is unchanged
     first = np.searchsorted(listing.file, np.arange(len(listing.files)))
     known_first = np.searchsorted(known.file, np.arange(len(known.files)))
     file = listing.file[rows]
@@ -283,7 +282,7 @@ def _same(index: Index, other: Index) -> bool:
 
 
 def _size(listing: Listing, row: int) -> tuple[int, int]:
-    """Width and height by the header of an image; an error of BROKEN_IMAGE or DataError where it has none."""
+    """Width and height from the header of an image; an error in BROKEN_IMAGE or DataError without a valid one."""
     head = listing.read(row, _HEADER_BYTES)
     try:
         return _size_in(head)
@@ -305,7 +304,7 @@ def _packed(name: str, names: PackedStrings) -> dict[str, NDArray[Any]]:
 def _names(arrays: dict[str, NDArray[Any]], name: str) -> PackedStrings:
     blob, ends = arrays[name].tobytes(), arrays[f"{name}_ends"]
     if np.any(np.diff(ends, prepend=0) < 0) or (ends[-1] if len(ends) else 0) != len(blob):
-        raise ValueError("names do not fill their bytes")
+        raise ValueError("the ends of packed names do not match their bytes")
     return PackedStrings(blob, ends)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with image files, found by reading and decoding all of them before a run does."""
+"""Find defects of image files by reading and decoding all of them before a run does."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from fastssl_pipelines.sources.decoding import (
 from fastssl_pipelines.sources.headers import PNG_BIT_DEPTH_AT
 from fastssl_pipelines.sources.listing import SUFFIXES_OF, Listing, Progress
 
-_CHUNK = 16  # images for one thread at a time: a progress bar that moves, and few futures
+_CHUNK = 16  # Images per task: few futures, and a progress bar that moves
 _DIGEST_BYTES = 16
 _ANOTHER = "another image takes its place"
 
-# How files begin, and how those end that have a mark for it.
+# Magic bytes at the start of files, and at the end for formats with an end marker.
 _STARTS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -41,11 +41,11 @@ _STARTS = {
     "PPM": rb"P[0-6fy]",
 }
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_TIFF_BIT_DEPTHS = 258  # its tag
+_TIFF_BIT_DEPTHS = 258  # TIFF tag
 
 
 class DefectKind(Enum):
-    """A kind of defect: what to call it, what training does with such an image, and whether it is harmless."""
+    """Kind of defect: its title, what training does with such an image, and whether it is harmless."""
 
     ZERO_SIZE = "zero size", _ANOTHER, False
     UNREADABLE = "unreadable file", _ANOTHER, False
@@ -53,13 +53,13 @@ class DefectKind(Enum):
     CORRUPT = "corrupt", _ANOTHER, False
     OTHER_FORMAT = "another format", _ANOTHER, False
     TOO_LARGE = "too large", _ANOTHER, False
-    MISLABELED = "one file in two classes", "used with every one of the labels", False
+    MISLABELED = "one file in two classes", "used with each of the labels", False
     LEAKED = "in training and test images", "used in both: accuracies are too high", True
     TURNED = "EXIF orientation", "applied", True
-    WRONG_SUFFIX = "misleading suffix", "none: the content counts", True
+    WRONG_SUFFIX = "misleading suffix", "no effect: the content counts", True
     CMYK = "CMYK", "converted to RGB", True
-    SIXTEEN_BIT = "16 bits a channel", "the upper 8 bits are used", True
-    ANIMATED = "several pictures in a file", "the first one is used", True
+    SIXTEEN_BIT = "16 bits per channel", "the upper 8 bits are used", True
+    ANIMATED = "several images in a file", "the first one is used", True
 
     def __init__(self, title: str, consequence: str, harmless: bool) -> None:
         self.title, self.consequence, self.harmless = title, consequence, harmless
@@ -67,7 +67,7 @@ class DefectKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """A kind of defect, with what was found in this file where the kind alone does not say it."""
+    """Defect of a file; `detail` says what was found if `kind` alone does not."""
 
     kind: DefectKind
     detail: str = ""
@@ -75,7 +75,7 @@ class Defect:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A defect of the image that listing number `listing` calls `name`."""
+    """Defect of the image `name` in the listing with index `listing`."""
 
     listing: int
     name: str
@@ -83,10 +83,10 @@ class Finding:
 
 
 def inspect(encoded: bytes, name: str) -> tuple[Defect, ...]:
-    """The defects of one file, at most one of which makes it unusable; `name` is compared by its suffix alone.
+    """Defects of one file, at most one of which makes it unusable; only the suffix of `name` is checked.
 
-    The file is decoded as training does it, by Pillow. Damage that a JPEG decoder passes over cannot be seen: it
-    gives a picture with wrong pixels in it.
+    Pillow decodes the file, as in training. Damage that a JPEG decoder tolerates is not found: it only gives wrong
+    pixels.
     """
     if not encoded:
         return (Defect(DefectKind.ZERO_SIZE),)
@@ -101,7 +101,7 @@ def inspect(encoded: bytes, name: str) -> tuple[Defect, ...]:
                 DefectKind.CMYK: image.mode == "CMYK",
                 DefectKind.SIXTEEN_BIT: _has_16_bits(image, encoded),
             }
-            # an eighth of the size: the whole file is still read, and its pixels are not needed
+            # Decode at an eighth of the size: the whole file is still read, and the pixels are not needed
             image.draft(None, (1, 1))
             image.load()
             found[DefectKind.ANIMATED] = _has_more_pictures(image)
@@ -118,10 +118,10 @@ def inspect(encoded: bytes, name: str) -> tuple[Defect, ...]:
 
 
 def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress | None = None) -> list[Finding]:
-    """The defects of all images of the listings, in their order; `workers` threads read and decode.
+    """Defects of all images of the listings, in order; `workers` threads read and decode.
 
-    Usable files of the same bytes that lie in two classes, of one listing or of two, are all MISLABELED: which of
-    the labels is right cannot be told. Those of one class that lie in two listings are LEAKED.
+    Usable files with the same bytes in two classes, of one listing or several, are all MISLABELED, since the right
+    label is unknown. Those of one class in two listings are LEAKED.
     """
     images = _Joined(listings)
     found: list[tuple[int, Defect]] = []
@@ -148,7 +148,7 @@ def inspect_all(listings: Sequence[Listing], *, workers: int, progress: Progress
 
 
 class _Joined:
-    """The images of several listings, numbered through."""
+    """Images of several listings with consecutive indices."""
 
     def __init__(self, listings: Sequence[Listing]) -> None:
         self._listings = listings
@@ -158,8 +158,8 @@ class _Joined:
         return self._ends[-1]
 
     def place(self, image: int) -> tuple[Listing, int]:
-        number = self._number(image)
-        return self._listings[number], image - self._ends[number] + len(self._listings[number])
+        index = self._listing_of(image)
+        return self._listings[index], image - self._ends[index] + len(self._listings[index])
 
     def class_of(self, image: int) -> str | None:
         listing, row = self.place(image)
@@ -168,14 +168,14 @@ class _Joined:
 
     def name_of(self, image: int) -> tuple[int, str]:
         listing, row = self.place(image)
-        return self._number(image), listing.names[row]
+        return self._listing_of(image), listing.names[row]
 
-    def _number(self, image: int) -> int:
+    def _listing_of(self, image: int) -> int:
         return bisect_right(self._ends, image)
 
 
 def _inspect_image(listing: Listing, row: int) -> tuple[bytes | None, tuple[Defect, ...]]:
-    """The digest of the file if it is usable, and its defects."""
+    """Hash of the file if it is usable, and its defects."""
     try:
         encoded = listing.encoded(row)
     except DataError as error:
@@ -187,7 +187,7 @@ def _inspect_image(listing: Listing, row: int) -> tuple[bytes | None, tuple[Defe
 
 
 def _ends_early(encoded: bytes, format: str, reason: str) -> bool:
-    # a download into a file of the final size leaves zeros at the end
+    # An incomplete download into a preallocated file leaves zeros at the end
     return not encoded.rstrip(b"\0").endswith(_ENDS[format]) if format in _ENDS else "truncated" in reason
 
 
@@ -200,7 +200,7 @@ def _has_16_bits(image: Image.Image, encoded: bytes) -> bool:
 def _has_more_pictures(image: Image.Image) -> bool:
     try:
         return int(getattr(image, "n_frames", 1)) > 1
-    except Exception:  # what follows the first one is broken in ways of its own, and is not used
+    except Exception:  # What follows the first frame can be broken in any way, and is not used
         return True
 
 
@@ -210,4 +210,4 @@ def _other_format(encoded: bytes) -> str:
         with Image.open(io.BytesIO(encoded)) as image:
             return image.format or ""
     except BROKEN_IMAGE:
-        return "no picture that Pillow knows"
+        return "not an image format that Pillow knows"

@@ -1,4 +1,4 @@
-"""What a collection of image files holds, before any image is opened: names, places, labels."""
+"""Listing of a collection of image files before any image is opened: names, locations, labels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.files import IMAGE_AT_MOST_BYTES, open_regular, raise_if_of_the_machine, read_file, too_large
-from fastssl_pipelines.sources.open_files import OpenFiles
 from fastssl_pipelines.sources.packed_strings import PackedStrings
+from fastssl_pipelines.sources.tar import OpenFiles
 
-# What Pillow decodes here, by its content and not by its suffix.
+# The formats that Pillow may decode; a file's content counts, not its suffix.
 SUFFIXES_OF = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -28,28 +28,28 @@ SUFFIXES_OF = {
     "PPM": (".ppm", ".pgm", ".pnm"),
 }
 SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
-SUFFIXES_SHOWN = ".jpg, .png, ..."  # in a sentence
-THREADS = 8  # they wait for the disk; a stat takes the CPU 2 microseconds, a header 30
-_SUFFIXES_TOLD = 8
-CHUNK = 256  # a future for every file would cost more than its stat
+SUFFIXES_SHOWN = ".jpg, .png, ..."  # For messages
+THREADS = 8  # They wait for the disk; a stat takes the CPU 2 microseconds, a header 30
+_SUFFIXES_LISTED = 8
+CHUNK = 256  # A future for every file would cost more than its stat
 
 Progress = Callable[[str, int, int], object]
-"""Called now and then with what is being done, how many are done, and of how many."""
+"""Called now and then with the current task, the number of items done and their total."""
 
 Ignored = tuple[tuple[str, int], ...]
-"""For suffixes with their dot, "" for names without one, how many files are no images and are not used."""
+"""Suffixes, with their dot or "", of files that are not images, and how many files have each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The images of a collection in their order, which is that of the files that hold them.
+    """Images of a collection, in the order of the files that hold them.
 
-    `name`: the collection, `option`: what names it on the command line, for messages. `folder`: what paths are
-    relative to. `files`: the files that hold the images, and `signatures`, int64 [f, 2]: their size in bytes and
-    modification time in ns, -1 where they cannot be reached. `names`, `file`, `offsets`, `lengths`: for every image
-    its name, the number of its file, ascending, and its stretch of bytes. `archives`: None if every image is a
-    whole file. `labels`: int64 [n], -1 = unknown, else an index into `classes`. `labeled_by`: what told the labels.
-    `ignored`: files that are not used, most frequent suffix first; `ignored_in`: those in each archive of `files`.
+    `name`, `option`: the collection and its command line option, for messages. `folder`: paths are relative to it.
+    `files`: the f files that hold the images. `signatures`: int64 [f, 2], their size in bytes and modification time in
+    ns, -1 for files that cannot be reached. `names`, `file`, `offsets`, `lengths`: for every image its name, the index
+    of its file (ascending) and its byte range in it. `archives`: None if every image is a whole file. `labels`: int64
+    [n], -1 = unknown, else an index into `classes`. `labeled_by`: where the labels come from. `ignored`: unused files,
+    most frequent suffix first; `ignored_in`: the same for each archive in `files`.
     """
 
     name: str
@@ -71,22 +71,22 @@ class Listing:
     def __len__(self) -> int:
         return len(self.names)
 
-    def told_ignored(self) -> str:
-        """A sentence about the files that are not used, "" where there are none."""
+    def describe_ignored(self) -> str:
+        """Sentence about the files that are not used, "" if there are none."""
         if not self.ignored:
             return ""
-        shown = [f"{count} {suffix or 'without a suffix'}" for suffix, count in self.ignored[:_SUFFIXES_TOLD]]
+        shown = [f"{count} {suffix or 'without a suffix'}" for suffix, count in self.ignored[:_SUFFIXES_LISTED]]
         total = sum(count for _, count in self.ignored)
-        if rest := sum(count for _, count in self.ignored[_SUFFIXES_TOLD:]):
+        if rest := sum(count for _, count in self.ignored[_SUFFIXES_LISTED:]):
             shown.append(f"{rest} others")
         return f"{total} file{'s are' if total > 1 else ' is'} not used: {', '.join(shown)}"
 
     def describe(self, index: int) -> str:
-        """What to call image `index` in a message: its path, or that of its archive and its name there."""
+        """Name of image `index` in a message: its path, or that of its archive and its name in it."""
         return os.path.join(self.folder, self.names[index])
 
     def encoded(self, index: int) -> bytes:
-        """All bytes of image `index`, whatever they are; DataError where they cannot be read."""
+        """Read all bytes of image `index`, valid or not; DataError if they cannot be read."""
         length = int(self.lengths[index])
         content = self.read(index, None)
         if self.archives is not None and len(content) < length:
@@ -97,9 +97,9 @@ class Listing:
         return content
 
     def read(self, index: int, limit: int | None) -> bytes:
-        """The first `limit` bytes of image `index`, fewer where it ends, or all.
+        """Read the first `limit` bytes of image `index`, or fewer if it is shorter; all of them for None.
 
-        DataError where they cannot be read or are too many, MachineError where the machine is at fault.
+        DataError if they cannot be read or are too many, MachineError if the machine is at fault.
         """
         thread = threading.get_ident()
         _being_read[thread] = self, index
@@ -130,11 +130,11 @@ class Listing:
         return self.archives.read(int(self.file[index]), int(self.offsets[index]), wanted)
 
 
-_being_read: dict[int, tuple[Listing, int]] = {}  # by thread
+_being_read: dict[int, tuple[Listing, int]] = {}  # By thread
 
 
 def being_read() -> list[str]:
-    """What threads of this process read just now, as `describe` calls it; for a message when one of them is stuck."""
+    """Images that threads of this process are reading now, as in `describe`; for a message when one is stuck."""
     return sorted(listing.describe(index) for listing, index in list(_being_read.values()))
 
 
@@ -149,7 +149,7 @@ def whole_files(
     labeled_by: str = "nothing",
     ignored: Ignored = (),
 ) -> Listing:
-    """The listing of images that are files of their own; without `labels` all are -1."""
+    """Listing of images that are one file each; without `labels`, all are -1."""
     names = PackedStrings.of(files)
     count = len(names)
     signatures = file_signatures(folder, names)
@@ -172,23 +172,23 @@ def whole_files(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name, its last part, is the system's business and no data."""
+    """Whether a file or folder with this base name belongs to the system and is not data."""
     return (name.startswith(".") and name != "..") or name == "__MACOSX"
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name, hidden or not, is taken for an image."""
+    """Whether a file with this name, hidden or not, counts as an image."""
     return name.lower().endswith(SUFFIXES)
 
 
 def suffixes_of(names: Iterable[str]) -> Ignored:
-    """How many of the names have which suffix, in small letters; the most frequent first."""
+    """Count the names by suffix in lower case; the most frequent first."""
     counts = Counter(os.path.splitext(name)[1].lower() for name in names)
     return _most_frequent_first(counts)
 
 
 def total_of(parts: Iterable[Ignored]) -> Ignored:
-    """The counts of all parts together."""
+    """Add up the counts of all parts."""
     counts = Counter[str]()
     for part in parts:
         counts.update(dict(part))
@@ -200,7 +200,7 @@ def _most_frequent_first(counts: Counter[str]) -> Ignored:
 
 
 def numbered(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """A label for each class name, int64 [n], and the classes in sorted order, by value where all are integers."""
+    """Label of each class name, int64 [n], and the sorted classes; by value if all are integers."""
     found = set(names)
     classes = sorted(found, key=_by_value) if all(name.isdecimal() for name in found) else sorted(found)
     label_of = {name: label for label, name in enumerate(classes)}
@@ -208,22 +208,22 @@ def numbered(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
 
 
 def _by_value(digits: str) -> tuple[int, str, str]:
-    """Sorts integers of any length; those of equal value, as 1 and 01, in one order in every process."""
+    """Sort key for integers of any length; equal values like 1 and 01 have the same order in every process."""
     value = digits.lstrip("0")
     return len(value), value, digits
 
 
 def file_signatures(folder: str, files: PackedStrings) -> NDArray[np.int64]:
-    """Size in bytes and modification time in ns of every file, int64 [f, 2]; -1 where it cannot be reached."""
+    """Size in bytes and modification time in ns of every file, int64 [f, 2]; -1 if it cannot be reached."""
     signatures = np.full((len(files), 2), -1, np.int64)
 
     def look(start: int) -> None:
-        for number in range(start, min(start + CHUNK, len(files))):
+        for index in range(start, min(start + CHUNK, len(files))):
             try:
-                found = os.stat(os.path.join(folder, files[number]))
+                found = os.stat(os.path.join(folder, files[index]))
             except OSError:
                 continue
-            signatures[number] = found.st_size, found.st_mtime_ns
+            signatures[index] = found.st_size, found.st_mtime_ns
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(look, range(0, len(files), CHUNK)))

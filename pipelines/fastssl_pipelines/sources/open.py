@@ -1,4 +1,4 @@
-"""From a path to images: what lies there decides how it is read."""
+"""Open images at a path; what is there decides how it is read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastssl_pipelines.sources.shards import COMPRESSED_SUFFIXES, SHARD_SUFFIX, 
 
 
 def open_source(root: Path, *, labeled: bool = True, progress: Progress | None = None) -> IndexedSource:
-    """The images at `root`: class folders, a flat folder, .tar shards or a list file, with sizes from a cached index.
+    """Open the images at `root`: class folders, a flat folder, .tar shards or a list file; sizes are cached.
 
-    With `labeled` False (--data.unlabeled) every label is -1 and images count at any depth. DataError where there
-    are no images, or where their labels are unclear.
+    With `labeled` False (--data.unlabeled), every label is -1 and images are found at any depth. DataError if there
+    are no images or their labels are ambiguous.
     """
     if _holds_shards(root, labeled):
         return TarShards(root, labeled=labeled, progress=progress)
@@ -25,14 +25,14 @@ def open_source(root: Path, *, labeled: bool = True, progress: Progress | None =
 
 
 def list_images(root: Path, *, labeled: bool = True) -> Listing:
-    """The images of `open_source` before any is opened, and without the index; DataError as there."""
+    """List the images of `open_source` without opening any and without the index; DataError as there."""
     if _holds_shards(root, labeled):
         return list_shards(root, labeled=labeled)
     return list_file(root, labeled=labeled) if root.is_file() else list_folder(root, labeled=labeled)
 
 
 def _holds_shards(root: Path, labeled: bool) -> bool:
-    """Whether `root` is a tar file or a folder of them, compressed ones included, which TarShards explains."""
+    """Whether `root` is a tar file or a folder of them, including compressed ones, which TarShards refuses."""
     option = "--data.root" if labeled else "--data.unlabeled"
     if not os.path.isdir(root):
         return os.path.lexists(root) and root.name.endswith((SHARD_SUFFIX, *COMPRESSED_SUFFIXES))
@@ -42,11 +42,11 @@ def _holds_shards(root: Path, labeled: bool) -> bool:
     except OSError as error:
         raise DataError(f"the folder {root} cannot be read ({error.strerror}); check {option}") from None
     others = [name for name, is_folder in entries if is_image(name) or is_folder]
-    # whatever else is called so, as a link that leads nowhere, is named when it is read
+    # Anything else with that suffix, like a dangling link, is reported when it is read
     if shards := [name for name, is_folder in entries if name.endswith(SHARD_SUFFIX) and not is_folder]:
         if others:
             raise DataError(
-                f"{root} holds {min(shards)} and also {min(others)} beside it, so it is unclear what the images are; "
+                f"{root} holds {min(shards)} and also {min(others)}, so it is unclear what the images are; "
                 f"{option} must hold either .tar shards or images"
             )
         return True
@@ -56,5 +56,5 @@ def _holds_shards(root: Path, labeled: bool) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # A link to itself
         return False

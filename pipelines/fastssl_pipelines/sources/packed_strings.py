@@ -1,4 +1,4 @@
-"""Names of a million files in little memory."""
+"""Compact list of strings, for the names of millions of files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 
 class PackedStrings:
-    """Many strings as one block of bytes: small in memory and quick to pickle, compare and save.
+    """Strings packed into one block of bytes: small in memory, and fast to pickle, compare and save.
 
-    `blob`: the strings in UTF-8 (surrogateescape, as file names come), one after the other. `ends`: int64 [n].
+    `blob`: the concatenated strings in UTF-8 (surrogateescape, as for file names). `ends`: int64 [n], end offsets.
     """
 
     __slots__ = ("blob", "ends")

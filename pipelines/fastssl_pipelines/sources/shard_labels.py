@@ -1,4 +1,4 @@
-"""Which class a tar shard tells for each of its images: .cls files, folders or the name of the shard."""
+"""Classes of the images in a tar shard, from .cls files, folders or the name of the shard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from fastssl_pipelines.errors import DataError
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 
-UNKNOWN = "-1"  # in a .cls file
+UNKNOWN = "-1"  # In a .cls file
 LABEL_AT_MOST_BYTES = 64
 FROM_FILES, FROM_FOLDERS, FROM_SHARDS, FROM_NOTHING = ".cls files", "folders", "names of shards", "nothing"
 
@@ -19,35 +19,35 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def is_label(name: str) -> bool:
-    """Whether a member of this name holds the class of an image."""
+    """Whether a member with this name holds the class of an image."""
     return name.endswith(_LABEL_SUFFIX)
 
 
 def class_number(content: bytes, name: str, option: str) -> str:
-    """The number of a class that a .cls file called `name` holds, "" for -1; DataError for other content."""
+    """Class index in the .cls file called `name`, as a string, "" for -1; DataError for other content."""
     text = content.decode("ascii", "replace").strip()
     if text == UNKNOWN:
         return ""
     if not text.isdecimal() or len(content) > LABEL_AT_MOST_BYTES:
         shown = repr(text[:40]) if len(content) <= LABEL_AT_MOST_BYTES else f"more than {LABEL_AT_MOST_BYTES} bytes"
         raise DataError(
-            f"{name} holds {shown}; a .cls file in {option} must hold the number of a class, or -1 for unknown"
+            f"{name} holds {shown}; a .cls file in {option} must hold the index of a class, or -1 for unknown"
         )
     return str(int(text))
 
 
 def classes_of(images: Sequence[str], numbers: dict[str, str], shard: Path, option: str) -> list[tuple[str, str]]:
-    """For each image what told its class, and the class; `numbers`: those of the .cls files by their names.
+    """Origin of the class and the class, for each image; `numbers`: class index by name of the .cls file.
 
-    The class of A.B.jpg is in A.B.cls, else, as WebDataset has it, in the one .cls file whose name up to the first dot
-    is A. DataError where several could be meant.
+    The class of A.B.jpg is in A.B.cls, else, as in WebDataset, in the only .cls file whose name up to the first dot is
+    A. DataError if there are several.
     """
     own = {name.removesuffix(_LABEL_SUFFIX): name for name in numbers}
     taken = own.keys() & {_without_suffix(image) for image in images}
     shared: dict[str, list[str]] = {}
     for stem, name in own.items():
         key = _key(name)
-        # the own label of one image says nothing about another, unless it is called as the key itself
+        # The label file of one image says nothing about another, unless its name is the key itself
         if stem == key or stem not in taken:
             shared.setdefault(key, []).append(name)
 
@@ -57,8 +57,8 @@ def classes_of(images: Sequence[str], numbers: dict[str, str], shard: Path, opti
         candidates = shared.get(_key(image), [])
         if len(candidates) > 1:
             raise DataError(
-                f"{shard}/{image} could have its class from {candidates[0]} or {candidates[1]}; in {option} call the "
-                ".cls file of an image as the image"
+                f"{shard}/{image} could have its class from {candidates[0]} or {candidates[1]}; in {option}, give "
+                "the .cls file of an image the name of the image"
             )
         return candidates[0] if candidates else None
 
@@ -66,13 +66,13 @@ def classes_of(images: Sequence[str], numbers: dict[str, str], shard: Path, opti
 
 
 def one_source(given: Sequence[tuple[str, str]], names: PackedStrings, root: Path, option: str) -> str:
-    """What told the classes of all images; DataError where one thing told some and another others."""
+    """Origin of the classes of all images; DataError if it is not the same for all."""
     first = given[0][0]
     for row, (source, _) in enumerate(given):
         if source != first:
             raise DataError(
                 f"the class of {names[0]} in {root} comes from {first} and that of {names[row]} from {source}, so "
-                f"labels are unclear; make the shards of {option} alike"
+                f"labels are unclear; use the same form of labels in all shards of {option}"
             )
     return first
 
@@ -92,6 +92,6 @@ def _without_suffix(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """What WebDataset calls the key of a sample: all up to the first dot of the base name."""
+    """WebDataset's key of a sample: everything up to the first dot of the base name."""
     folder, base = posixpath.split(name)
     return posixpath.join(folder, base.split(".")[0])

@@ -1,4 +1,4 @@
-"""Tar files that hold images, read through a table of offsets."""
+"""Images in tar shards, read through a table of offsets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from fastssl_pipelines.sources.listing import (
     suffixes_of,
     total_of,
 )
-from fastssl_pipelines.sources.open_files import OpenFiles, read_stretch
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 from fastssl_pipelines.sources.shard_labels import (
     FROM_NOTHING,
@@ -39,14 +38,14 @@ from fastssl_pipelines.sources.shard_labels import (
     is_label,
     one_source,
 )
-from fastssl_pipelines.sources.tar import Member, members
+from fastssl_pipelines.sources.tar import Member, OpenFiles, members, read_stretch
 
 SHARD_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = tuple(f"{tar}{end}" for tar in (".tar.", ".t") for end in ("gz", "bz2", "xz", "zst", "lz4", "Z"))
 
 
 class _Shard(NamedTuple):
-    """What a shard holds: a name, offset, length and class (with what told it) for every image."""
+    """Content of a shard: name, offset, length and (origin of the class, class) of every image."""
 
     names: list[str]
     offsets: list[int]
@@ -56,7 +55,7 @@ class _Shard(NamedTuple):
 
 
 class TarShards(IndexedSource):
-    """The images in tar files, as `list_shards` finds them; `progress` is called while headers are read."""
+    """Images in tar files, listed by `list_shards`; `progress` is called while headers are read."""
 
     def __init__(self, root: str | os.PathLike[str], *, labeled: bool = True, progress: Progress | None = None) -> None:
         super().__init__(
@@ -70,28 +69,28 @@ class TarShards(IndexedSource):
 def list_shards(
     root: Path, *, labeled: bool = True, known: Listing | None = None, progress: Progress | None = None
 ) -> Listing:
-    """The images in the .tar files directly in the folder `root`, or in `root` itself if it is one.
+    """List the images in the .tar files directly in the folder `root`, or in `root` itself if it is one.
 
-    The class of an image is the integer in KEY.cls beside KEY.jpg (see `classes_of`; -1 is unknown), else the folder
-    it lies in, else the name of its shard if that is a WordNet id (as ImageNet's n01440764.tar), else unknown (-1);
-    with `labeled` False always unknown. An image is called SHARD/MEMBER. `known`, an earlier listing, spares the scan
-    of shards that did not change since.
-    DataError for a shard that is compressed or cut short, without images, with a name twice or with classes from
-    different sources.
+    The class of an image is the integer in KEY.cls next to KEY.jpg (see `classes_of`; -1 is unknown), else its folder,
+    else the name of its shard if that is a WordNet id (like ImageNet's n01440764.tar), else unknown (-1); always
+    unknown if `labeled` is False. The name of an image is SHARD/MEMBER. Shards that did not change since the earlier
+    listing `known` are not scanned.
+    DataError for a shard that is compressed or cut short, that has no images or a name twice, and for classes of
+    mixed origin.
     """
     option = "--data.root" if labeled else "--data.unlabeled"
     folder = root if root.is_dir() else root.parent
     shards = _shards_in(root, option)
     files = PackedStrings.of(shards)
-    # taken before the scan, so that what changes during it counts as changed
+    # Taken before the scan, so that a change during the scan is noticed
     signatures = file_signatures(os.fspath(folder), files)
     if known is not None and known.files == files and np.array_equal(known.signatures, signatures):
         archives = OpenFiles(os.fspath(folder), files)
         return replace(known, name=os.fspath(root), option=option, folder=os.fspath(folder), archives=archives)
     earlier = _rows_of_unchanged(known, shards, signatures)
 
-    def content(number: int) -> _Shard:
-        name = shards[number]
+    def content(index: int) -> _Shard:
+        name = shards[index]
         if known is not None and name in earlier:
             return _from_listing(known, *earlier[name])
         return _scan(folder / name, option, labeled)
@@ -151,14 +150,14 @@ def _shards_in(root: Path, option: str) -> list[str]:
     names = [name for name in names if not is_hidden(name)]
     if packed := [name for name in names if name.endswith(COMPRESSED_SUFFIXES)]:
         raise DataError(
-            f"{packed[0]} in {root} is compressed, so single images cannot be read from it; {option} takes .tar files: "
-            "decompress it"
+            f"{packed[0]} in {root} is compressed, so single images cannot be read from it; decompress it, since "
+            f"{option} takes .tar files only"
         )
     return [name for name in names if name.endswith(SHARD_SUFFIX)]
 
 
 def _scan(path: Path, option: str, labeled: bool) -> _Shard:
-    """Reads the headers of all members and, for labels, the .cls files; DataError for a shard without its end."""
+    """Read the headers of all members and, for labels, the .cls files; DataError for a shard without its end."""
     images: dict[str, Member] = {}
     numbers: dict[str, str] = {}
     others: list[str] = []
@@ -199,7 +198,7 @@ def _scan(path: Path, option: str, labeled: bool) -> _Shard:
 def _require_new(name: str, earlier: Container[str], path: Path, option: str) -> None:
     if name in earlier:
         raise DataError(
-            f"{path} holds {name} twice, so it is unclear which one counts; make the shard again for {option}"
+            f"{path} holds {name} twice, so it is unclear which one counts; create the shard for {option} again"
         )
 
 
@@ -213,11 +212,11 @@ def _damaged(path: Path, images: int, reason: str, option: str) -> DataError:
 def _rows_of_unchanged(
     known: Listing | None, shards: list[str], signatures: NDArray[np.int64]
 ) -> dict[str, tuple[int, slice]]:
-    """The numbers of the shards that did not change in the earlier listing, and where their images stand there."""
+    """For each unchanged shard, its index and the slice of its images in the earlier listing."""
     if known is None:
         return {}
     first = np.searchsorted(known.file, np.arange(len(known.files) + 1))
-    earlier = {name: number for number, name in enumerate(known.files)}
+    earlier = {name: index for index, name in enumerate(known.files)}
     return {
         name: (earlier[name], slice(int(first[earlier[name]]), int(first[earlier[name] + 1])))
         for name, signature in zip(shards, signatures, strict=True)
@@ -225,12 +224,12 @@ def _rows_of_unchanged(
     }
 
 
-def _from_listing(known: Listing, number: int, rows: slice) -> _Shard:
+def _from_listing(known: Listing, index: int, rows: slice) -> _Shard:
     labels = known.labels[rows].tolist()
     return _Shard(
         names=[known.names[row] for row in range(rows.start, rows.stop)],
         offsets=known.offsets[rows].tolist(),
         lengths=known.lengths[rows].tolist(),
         classes=[(known.labeled_by, known.classes[label] if label >= 0 else "") for label in labels],
-        ignored=known.ignored_in[number],
+        ignored=known.ignored_in[index],
     )

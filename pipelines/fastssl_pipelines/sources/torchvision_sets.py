@@ -23,10 +23,10 @@ class NamedSplits(NamedTuple):
 
 
 def open_named(name: str, root: Path, *, download: bool = False) -> NamedSplits:
-    """The data set `name` of NAMED from `root`, the folder that torchvision keeps it in; RGB, also FashionMNIST.
+    """Open the data set `name` of NAMED in `root`, torchvision's folder for it; RGB, including FashionMNIST.
 
-    The 100 000 unlabeled images of STL10 stand behind its 5000 labeled ones in `train`. With `download`, files that
-    are missing are fetched; without, they are a DataError, as are damaged ones.
+    In `train` of STL10, the 100 000 unlabeled images follow the 5000 labeled ones. With `download`, missing files are
+    downloaded; otherwise they are a DataError, as are damaged ones.
     """
     import torchvision
 
@@ -42,22 +42,22 @@ def open_named(name: str, root: Path, *, download: bool = False) -> NamedSplits:
             return splits
         unlabeled = _UnlabeledSTL10(os.path.join(root, kind.base_folder, kind.train_list[2][0]))
         return splits._replace(train=JointSource(splits.train, unlabeled))
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # a damaged file fails in ways of its own
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # A damaged file can fail in any way
         remedy = (
             "check --data.root and the network"
             if download
             else "change --data.root or allow the download with --data.download"
         )
         raise DataError(
-            f"{name} could not be read from {root} as torchvision keeps it ({' '.join(str(error).split())}); {remedy}"
+            f"{name} could not be read from {root} in torchvision's format ({' '.join(str(error).split())}); {remedy}"
         ) from error
 
 
 class _UnlabeledSTL10(ArraySource):
-    """The file's pages, not a copy: it has 2.7 GB, and every worker process opens it."""
+    """Memory map, not a copy: the file has 2.7 GB, and every worker process opens it."""
 
     def __init__(self, path: str) -> None:
-        # copy-on-write, since torch takes no read-only memory; columns come before rows in the file
+        # Copy-on-write, since torch does not accept read-only memory; the file is stored column by column
         pixels = np.asarray(np.memmap(path, np.uint8, mode="c")).reshape(-1, 3, _STL10_SIDE, _STL10_SIDE)
         super().__init__("STL10 unlabeled", pixels.transpose(0, 3, 2, 1), np.full(len(pixels), -1), ())
         self._path = path
@@ -73,6 +73,6 @@ def _source(name: str, dataset: Any) -> ArraySource:
     elif images.shape[1] == 3:
         images = images.transpose(0, 2, 3, 1)
     labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
-    # STL10 has a file of class names that may be missing
+    # STL10's file of class names may be missing
     classes = tuple(getattr(dataset, "classes", map(str, range(10))))
     return ArraySource(name, images, np.asarray(labels, np.int64), classes)

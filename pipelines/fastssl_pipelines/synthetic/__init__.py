@@ -1,1 +1,1 @@
-"""Images that a program draws."""
+"""Procedurally generated images."""

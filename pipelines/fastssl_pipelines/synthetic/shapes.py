@@ -1,7 +1,7 @@
 """Procedural pictures: the embedded data set, drawn from a seed without a download.
 
-A class is a shape and the texture on it; a picture holds four objects of one class. Colors, position, size,
-rotation and background are nuisance: they are drawn anew for every object and tell nothing about the class.
+A class is a shape with a texture; a picture shows four objects of one class. Colors, position, size, rotation and
+background are nuisance variables: they are drawn independently and carry no information about the class.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 from fastssl_pipelines.sources.base import ArraySource
 
 Array = np.ndarray
-# A shape is positive inside and about 1 at its center; a texture lies in [0, 1]. Both see the picture's own
-# coordinates u, v (the shape reaches to about 1) and the same point as radius r and angle a.
+# A shape is positive inside and about 1 at its center; a texture lies in [0, 1]. Both are functions of the object's
+# coordinates u, v (the shape extends to about 1), and of the same point as radius r and angle a.
 Field = Callable[[Array, Array, Array, Array], Array]
 
 
@@ -68,7 +68,7 @@ def _shade(u: Array, v: Array, r: Array, a: Array) -> Array:
     return np.clip(0.5 + 0.5 * u, 0, 1)
 
 
-PLACES = [(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)]  # of the four objects, before they are shifted
+PLACES = [(x, y) for x in (-0.5, 0.5) for y in (-0.5, 0.5)]  # Of the four objects, before they are shifted
 SCALES = (0.36, 0.56)
 SHIFT = 0.2
 
@@ -93,13 +93,13 @@ def _uniform(rng: np.random.Generator, low: float, high: float, count: int) -> A
 
 
 def _colors(rng: np.random.Generator, brightness: Array) -> Array:
-    """[count, 1, 1, 3]: random tints of the given brightness [count], so that gray tells them apart too."""
+    """Random tints [count, 1, 1, 3] of the given brightness [count], which differ in grayscale as well."""
     tint = rng.uniform(-0.3, 0.3, (len(brightness), 1, 1, 3)).astype(np.float32)
     return brightness[:, None, None, None] + tint - tint.mean(-1, keepdims=True)
 
 
 def _draw(rng: np.random.Generator, shape: Field, texture: Field, count: int, size: int) -> Array:
-    """[count, size, size, 3] float pictures of one class, about in [0, 1]."""
+    """Draw float pictures of one class, [count, size, size, 3], approximately in [0, 1]."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     x, y = axis[None, None, :], axis[None, :, None]
     slope = _uniform(rng, 0, 2 * np.pi, count)
@@ -112,7 +112,7 @@ def _draw(rng: np.random.Generator, shape: Field, texture: Field, count: int, si
         u = (dx * np.cos(angle) + dy * np.sin(angle)) / scale
         v = (dy * np.cos(angle) - dx * np.sin(angle)) / scale
         r, a = np.hypot(u, v), np.arctan2(v, u)
-        # the edge is one pixel wide: shapes measure about their distance from it, in units of scale
+        # Antialias over one pixel: a shape is about the distance from its edge, in units of `scale`
         inside = np.clip(0.5 + shape(u, v, r, a) * scale * (size / 2), 0, 1)[..., None]
         weave = texture(u, v, r, a)[..., None]
         bright = rng.random(count) < 0.5
@@ -123,9 +123,9 @@ def _draw(rng: np.random.Generator, shape: Field, texture: Field, count: int, si
 
 
 def draw_pictures(count: int, *, seed: int, stream: int = 0, size: int = 32) -> tuple[Array, Array]:
-    """`count` pictures of all classes in turn: uint8 [count, size, size, 3] and int64 labels [count].
+    """Draw `count` pictures, cycling through the classes: uint8 [count, size, size, 3] and int64 labels [count].
 
-    A pure function of its arguments; different streams of one seed share nothing.
+    A pure function of its arguments; different streams of one seed are independent.
     """
     images = np.empty((count, size, size, 3), np.uint8)
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
@@ -139,6 +139,6 @@ def draw_pictures(count: int, *, seed: int, stream: int = 0, size: int = 32) -> 
 
 
 def picture_source(count: int, *, seed: int, stream: int = 0, size: int = 32) -> ArraySource:
-    """The embedded data set as a source; see `draw_pictures`."""
+    """Embedded data set as a source; see `draw_pictures`."""
     images, labels = draw_pictures(count, seed=seed, stream=stream, size=size)
     return ArraySource(name=f"pictures-{count}-{seed}-{stream}", images=images, labels=labels, classes=tuple(CLASSES))
