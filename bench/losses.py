@@ -14,11 +14,11 @@ from torch import Tensor
 from fastssl.arguments import parse
 from fastssl.benchmark.harness import peak_bytes
 from fastssl.errors import ConfigError, unknown_name
-from fastssl_kernels import parity, reference
+from fastssl_kernels import LOSSES, parity
 
 from . import run_record
 from .measure import Step, Times, captured, clones_beyond_cache, matmul_rate, time_cpu, time_cuda
-from .peers import COLUMNS, Case, Column, Unavailable, backend
+from .peers import BOTH, COLUMNS, Case, Column, Unavailable, backend
 
 OURS = "fastssl"
 Mode = tuple[str, str]  # launch, cache
@@ -30,7 +30,8 @@ class Options:
 
     shapes: tuple[str, ...] = ("256x65536x128",)
     """N x K x C: rows, queue entries, features."""
-    loss: Literal["info_nce", "unicon", "all"] = "info_nce"
+    loss: str = "info_nce"
+    """A registered loss, or all: info_nce and unicon, which have peers."""
     temperature: float = 0.2
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of autocast, and on a GPU of the queue; on a CPU the queue is float32."""
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> Path:
     dtype = getattr(torch, options.dtype)
     rate = matmul_rate(dtype, device) if device.type == "cuda" else None
     facts = run_record.environment(["python", "-m", "bench", "losses", *arguments], device)
-    losses = ("info_nce", "unicon") if options.loss == "all" else (options.loss,)
+    losses = _losses(options.loss)
     if rate is not None:
         facts["matmul_tflops"] = rate / 1e12
     rows: list[run_record.Row] = []
@@ -83,6 +84,13 @@ def main(arguments: Sequence[str]) -> Path:
             path = run_record.write(options.out, "losses", facts, rows)
     print(f"written: {path}")
     return path
+
+
+def _losses(name: str) -> tuple[str, ...]:
+    timed = [loss for loss, entry in LOSSES.items() if entry.timed and loss != "queue_read"]
+    if name not in (*timed, "all"):
+        raise unknown_name("loss", name, [*timed, "all"])
+    return BOTH if name == "all" else (name,)
 
 
 def _columns(names: Sequence[str]) -> dict[str, Column]:
@@ -122,7 +130,7 @@ def measure(case: Case, columns: dict[str, Column], repeats: int | None) -> list
         try:
             prepared[name] = _prepare(case, column, truth)
         except Exception as error:  # whatever a peer raises is the reason to show
-            if name.startswith(OURS):
+            if name.startswith(OURS) and not isinstance(error, Unavailable):
                 raise
             reasons[name] = _reason(error)
     if case.device.type == "cuda":
@@ -140,7 +148,7 @@ def measure(case: Case, columns: dict[str, Column], repeats: int | None) -> list
 
 
 def _prepare(case: Case, column: Column, truth: tuple[Tensor, Tensor]) -> Prepared:
-    if case.loss not in column.losses:
+    if column.losses is not None and case.loss not in column.losses:
         raise Unavailable(f"has no {case.loss}")
     step = column.build(case)
     result = step()
@@ -155,17 +163,16 @@ def exact(case: Case) -> tuple[Tensor, Tensor]:
     rows, entries = len(given.query), len(given.queue)
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
-    for part in torch.arange(rows, device=case.device).split(max(1, 2**24 // entries)):
-        query = given.query[part].requires_grad_()
-        labels: dict[str, Any] = {}
-        if case.loss == "unicon":
-            labels = {"query_labels": given.query_labels[part], "queue_labels": given.queue_labels}
-        loss = getattr(reference, case.loss)(
-            query, given.key[part], given.queue, temperature=case.temperature, reduction="none", **labels
-        )
+    # Rows of the two need no others; another loss may.
+    size = max(1, 2**24 // entries) if case.loss in BOTH else rows
+    for part in torch.arange(rows, device=case.device).split(size):
+        query, labels = given.query[part].requires_grad_(), given.query_labels[part]
+        of_part = replace(given, key=given.key[part], query_labels=labels) if case.loss in BOTH else given
+        (loss,) = LOSSES[case.loss].define(replace(of_part, query=query), case.temperature)
         losses.append(loss.detach())
         gradients += torch.autograd.grad(loss.sum(), query)
-    return torch.cat(losses).mean(), torch.cat(gradients) / rows
+    loss = torch.cat(losses)
+    return loss.mean(), torch.cat(gradients) / len(loss)
 
 
 def _errors(

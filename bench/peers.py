@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-import fastssl_kernels
+from fastssl_kernels import LOSSES
 from fastssl_kernels.backend import requested, resolve
 from fastssl_kernels.parity import Inputs
 
 from .measure import Step
+
+BOTH = ("info_nce", "unicon")  # The losses that have peers
 
 
 class Unavailable(Exception):
@@ -50,7 +52,8 @@ class Column:
 
     build: Callable[[Case], Step]
     note: str
-    losses: tuple[str, ...] = ("info_nce",)
+    losses: tuple[str, ...] | None = ("info_nce",)
+    """None: every registered loss."""
     normalizes: bool = False
     """Whether it normalizes the query itself: its gradient then lacks the part along the query."""
     capturable: bool = True
@@ -217,13 +220,14 @@ def _require_memory(needed: int) -> None:
 
 
 def _fastssl(case: Case, *, return_accuracy: bool = False) -> Step:
-    given, function = case.inputs, getattr(fastssl_kernels, case.loss)
-    options: dict[str, Any] = {"temperature": case.temperature, "return_accuracy": return_accuracy}
-    if case.loss == "unicon":
-        options |= {"query_labels": given.query_labels, "queue_labels": given.queue_labels}
+    entry = LOSSES[case.loss]
+    arguments = entry.arguments(case.inputs, case.temperature) | {"reduction": "mean"}
+    if return_accuracy:
+        arguments["return_accuracy"] = True
+    name = next(name for name, value in arguments.items() if value is case.inputs.query)
 
     def loss(query: Tensor) -> Tensor:
-        result = function(query, given.key, given.queue, **options)
+        result = entry.function(**{**arguments, name: query})
         return result[0] if return_accuracy else result
 
     return _step(case, loss)
@@ -244,19 +248,18 @@ def _matmuls(case: Case) -> Step:
     return step
 
 
-_BOTH = ("info_nce", "unicon")
 _READ = "read in the queue's dtype, closed form in float32"
 _LIGHTLY = "as shipped: normalizes again, clones its bank, enqueues; gradient compared without the part along the query"
 _METRIC = "as shipped in CrossBatchMemory: another quantity, the batch's other keys are negatives too; normalizes again"
 
 COLUMNS: dict[str, Column] = {
-    "fastssl": Column(_fastssl, "", _BOTH),
-    "fastssl-accuracy": Column(partial(_fastssl, return_accuracy=True), "with contrast accuracy", _BOTH),
-    "matmuls": Column(_matmuls, "the two matrix products alone: no loss, no gradient", _BOTH),
-    "eager": Column(_eager, "float32", _BOTH),
-    "eager-autocast": Column(partial(_eager, autocast=True), "queue kept in the autocast dtype", _BOTH),
-    "compile": Column(partial(_eager, compiled=True), "torch.compile of eager", _BOTH),
-    "compile-autocast": Column(partial(_eager, compiled=True, autocast=True), "torch.compile of eager-autocast", _BOTH),
+    "fastssl": Column(_fastssl, "", None),
+    "fastssl-accuracy": Column(partial(_fastssl, return_accuracy=True), "with contrast accuracy", BOTH),
+    "matmuls": Column(_matmuls, "the two matrix products alone: no loss, no gradient", BOTH),
+    "eager": Column(_eager, "float32", BOTH),
+    "eager-autocast": Column(partial(_eager, autocast=True), "queue kept in the autocast dtype", BOTH),
+    "compile": Column(partial(_eager, compiled=True), "torch.compile of eager", BOTH),
+    "compile-autocast": Column(partial(_eager, compiled=True, autocast=True), "torch.compile of eager-autocast", BOTH),
     "sdpa-flash": Column(partial(_attention, attend=_flash), _READ),
     "sdpa-cudnn": Column(partial(_attention, attend=_cudnn), _READ),
     "flex": Column(partial(_attention, attend=_flex), _READ),

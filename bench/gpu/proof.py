@@ -43,7 +43,7 @@ class Options(Checked):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch finds it"""
     data: Path | None = None
-    """photographs to learn from: a folder with train and test, or a .tar file of one; by default the project's"""
+    """photographs to learn from: a folder with train and test, or a .tar file of one; by default from shared/data"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,11 +57,8 @@ def main(arguments: Sequence[str]) -> int:
         _run(left_to_do(parts, records, device), records, options, device, deadline)
     print(verdicts.targets_as_text(records, device))
     print(f"written: {options.out / 'summary.md'}")
-    return (
-        EXIT_FAILED
-        if any(record["status"] == FAILED for record in records.values() if record["device"] == device)
-        else 0
-    )
+    failed = any(record["status"] == FAILED for record in records.values() if record["device"] == device)
+    return EXIT_FAILED if failed else 0
 
 
 def _run(todo: list[Part], records: Records, options: Options, device: str, deadline: float) -> None:

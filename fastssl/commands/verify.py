@@ -88,6 +88,10 @@ def run(options: Options) -> int:
             verdicts += [verdict for dtype in dtypes for verdict in check(loss, dtype, device)]
     screen.table(_table(verdicts))
     screen.line(_caption(device), wrap=True)
+    for loss in (name for name in losses if name != AUGMENT):
+        for name in _backends(device):
+            if reason := parity.why_not(loss, name):
+                screen.line(f"{loss}: {name} skipped, because {reason}")
     failed = sum(not verdict.passed for verdict in verdicts)
     screen.line(f"{failed} of {len(verdicts)} failed" if failed else f"all {len(verdicts)} passed")
     return 1 if failed else 0
@@ -95,9 +99,9 @@ def run(options: Options) -> int:
 
 def verify(loss: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
     """A verdict on each backend that runs `loss` in `dtype` on `device`."""
-    backends = [name for name, why_not in available_backends(device).items() if name != "reference" and not why_not]
+    backends = [name for name in _backends(device) if not parity.why_not(loss, name)]
     if dtype == torch.float64:  # Triton kernels do not take it
-        backends = ["blockwise"]
+        backends = [name for name in backends if name != "triton"]
     errors: dict[str, list[Errors]] = {name: [] for name in ("plain", *backends)}
     strided: dict[str, dict[str, Errors]] = {name: {} for name in backends}
     shapes = _shapes(dtype, device)
@@ -126,11 +130,15 @@ def _verify_augment(_: str, dtype: torch.dtype, device: str) -> Iterator[Verdict
     """As `verify`; in gray levels, and without a gradient."""
     if dtype == torch.float64:  # the augmentation gives none
         return
-    for name, why_not in available_backends(device).items():
-        if name != "reference" and not why_not:
-            error, plain = verify_augment.errors(dtype, device, name)
-            tolerated = Errors(verify_augment.LIMITS[dtype], 0.0)
-            yield Verdict(AUGMENT, dtype, name, Errors(error, 0.0), Errors(plain, 0.0), tolerated, "contiguous")
+    for name in _backends(device):
+        error, plain = verify_augment.errors(dtype, device, name)
+        tolerated = Errors(verify_augment.LIMITS[dtype], 0.0)
+        yield Verdict(AUGMENT, dtype, name, Errors(error, 0.0), Errors(plain, 0.0), tolerated, "contiguous")
+
+
+def _backends(device: str) -> list[str]:
+    """The fast backends that run on `device`."""
+    return [name for name, why_not in available_backends(device).items() if name != "reference" and not why_not]
 
 
 def _column_major(x: Tensor) -> Tensor:

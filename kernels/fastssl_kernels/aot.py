@@ -1,9 +1,9 @@
-"""Compile every kernel for GPUs that need not be there, and say what each needs of them.
+"""Compile every kernel ahead of time, for GPUs that need not be present, and report the resources it uses.
 
     python -m fastssl_kernels.aot --targets sm_80,sm_90
 
-Fails where a kernel spills registers, uses the stack, asks for more memory than a target has, multiplies without tensor
-cores, or takes a maximum that it does not need.
+Fails if a kernel spills registers, uses the stack, exceeds a target's memory, multiplies without tensor cores, or
+computes a maximum that it does not need.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .sass import disassemble
 from .triton import augment, bank_gradient, consistency, losses, nearest, read, training
 from .triton.configuration import Configuration, aligned_arguments
 
-# Shared memory that one program can have.
+# Shared memory available to one program.
 SHARED_BYTES = {f"sm_{number}": size * 1024 for number, size in ((80, 163), (90, 227), (100, 227), (120, 99))}
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100
-UNSHIFTED = ("read_kernel", "labeled_read_kernel")  # which take exponentials without a maximum where these fit
+UNSHIFTED = ("read_kernel", "labeled_read_kernel")  # These skip the maximum where exponentials cannot overflow
 _COLUMNS = "{:24} {:64} {:7} {:>9} {:>6} {:>5} {:>7} {:12} {:>6} {:>6}"
 _HEADINGS = ("kernel", "config", "target", "registers", "spills", "stack", "shared", "tensor cores", "maxima", "/logit")
 
@@ -41,39 +41,39 @@ class Usage(NamedTuple):
     config: str
     target: str
     constants: dict[str, Any]
-    registers: int  # per thread
-    spills: int  # instructions that load or store local memory
-    stack: int  # bytes per thread
-    shared_bytes: int  # per program
-    tensor_memory: int  # columns per program, sm_100 alone
-    tensor_cores: dict[str, int]  # instructions by mnemonic
-    maxima: int  # floating point maximum instructions
-    instructions_per_logit: float | None  # of the main loop, per logit of a thread; None without logits
+    registers: int  # Per thread
+    spills: int  # Instructions that load or store local memory
+    stack: int  # Bytes per thread
+    shared_bytes: int  # Per program
+    tensor_memory: int  # Columns per program; sm_100 only
+    tensor_cores: dict[str, int]  # Instructions by mnemonic
+    maxima: int  # Floating-point maximum instructions
+    instructions_per_logit: float | None  # Of the main loop, per logit of a thread; None without logits
 
     def faults(self) -> Iterator[str]:
-        """One sentence for each limit that it breaks."""
+        """Yield one sentence for each limit it breaks."""
         name = f"{self.kernel} ({self.config}) on {self.target}"
         if self.spills:
-            yield f"{name} spills: {self.spills} instructions load or store registers; its tiles have to be smaller."
+            yield f"{name} spills: {self.spills} instructions load or store registers; make its tiles smaller."
         if self.stack:
-            yield f"{name} uses {self.stack} bytes of stack per thread; its tiles have to be smaller."
+            yield f"{name} uses {self.stack} bytes of stack per thread; make its tiles smaller."
         if self.shared_bytes > SHARED_BYTES[self.target]:
             yield (
                 f"{name} needs {self.shared_bytes} bytes of shared memory and the target has "
-                f"{SHARED_BYTES[self.target]}; its tiles have to be smaller or its stages fewer."
+                f"{SHARED_BYTES[self.target]}; make its tiles smaller or its stages fewer."
             )
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             yield (
                 f"{name} needs {self.tensor_memory} columns of tensor memory and the target has "
-                f"{TENSOR_MEMORY_COLUMNS}; its tiles have to be smaller."
+                f"{TENSOR_MEMORY_COLUMNS}; make its tiles smaller."
             )
         if self.instructions_per_logit and "ieee" not in self.config and not self.tensor_cores:
-            yield f"{name} multiplies without tensor cores; its operands have to be of a dtype that they take."
+            yield f"{name} multiplies without tensor cores; give its operands a dtype they support."
         if self.kernel in UNSHIFTED and not self.constants["ONLINE"] and not self.constants["ACCURACY"] and self.maxima:
-            yield f"{name} takes {self.maxima} maxima, though its exponentials need no shift; ONLINE has to guard them."
+            yield f"{name} computes {self.maxima} maxima, though its exponentials need none; guard them with ONLINE."
 
     def row(self) -> str:
-        """Its line in the table."""
+        """Format its line of the table."""
         products = " ".join(f"{count} {name}" for name, count in self.tensor_cores.items()) or "-"
         ratio = "-" if self.instructions_per_logit is None else f"{self.instructions_per_logit:.1f}"
         return _COLUMNS.format(
@@ -83,7 +83,7 @@ class Usage(NamedTuple):
 
 
 def compile_for(configuration: Configuration, target: str) -> Usage:
-    """Compile one configuration for `target` ("sm_90") and take the result apart."""
+    """Compile one configuration for `target` ("sm_90") and count what the result uses."""
     kernel, types, logits = configuration.kernel, configuration.types, configuration.logits
     source = ASTSource(
         fn=kernel,
@@ -93,7 +93,7 @@ def compile_for(configuration: Configuration, target: str) -> Usage:
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=configuration.options)
     sass = disassemble(compiled.asm["cubin"])
-    # Of a tile cut evenly; a target that gives some logits to two threads shows as more instructions for each.
+    # For an even split; a target that gives some logits to two threads shows more instructions for each
     per_thread = logits / (32 * compiled.metadata.num_warps)
     return Usage(
         kernel=kernel.__name__,
@@ -112,14 +112,14 @@ def compile_for(configuration: Configuration, target: str) -> Usage:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 1 if any configuration breaks a limit."""
+    """Run the command; return 1 if any configuration breaks a limit."""
     parser = argparse.ArgumentParser(prog="python -m fastssl_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", default=",".join(SHARED_BYTES), help="GPU targets (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the table shows, and more, to FILE")
-    parser.add_argument("--kernel", metavar="NAME", help="compile this kernel only, such as read_kernel")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns, to FILE")
+    parser.add_argument("--kernel", metavar="NAME", help="compile only this kernel, for example read_kernel")
     given = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set, which makes kernels plain Python; unset it to compile them.")
+        parser.error("TRITON_INTERPRET is set, which turns kernels into plain Python; unset it to compile them.")
     targets = given.targets.split(",")
     for target in targets:
         if target not in SHARED_BYTES:
@@ -137,10 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compile_all(tasks: list[tuple[int, str]]) -> Iterator[Usage]:
-    """Compile configurations, by their place and target, a process a core; print each line when it is known."""
+    """Compile configurations, given by index and target, in one process per core; print each line once it is known."""
     print(_COLUMNS.format(*_HEADINGS))
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # what is shown was compiled now
+        os.environ["TRITON_CACHE_DIR"] = cache  # An empty one, so that everything is compiled now
         context = multiprocessing.get_context("spawn")
         with context.Pool(min(len(os.sched_getaffinity(0)), len(tasks)), _prepare) as pool:
             for usage in pool.imap(_compile_task, tasks):
@@ -152,7 +152,7 @@ _prepared: list[Configuration] = []
 
 
 def _prepare() -> None:
-    # Kernels cannot be sent to another process; each makes the same list of them.
+    # Kernels cannot be pickled; each process builds the same list
     _prepared[:] = configurations()
 
 
@@ -162,7 +162,7 @@ def _compile_task(task: tuple[int, str]) -> Usage:
 
 
 def configurations() -> Iterator[Configuration]:
-    """What training launches and the heaviest of all launch modules, each once."""
+    """Every configuration that training launches, and the heaviest of each launch module, each once."""
     modules = (training, read, losses, consistency, nearest, bank_gradient, augment)
     found = {each.key: each for module in modules for each in module.configurations()}
     yield from found.values()

@@ -13,15 +13,14 @@ from .blockwise import augment as blockwise
 def augment(images: Tensor, parameters: AugmentParameters, *, out_dtype: torch.dtype) -> Tensor:
     """Augment and normalize a batch of uint8 images, each with its own parameters.
 
-    `images`: uint8 [B, H, W, 3] of any strides. Returns [B, 3, H, W] in `out_dtype` (float32, bfloat16 or
-    float16), channels_last, on the images' device.
+    `images`: uint8 [B, H, W, 3] of any strides. Returns [B, 3, H, W] in `out_dtype` (float32, bfloat16 or float16),
+    channels_last, on the images' device.
 
-    In this order: brightness, contrast, saturation and hue as `order` says; grayscale; Gaussian blur of 13
-    taps (fewer where the short side is under 7 pixels); solarize at level 128; horizontal flip; normalize.
-    Each is the function of torchvision.transforms.v2.functional on float images, with no rounding in between.
-    `use_backend` chooses between the Triton kernels and plain torch.
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device, and RuntimeError if the
-    backend "triton" was named and cannot run.
+    In this order: brightness, contrast, saturation and hue as `order` says; grayscale; Gaussian blur of 13 taps
+    (fewer where the short side is under 7 pixels); solarize at level 128; horizontal flip; normalize. Each is the
+    function of torchvision.transforms.v2.functional on float images, with no rounding in between. `use_backend`
+    chooses between the Triton kernels and plain torch. Raises TypeError for a wrong dtype, ValueError for a wrong
+    shape or device, and RuntimeError if the backend "triton" was named and cannot run.
     """
     check(images, parameters, out_dtype)
     backend = requested()

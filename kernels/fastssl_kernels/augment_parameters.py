@@ -1,4 +1,4 @@
-"""What `augment` does to each image, and the checks of its arguments."""
+"""The parameters of `augment` for each image, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .contract import check_tensor
 
-BLUR_RADIUS = 6  # three standard deviations at the largest sigma in use, 2: torchvision's kernel_size 13
+BLUR_RADIUS = 6  # Three standard deviations at the largest sigma in use, 2: torchvision's kernel_size 13
 
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PER_IMAGE = {
@@ -29,19 +29,19 @@ _PER_IMAGE = {
 
 @dataclass(frozen=True, slots=True)
 class AugmentParameters:
-    """One number per image for every operation, all drawn by the sample plan.
+    """One value per image for every operation, all drawn by the sample plan.
 
-    Tensors lie on the images' device; B images.
+    Tensors are on the images' device; B images.
 
-    - `brightness`, `contrast`, `saturation`: float32 [B], not negative; 1 leaves the image alone.
-    - `hue`: float32 [B] in turns, -0.5 to 0.5; 0 leaves it alone.
+    - `brightness`, `contrast`, `saturation`: float32 [B], not negative; 1 changes nothing.
+    - `hue`: float32 [B] in turns, -0.5 to 0.5; 0 changes nothing.
     - `order`: int64 [B, 4], the jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the
       order of application; every row is a permutation.
-    - `blur_sigma`: float32 [B] in pixels, up to 2; 0 leaves the image alone. None: no image is blurred.
+    - `blur_sigma`: float32 [B] in pixels, up to 2; 0 changes nothing. None: no image is blurred.
     - `flip`, `grayscale`, `solarize`: bool [B].
     - `mean`, `std`: per channel, in units of the [0, 1] range.
 
-    `augment` checks shapes, dtypes and devices, but no values: that would wait for the device.
+    `augment` checks shapes, dtypes and devices, but not values: that would wait for the device.
     """
 
     flip: Tensor
@@ -69,7 +69,7 @@ class AugmentParameters:
 
 
 def check(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype) -> None:
-    """Raise TypeError or ValueError for arguments that `augment` does not take."""
+    """Raise TypeError or ValueError for arguments that `augment` does not accept."""
     check_tensor("images", images)
     if not isinstance(parameters, AugmentParameters):
         raise TypeError(f"parameters of type {type(parameters).__name__} were given; augment takes AugmentParameters")
@@ -94,6 +94,6 @@ def check(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype)
             )
         if value.device != images.device:
             raise ValueError(
-                f"parameters.{name} on {value.device} was given; the images lie on {images.device}, "
+                f"parameters.{name} on {value.device} was given; the images are on {images.device}, "
                 "and the parameters must too"
             )

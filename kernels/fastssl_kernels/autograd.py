@@ -1,4 +1,4 @@
-"""Backward of ops whose forward pass already made the gradient."""
+"""Backward of ops whose forward pass already computed the gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save the gradient that a loss op returned next to its loss."""
+    """Save the gradient that a loss op returned with its loss."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], output[1])
@@ -17,7 +17,7 @@ def keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def scale_gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """The saved gradient times the upstream one, row by row; nothing to the op's other arguments."""
+    """Scale the saved gradient by the upstream one, row by row; the op's other arguments get none."""
     constants = (None,) * ctx.constants
     if upstream is None:
         return None, *constants
@@ -26,12 +26,12 @@ def scale_gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor 
 
 
 def once(gradient: Tensor, query: Tensor) -> Tensor:
-    """`gradient`, which a second derivative with respect to `query` refuses to pass."""
+    """`gradient`, through which a second derivative with respect to `query` raises."""
     return _OnceDifferentiable.apply(gradient, query)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """Ties a gradient to its input: a second derivative raises, where it would silently lack a term."""
+    """Tie a gradient to its input, so that a second derivative raises instead of silently lacking a term."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, query: Tensor) -> Tensor:

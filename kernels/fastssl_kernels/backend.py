@@ -1,4 +1,4 @@
-"""Which implementation runs a loss: the user's choice, what the machine can do, and no silent fallback."""
+"""Which implementation runs a loss: the user's choice, checked against the machine; never a silent fallback."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "blockwise", "reference")
-TRITON_MAX_FEATURES = 512  # one row of the accumulator has to stay in registers
+TRITON_MAX_FEATURES = 512  # One row of the accumulator has to stay in registers
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-_chosen: str | None = None  # not a ContextVar: torch 2.11 cannot trace one
+_chosen: str | None = None  # Not a ContextVar: torch 2.11 cannot trace one
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the losses, and `augment`, called inside the `with` block on backend `name`.
 
-    "auto" (the default): triton for CUDA tensors where it can, else blockwise. "triton": CUDA tensors, and
-    CPU tensors under TRITON_INTERPRET=1. "blockwise": any device, plain torch. "reference": the definition,
-    with N x K logits in memory; for `augment`, which has none, the same as "blockwise". Outside of any block
-    the environment variable FASTSSL_BACKEND decides. A backend named here or there that cannot run raises;
-    nothing falls back silently. Compiled code recompiles when the choice made here changes, and reads the
-    environment variable once, while it is traced; `augment` in it is plain torch unless "triton" was named.
+    "auto" (the default): triton for CUDA tensors if it can run, else blockwise. "triton": CUDA tensors, and CPU
+    tensors under TRITON_INTERPRET=1. "blockwise": any device, plain torch. "reference": the definition, with N x K
+    logits in memory; for `augment`, which has no logits, the same as "blockwise". Outside any block the environment
+    variable FASTSSL_BACKEND decides. A named backend that cannot run raises; nothing falls back silently. Compiled
+    code recompiles when the choice made here changes, and reads the environment variable once, during tracing;
+    there `augment` is plain torch unless "triton" was named.
     """
     global _chosen
     previous, _chosen = _chosen, _known(name, "use_backend")
@@ -42,7 +42,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def available_backends(device: torch.device | str) -> dict[str, str | None]:
-    """Each backend's name with None where it runs on `device`, else with the reason why it does not."""
+    """Each backend's name, with None if it runs on `device`, else the reason why not."""
     return {"triton": _why_not_triton(torch.device(device)), "blockwise": None, "reference": None}
 
 
@@ -54,7 +54,7 @@ def requested() -> str:
 def dispatches_to_reference(
     reference: Callable[_Arguments, _Result],
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Decorate a public function: where the backend is "reference", `reference` runs in its place."""
+    """Decorate a public function so that `reference` runs instead where the backend is "reference"."""
 
     def decorate(fast: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         @functools.wraps(fast)
@@ -69,7 +69,7 @@ def dispatches_to_reference(
 def resolve(name: str, *banks: Tensor) -> str:
     """The implementation, "triton" or "blockwise", that `name` means for these banks.
 
-    Raises RuntimeError where triton was named and cannot run.
+    Raises RuntimeError if triton was named and cannot run.
     """
     return choose(name, banks[0].device, next(filter(None, map(_why_not_these, banks)), None))
 

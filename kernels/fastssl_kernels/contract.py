@@ -1,4 +1,4 @@
-"""What the losses accept; every refusal says what was given and what is allowed."""
+"""What the losses accept; every error says what was given and what is allowed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "none")
-TEMPERATURES = (1e-3, 1e3)  # in which loss and gradient are finite in every dtype and on every backend
-_UNIT_TOLERANCE = 1e-2  # above the rounding of a unit row to bfloat16
+TEMPERATURES = (1e-3, 1e3)  # Loss and gradient are finite within, in every dtype and on every backend
+_UNIT_TOLERANCE = 1e-2  # More than rounding a unit row to bfloat16 changes its norm
 
 
 def check_rows(gradient: tuple[str, ...] = (), /, **matrices: Tensor) -> None:
-    """Non-empty floating matrices on one device, with as many columns as the first.
+    """Require non-empty floating-point matrices on one device, with as many columns as the first.
 
-    Only the first and what `gradient` names may require grad.
+    Only the first and those that `gradient` names may require grad.
     """
     for name, given in matrices.items():
         check_tensor(name, given)
@@ -29,7 +29,7 @@ def check_rows(gradient: tuple[str, ...] = (), /, **matrices: Tensor) -> None:
         _check_matrix(name, other, lead, rows)
         if other.shape[1] != rows.shape[1]:
             raise ValueError(
-                f"{name} has shape {list(other.shape)}; it must be [K, {rows.shape[1]}], one vector a row, "
+                f"{name} has shape {list(other.shape)}; it must be [K, {rows.shape[1]}], one vector per row, "
                 f"for a {lead} of shape {list(rows.shape)}"
             )
         if other.requires_grad and name not in gradient:
@@ -37,7 +37,7 @@ def check_rows(gradient: tuple[str, ...] = (), /, **matrices: Tensor) -> None:
 
 
 def check_pairs(query: Tensor, queue: Tensor, **keys: Tensor) -> None:
-    """One key a query in each of `keys`, and a queue."""
+    """Require one key per query in each of `keys`, and a queue."""
     check_rows(query=query)
     for name, rows in keys.items():
         check_tensor(name, rows)
@@ -47,7 +47,7 @@ def check_pairs(query: Tensor, queue: Tensor, **keys: Tensor) -> None:
 
 
 def check_teacher(query: Tensor, teacher: Tensor, queue: Tensor) -> None:
-    """One teacher row a query, [N, C], or T of them, [T, N, C]."""
+    """Require one teacher row per query, [N, C], or T of them, [T, N, C]."""
     check_tensor("query", query)
     check_tensor("teacher", teacher)
     if teacher.ndim != 3:
@@ -62,7 +62,7 @@ def check_teacher(query: Tensor, teacher: Tensor, queue: Tensor) -> None:
 
 
 def check_targets(prediction: Tensor, bank: Tensor, target: Tensor) -> None:
-    """Target [N] or, with T targets a row, [T, N]: int64 indices into the bank."""
+    """Require targets [N] or, with T targets per row, [T, N]: int64 indices into the bank."""
     check_rows(("bank",), prediction=prediction, bank=bank)
     _check_integers("target", target, prediction)
     if target.ndim not in (1, 2) or target.numel() == 0 or target.shape[-1] != len(prediction):
@@ -73,7 +73,7 @@ def check_targets(prediction: Tensor, bank: Tensor, target: Tensor) -> None:
 
 
 def check_views(first: Tensor, second: Tensor, labels: Tensor | None) -> None:
-    """Two matrices of one shape and dtype, and one int64 label a row or None."""
+    """Require two matrices of one shape and dtype, and one int64 label per row, or None."""
     check_tensor("first", first)
     check_tensor("second", second)
     if second.shape != first.shape or second.dtype != first.dtype:
@@ -87,46 +87,46 @@ def check_views(first: Tensor, second: Tensor, labels: Tensor | None) -> None:
 
 
 def check_labels(query: Tensor, queue: Tensor, query_labels: Tensor, queue_labels: Tensor) -> None:
-    """One int64 label a row, on the rows' device."""
+    """Require one int64 label per row, on the rows' device."""
     _check_row_labels("query_labels", query_labels, query)
     _check_row_labels("queue_labels", queue_labels, queue)
 
 
 def check_index(query: Tensor, **index: Tensor) -> None:
-    """One int64 row number a query."""
-    for name, numbers in index.items():
-        _check_integers(name, numbers, query)
-        if numbers.shape != query.shape[:1]:
-            raise ValueError(f"{name} has shape {list(numbers.shape)}; it must be [{len(query)}], one a query")
+    """Require one int64 index per query."""
+    for name, values in index.items():
+        _check_integers(name, values, query)
+        if values.shape != query.shape[:1]:
+            raise ValueError(f"{name} has shape {list(values.shape)}; it must be [{len(query)}], one per query")
 
 
 def check_label_values(**labels: Tensor) -> None:
-    """On a CPU refuse labels below -1; elsewhere looking would wait for the device."""
-    for name, numbers in labels.items():
-        if _host_may_look(numbers) and (lowest := numbers.amin().item()) < -1:
-            raise ValueError(f"{name} holds {lowest}; a label is -1 (unknown) or the number of a class, from 0 on")
+    """Refuse labels below -1 on a CPU; elsewhere checking would wait for the device."""
+    for name, values in labels.items():
+        if _host_may_read(values) and (lowest := values.amin().item()) < -1:
+            raise ValueError(f"{name} holds {lowest}; a label is -1 (unknown) or the index of a class, from 0 on")
 
 
 def check_index_values(bank: str, rows: Tensor, **index: Tensor) -> None:
-    """On a CPU refuse numbers that are not of `rows`, called `bank`; elsewhere looking would wait for the device."""
-    for name, numbers in index.items():
-        if not _host_may_look(numbers):
+    """Refuse indices outside `rows`, called `bank`, on a CPU; elsewhere checking would wait for the device."""
+    for name, values in index.items():
+        if not _host_may_read(values):
             continue
-        lowest, highest = (x.item() for x in numbers.aminmax())
+        lowest, highest = (x.item() for x in values.aminmax())
         if lowest < 0 or highest >= len(rows):
             wrong = lowest if lowest < 0 else highest
-            raise IndexError(f"{name} holds {wrong}; it must hold rows of {bank}, from 0 to {len(rows) - 1}")
+            raise IndexError(f"{name} holds {wrong}; it must hold indices into {bank}, from 0 to {len(rows) - 1}")
 
 
 def check_weight(query: Tensor, weight: float | Tensor) -> None:
-    """A number in [0, 1], or a tensor of one or of N of them that gets no gradient."""
+    """Require a number in [0, 1], or a tensor of one or N of them that gets no gradient."""
     if not isinstance(weight, Tensor):
         _check_share("weight", weight)
         return
     check_tensor("weight", weight)
     _check_floating("weight", weight)
     if weight.shape not in (torch.Size([]), query.shape[:1]):
-        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [] or [{len(query)}], one a query")
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [] or [{len(query)}], one per query")
     if weight.device != query.device:
         raise ValueError(f"weight is on {weight.device} and query on {query.device}; move them to one device")
     if weight.requires_grad:
@@ -134,7 +134,7 @@ def check_weight(query: Tensor, weight: float | Tensor) -> None:
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
-    """A number within `TEMPERATURES`."""
+    """Require a number within `TEMPERATURES`."""
     if isinstance(temperature, Tensor):
         raise TypeError(f"{name} is a tensor; it must be a number, because it gets no gradient")
     _check_number(name, temperature)
@@ -144,7 +144,7 @@ def check_temperature(temperature: float, name: str = "temperature") -> None:
 
 
 def check_momentum(features: Tensor, momentum: float | Tensor) -> None:
-    """A number in [0, 1], or a tensor of one, whose value would have to be waited for."""
+    """Require a number in [0, 1], or a tensor of one; its value is not checked, which would wait for the device."""
     if not isinstance(momentum, Tensor):
         _check_share("momentum", momentum)
         return
@@ -159,7 +159,7 @@ def check_momentum(features: Tensor, momentum: float | Tensor) -> None:
 
 
 def check_neighbors(queue: Tensor, k: int) -> None:
-    """Between 1 and all entries of the queue."""
+    """Require a whole number between 1 and the entries of the queue."""
     if isinstance(k, bool) or not isinstance(k, Integral):
         raise TypeError(f"k is of type {type(k).__name__}; it must be a whole number")
     if not 1 <= k <= len(queue):
@@ -167,14 +167,14 @@ def check_neighbors(queue: Tensor, k: int) -> None:
 
 
 def check_switch(**switches: bool) -> None:
-    """True or False."""
+    """Require True or False."""
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} is of type {type(value).__name__}; it must be True or False")
 
 
 def check_reduction(reduction: str) -> None:
-    """A known reduction."""
+    """Require a known reduction."""
     if not isinstance(reduction, str):
         raise TypeError(f'reduction is of type {type(reduction).__name__}; it must be "mean" or "none"')
     if reduction not in REDUCTIONS:
@@ -182,7 +182,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """A dense tensor."""
+    """Require a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is of type {type(value).__name__}; it must be a torch.Tensor")
     if value.is_nested:
@@ -192,7 +192,7 @@ def check_tensor(name: str, value: Tensor) -> None:
 
 
 def check_unit_rows(**matrices: Tensor) -> None:
-    """In debug mode (FASTSSL_DEBUG=1) refuse rows that are not L2-normalized; it waits for the device."""
+    """Refuse rows that are not L2-normalized in debug mode (FASTSSL_DEBUG=1), which waits for the device."""
     if os.environ.get("FASTSSL_DEBUG") != "1":
         return
     for name, rows in matrices.items():
@@ -217,7 +217,7 @@ def _check_floating(name: str, values: Tensor) -> None:
         raise TypeError(f"{name} has dtype {values.dtype}; allowed are float64, float32, bfloat16 and float16")
 
 
-def _host_may_look(values: Tensor) -> bool:
+def _host_may_read(values: Tensor) -> bool:
     return values.is_cpu and not torch.compiler.is_compiling()
 
 
@@ -226,20 +226,20 @@ def _check_matrix(name: str, rows: Tensor, lead: str, like: Tensor) -> None:
     if (rows.dtype == torch.float64) != (like.dtype == torch.float64):
         raise TypeError(f"{name} has dtype {rows.dtype} and {lead} {like.dtype}; float64 does not mix, convert all")
     if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(f"{name} has shape {list(rows.shape)}; it must be a non-empty matrix with one vector a row")
+        raise ValueError(f"{name} has shape {list(rows.shape)}; it must be a non-empty matrix with one vector per row")
     if rows.device != like.device:
         raise ValueError(f"{name} is on {rows.device} and {lead} on {like.device}; move them to one device")
 
 
-def _check_integers(name: str, numbers: Tensor, rows: Tensor) -> None:
-    check_tensor(name, numbers)
-    if numbers.dtype != torch.int64:
-        raise TypeError(f"{name} has dtype {numbers.dtype}; it must be int64")
-    if numbers.device != rows.device:
-        raise ValueError(f"{name} is on {numbers.device} and its rows on {rows.device}; move them to one device")
+def _check_integers(name: str, values: Tensor, rows: Tensor) -> None:
+    check_tensor(name, values)
+    if values.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {values.dtype}; it must be int64")
+    if values.device != rows.device:
+        raise ValueError(f"{name} is on {values.device} and its rows on {rows.device}; move them to one device")
 
 
 def _check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
     _check_integers(name, labels, rows)
     if labels.shape != rows.shape[:1]:
-        raise ValueError(f"{name} has shape {list(labels.shape)}; it must be [{len(rows)}], one a row")
+        raise ValueError(f"{name} has shape {list(labels.shape)}; it must be [{len(rows)}], one per row")

@@ -1,4 +1,4 @@
-"""The public functions of synchronous momentum grouping (SMoG, arXiv 2207.06167)."""
+"""The group update of synchronous momentum grouping (SMoG, arXiv 2207.06167)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .backend import dispatches_to_reference
 from .losses import nearest_entry
 from .rows import accumulation_dtype, float_rows
 
-_MASK_ELEMENTS = 2**20  # of a block of the membership matrix
+_MASK_ELEMENTS = 2**20  # Of a block of the membership matrix
 
 
 @dispatches_to_reference(reference.update_groups)
@@ -22,12 +22,11 @@ def update_groups(
 ) -> tuple[Tensor, Tensor]:
     """Assign each row to its nearest group and move the groups: g <- normalize(m g + (1 - m) mean of its rows).
 
-    `features`: [N, C], of all ranks. `groups`: [G, C], constant. A group without rows keeps its vector;
-    with a NaN in any feature, each group that has rows becomes NaN.
-    `momentum`: a number in [0, 1], or a tensor [] of one, which is not looked at. `assignment`: int64 [N], the
-    groups of the rows where they are known, as from an `nearest_entry` in 16 bits; rows are summed in float32.
-    Returns unit groups [G, C] in float32 (float64 for float64), differentiable in `features`, and the
-    assignment to the old groups, int64 [N].
+    `features`: [N, C], of all ranks. `groups`: [G, C], constant. A group without rows keeps its vector; with a NaN
+    in any feature, each group that has rows becomes NaN. `momentum`: a number in [0, 1], or a tensor [] of one,
+    whose value is not checked. `assignment`: int64 [N], the groups of the rows if they are known, for example from
+    `nearest_entry` in 16 bits. Rows are summed in float32. Returns unit groups [G, C] in float32 (float64 for
+    float64), differentiable in `features`, and the assignment to the old groups, int64 [N].
     """
     contract.check_rows(features=features, groups=groups)
     contract.check_momentum(features, momentum)
@@ -43,15 +42,15 @@ def update_groups(
 
 @torch.library.custom_op("fastssl::group_sums", mutates_args=())
 def _group_sums(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Sum of the rows of each group, and their number; a matrix product, because `index_add_` is not deterministic."""
+    """Sum and count of the rows of each group; a matrix product, because `index_add_` is not deterministic."""
     dtype = accumulation_dtype(features.dtype)
     sums, members = features.new_zeros(groups, features.shape[1], dtype=dtype), features.new_zeros(groups, dtype=dtype)
     contract.check_index_values("groups", sums, assignment=assignment)
-    numbers = torch.arange(groups, device=features.device)[:, None]
+    indices = torch.arange(groups, device=features.device)[:, None]
     size = max(1, _MASK_ELEMENTS // groups)
     with torch.autocast(features.device.type, enabled=False):
         for part, chosen in zip(features.split(size), assignment.split(size), strict=True):
-            mask = (numbers == chosen).to(dtype)
+            mask = (indices == chosen).to(dtype)
             sums.addmm_(mask, part.to(dtype))
             members.add_(mask.sum(1))
     return sums, members

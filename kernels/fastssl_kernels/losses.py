@@ -1,4 +1,4 @@
-"""The public losses, and the reads of a bank that they are made of; `groups` moves the bank of SMoG."""
+"""The public losses, and the reads of a bank that they are built on."""
 
 from __future__ import annotations
 
@@ -24,21 +24,19 @@ def info_nce(
 
     Row loss: log(exp(q.k / t) + sum over the queue of exp(q.m / t)) - q.k / t.
 
-    `query`, `key`: [N, C]. `queue`: [K, C]. Rows are L2-normalized; dtypes float32, bfloat16 or float16 in
-    any mixture, or all float64. Products with the queue take both operands in the queue's dtype (blockwise:
-    in float32) and accumulate in float32; the positive pair is multiplied in float32. Autocast changes
-    nothing. Only `query` gets a gradient. It is computed in the forward pass, so the queue may be overwritten
-    before backward.
+    `query`, `key`: [N, C]. `queue`: [K, C]. Rows are L2-normalized; dtypes float32, bfloat16 or float16 in any
+    combination, or all float64. Products with the queue take both operands in the queue's dtype (blockwise: in
+    float32) and accumulate in float32; the positive pair is multiplied in float32. Autocast has no effect. Only
+    `query` gets a gradient, computed in the forward pass, so the queue may be overwritten before backward.
 
-    Returns float32 (float64 for float64): a scalar for reduction "mean", [N] for "none". With
-    `return_accuracy`, (loss, accuracy): the share of rows, or per row 0 or 1, in which no queue entry is
-    nearer than the own key; a tie within rounding may go either way.
+    Returns float32 (float64 for float64): a scalar for reduction "mean", [N] for "none". With `return_accuracy`,
+    (loss, accuracy): the share of rows (per row 0 or 1 for "none") whose own key is at least as near as every queue
+    entry; a tie within rounding may count either way.
 
-    `temperature`: a number from 0.001 to 1000. Tensors may have any strides; those of the queue are copied where
-    it is not contiguous. A NaN in the queue makes every row NaN, and one in a row that row.
+    `temperature`: a number from 0.001 to 1000. Tensors may have any strides; a queue that is not contiguous is
+    copied. A NaN in the queue makes every row NaN; a NaN in a row makes that row NaN.
 
-    Raises TypeError or ValueError for inputs outside this contract; with FASTSSL_DEBUG=1 also for rows that
-    are not unit vectors.
+    Raises TypeError or ValueError for other inputs; with FASTSSL_DEBUG=1 also for rows that are not unit vectors.
     """
     contract.check_pairs(query, queue, key=key)
     contract.check_temperature(temperature)
@@ -63,11 +61,11 @@ def unicon(
 
     Row loss: log(1 + sum over negatives of exp(q.m / t) * sum over positives of exp(-q.m / t)).
 
-    `query_labels`: int64 [N]. `queue_labels`: int64 [K]. -1 is unknown. A queue entry is positive where its
-    label is known and equals the query's, else negative, so for an unlabeled query this is `info_nce`. A row
-    without negatives has loss 0. A label below -1 is a ValueError on a CPU; elsewhere, where looking would
-    wait for the device, it makes its row NaN, and in the queue all rows. All else as in `info_nce`; accuracy
-    is that of the own key, as in MoCo.
+    `query_labels`: int64 [N]. `queue_labels`: int64 [K]. -1 is unknown. A queue entry is positive if its label is
+    known and equals the query's, else negative, so for an unlabeled query this is `info_nce`. A row without
+    negatives has loss 0. A label below -1 is a ValueError on a CPU; elsewhere, where checking would wait for the
+    device, it makes its row NaN, and in the queue all rows. Otherwise as `info_nce`; accuracy is that of the own
+    key, as in MoCo.
     """
     contract.check_pairs(query, queue, key=key)
     contract.check_labels(query, queue, query_labels, queue_labels)
@@ -93,9 +91,9 @@ def sup_con(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Supervised contrastive loss of a query against its key and the queue (arXiv 2004.11362, eq. 2).
 
-    Row loss: log(sum over key and queue of exp(q.m / t)) - mean over positives of q.p / t. The own key is
-    always a positive. There is no factor t / base temperature. Arguments as in `unicon`; in a batch without
-    a queue see `nt_xent` with labels.
+    Row loss: log(sum over key and queue of exp(q.m / t)) - mean over positives of q.p / t. The own key is always a
+    positive. There is no factor t / base temperature. Arguments as in `unicon`; for a batch without a queue, see
+    `nt_xent` with labels.
     """
     contract.check_pairs(query, queue, key=key)
     contract.check_labels(query, queue, query_labels, queue_labels)
@@ -119,9 +117,9 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the query's softmax over the queue against the teacher's (ReSSL, MSVQ).
 
-    Row loss: -sum over the queue of softmax(teacher.m / teacher_temperature) * log softmax(q.m / t)
-    (arXiv 2107.09282). `teacher`: [N, C], or [T, N, C] for T teachers whose losses are averaged. There is no
-    own key. Dtypes, gradient, reduction and errors as in `info_nce`.
+    Row loss: -sum over the queue of softmax(teacher.m / teacher_temperature) * log softmax(q.m / t) (arXiv
+    2107.09282). `teacher`: [N, C], or [T, N, C] for T teachers whose losses are averaged. There is no own key.
+    Dtypes, gradient, reduction and errors as in `info_nce`.
     """
     contract.check_teacher(query, teacher, queue)
     contract.check_temperature(temperature)
@@ -144,9 +142,9 @@ def consistency(
 ) -> Tensor:
     """Symmetric KL divergence of the query's and the key's softmax over the queue (CO2, arXiv 2010.02217).
 
-    Row loss: (KL(P | Q) + KL(Q | P)) / 2 with P = softmax(k.m / t), Q = softmax(q.m / t). The paper's
-    distributions hold the queue alone; with `include_positive` the logit q.k / t stands in both, as in
-    lightly. Dtypes, gradient (to `query`), reduction and errors as in `info_nce`.
+    Row loss: (KL(P | Q) + KL(Q | P)) / 2 with P = softmax(k.m / t), Q = softmax(q.m / t). The paper's distributions
+    cover only the queue; `include_positive` adds the logit q.k / t to both, as lightly does. Dtypes, gradient (to
+    `query`), reduction and errors as in `info_nce`.
     """
     contract.check_pairs(query, queue, key=key)
     contract.check_temperature(temperature)
@@ -171,10 +169,10 @@ def mixco(
 
     Row loss: log(sum over keys and queue of exp(q.m / t)) - (w q.keys[first] + (1 - w) q.keys[second]) / t.
 
-    `query`: [M, C], one row a mixed image. `keys`: [B, C], of the batch's unmixed images. `first`, `second`:
-    int64 [M], rows of `keys`. `weight`: a number in [0, 1], or [M]. Dtypes, gradient, reduction and errors as
-    in `info_nce`. A row whose `first` or `second` is not a row of `keys` is an IndexError on a CPU and a NaN
-    on a GPU, where looking would wait for the device.
+    `query`: [M, C], one row per mixed image. `keys`: [B, C], of the batch's unmixed images. `first`, `second`:
+    int64 [M], indices into `keys`. `weight`: a number in [0, 1], or [M]. Dtypes, gradient, reduction and errors as
+    in `info_nce`. An index outside `keys` is an IndexError on a CPU and makes its row NaN on a GPU, where checking
+    would wait for the device.
     """
     contract.check_rows(query=query, keys=keys, queue=queue)
     contract.check_index(query, first=first, second=second)
@@ -199,8 +197,8 @@ def unmix(
 ) -> Tensor:
     """InfoNCE of a mixed image with both its keys, over the same negatives (Un-Mix, arXiv 2003.05438).
 
-    Row loss: weight * InfoNCE(query, first_key) + (1 - weight) * InfoNCE(query, second_key). `weight`: a
-    number in [0, 1], or [N]. All else as in `info_nce`.
+    Row loss: weight * InfoNCE(query, first_key) + (1 - weight) * InfoNCE(query, second_key). `weight`: a number in
+    [0, 1], or [N]. Otherwise as `info_nce`.
     """
     contract.check_pairs(query, queue, first_key=first_key, second_key=second_key)
     contract.check_weight(query, weight)
@@ -215,10 +213,9 @@ def unmix(
 def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: str = "mean") -> Tensor:
     """Mean squared distance of a query to the k queue entries nearest to its key (MSF, arXiv 2105.07269).
 
-    Row loss: mean over the k entries with the largest key.m of 2 - 2 q.m. MSF enqueues the keys first, so
-    that the own key is among them. Entries that tie for the last place are chosen arbitrarily. A NaN in the
-    queue is nearest to every key; a key that is not finite gives NaN. Dtypes, gradient (to `query`),
-    reduction and errors as in `info_nce`.
+    Row loss: mean over the k entries with the largest key.m of 2 - 2 q.m. MSF enqueues the keys first, so the own
+    key is among them. Ties for the last place are broken arbitrarily. A NaN in the queue is nearest to every key; a
+    non-finite key gives NaN. Dtypes, gradient (to `query`), reduction and errors as in `info_nce`.
     """
     contract.check_pairs(query, queue, key=key)
     contract.check_neighbors(queue, k)
@@ -249,8 +246,8 @@ def nearest_entry(query: Tensor, bank: Tensor) -> Tensor:
     """Index of the bank entry with the largest dot product with each row: int64 [N]; the first of equal ones.
 
     Products count as computed: a matrix product may round those of two equal entries differently. A NaN counts as
-    the largest product: a row of NaN gets entry 0, and every row gets the first entry of NaN.
-    `query`: [N, C]. `bank`: [K, C]. Neither gets a gradient. Dtypes and errors as in `info_nce`.
+    the largest product: a row of NaN gets entry 0, and every row gets the first entry of NaN. `query`: [N, C].
+    `bank`: [K, C]. Neither gets a gradient. Dtypes and errors as in `info_nce`.
     """
     contract.check_rows(("bank",), query=query, bank=bank)
     return ops.nearest(query.detach(), bank.detach(), 1, requested())[:, 0]
@@ -266,10 +263,10 @@ def nt_xent(
     log(sum over the other 2N - 1 rows of exp(x.y / t)) - x.(the other view) / t. With `labels`, int64 [N],
     -1 = unknown, all other rows of a known label are positives and the second term is their mean: the
     supervised contrastive loss (arXiv 2004.11362, eq. 2), without a factor t / base temperature. A label
-    below -1 is a ValueError on a CPU, and NaN in all rows elsewhere, where looking would wait for the device.
+    below -1 is a ValueError on a CPU, and NaN in all rows elsewhere, where checking would wait for the device.
 
-    The mean is over the 2N rows; reduction "none" gives [2N]. Both views get a gradient; backward reads its
-    own copy of them again. Dtypes and errors as in `info_nce`.
+    The mean is over the 2N rows; reduction "none" gives [2N]. Both views get a gradient; backward reads its own
+    copy of them again. Dtypes and errors as in `info_nce`.
     """
     contract.check_views(first, second, labels)
     contract.check_temperature(temperature)
@@ -284,9 +281,9 @@ def nt_xent(
 def queue_read(query: Tensor, bank: Tensor, *, temperature: float) -> QueueRead:
     """Logsumexp of q.m / t over a bank, and the bank's mean weighted by the softmax of q.m / t.
 
-    `query`: [N, C]. `bank`: [K, C], constant. Dtypes and errors as in `info_nce`. Returns `lse` [N] and
-    `mean` [N, C] in float32 (float64 for float64). Both are differentiable in `query`; backward reads the
-    bank again, so it must not be overwritten before. The gradient of `lse` is mean / t.
+    `query`: [N, C]. `bank`: [K, C], constant. Dtypes and errors as in `info_nce`. Returns `lse` [N] and `mean` [N,
+    C] in float32 (float64 for float64). Both are differentiable in `query`; backward reads the bank again, so it
+    must not be overwritten before. The gradient of `lse` is mean / t.
     """
     contract.check_rows(query=query, bank=bank)
     contract.check_temperature(temperature)

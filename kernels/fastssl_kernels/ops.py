@@ -50,8 +50,8 @@ def _op(
 ) -> Any:
     """`function` as op fastssl::<its name>: with autocast disabled, on the device of its first argument, a tensor.
 
-    Tensors arrive contiguous, whatever the caller's layout. Checked first: `unit` rows (in debug mode), `labels`, and
-    `indices`, each with the argument that it indexes.
+    Tensors arrive contiguous, whatever the caller's layout. Checked first: `unit` rows (in debug mode), `labels`,
+    and `indices`, each with the argument that it indexes.
     """
     names = list(inspect.signature(function).parameters)
 
@@ -66,7 +66,7 @@ def _op(
         before, after = _watch or (None, None)
         if before:
             before()
-        # Triton launches on the current device, wherever the tensors are.
+        # Triton launches on the current device, wherever the tensors are
         with torch.autocast(given[0].device.type, enabled=False), torch.cuda.device_of(given[0]):
             given = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in given)
             check(dict(zip(names, given, strict=True)))
@@ -153,12 +153,12 @@ nearest = _op(_dispatch(blockwise.nearest, "bank"))
 @functools.partial(_op, unit=("rows",), labels=("labels",))
 def nt_xent(rows: Tensor, labels: Tensor, temperature: float, backend: str) -> _BatchRows:
     if not labels.is_cpu:
-        rows = rows.masked_fill((labels < -1)[:, None], torch.nan)  # which every row sees
+        rows = rows.masked_fill((labels < -1)[:, None], torch.nan)  # Reaches every row
     return _implementation(backend, rows).nt_xent_rows(rows, _classes(labels), temperature)
 
 
 def _classes(labels: Tensor) -> Tensor:
-    """Labels [2N] of both views in which the views of an unlabeled image are a class of their own, below -1."""
+    """Labels [2N] of both views; the two views of an unlabeled image form a separate class, below -1."""
     own = torch.arange(len(labels), device=labels.device) % (len(labels) // 2)
     return torch.where(labels == -1, -2 - own, labels)
 
@@ -205,7 +205,7 @@ def _keep_bank(ctx: Any, inputs: tuple[Any, ...], output: _BankRows) -> None:
     _, gradient, lse = output
     ctx.mark_non_differentiable(gradient, lse)
     ctx.set_materialize_grads(False)
-    # A constant bank is not kept: it may then be overwritten before backward.
+    # A constant bank is not kept, so it may be overwritten before backward
     ctx.save_for_backward(prediction, gradient, *((bank, target, lse) if ctx.needs_input_grad[1] else ()))
 
 

@@ -1,7 +1,7 @@
 """Every loss as its paper defines it: the numerical contract of the fast implementations.
 
-Logits are N x K tensors, gradients come from autograd, float64 is computed in float64 and all else in
-float32. Arguments, shapes and sources stand at the function of the same name in `fastssl_kernels`.
+Logits are N x K tensors, gradients come from autograd, and float64 is computed in float64, everything else in
+float32. Arguments, shapes and sources are documented at the function of the same name in `fastssl_kernels`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def consistency(
     include_positive: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """Half the sum of both KL divergences between the query's and the key's softmax over the queue."""
+    """Symmetric KL divergence between the query's and the key's softmax over the queue: the mean of both directions."""
     contract.check_pairs(query, queue, key=key)
     contract.check_temperature(temperature)
     contract.check_switch(include_positive=include_positive)
@@ -188,7 +188,7 @@ def bank_cross_entropy(
     contract.check_targets(prediction, bank, target)
     contract.check_temperature(temperature)
     contract.check_index_values("bank", bank, target=target)
-    # Not `F.cross_entropy`, to which a target of -100 is a loss of 0.
+    # Not `F.cross_entropy`, which ignores a target of -100
     log_softmax = (_similarity(prediction, bank) / float(temperature)).log_softmax(1)
     return reduce_rows(-log_softmax.gather(1, stack_targets(target).T).mean(1), reduction)
 
@@ -229,14 +229,14 @@ def mean_shift(query: Tensor, key: Tensor, queue: Tensor, *, k: int, reduction: 
 def nt_xent(
     first: Tensor, second: Tensor, *, temperature: float, labels: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy of the other view, or of all rows of the label, against all rows but the own."""
+    """Cross-entropy of the other view, or of all rows of the label, against all other rows."""
     contract.check_views(first, second, labels)
     contract.check_temperature(temperature)
     rows = torch.cat([first, second])
     labels = torch.arange(len(first), device=first.device) if labels is None else labels
     contract.check_label_values(labels=labels)
     positive = _same(labels.repeat(2), labels.repeat(2))
-    # An unlabeled row's positive is its other view.
+    # An unlabeled row's positive is its other view
     positive |= torch.eye(len(first), dtype=torch.bool, device=first.device).repeat(2, 2)
     own = torch.eye(len(rows), dtype=torch.bool, device=first.device)
     logits = (_similarity(rows, rows) / float(temperature)).masked_fill(own, -torch.inf)
@@ -250,7 +250,7 @@ def _similarity(rows: Tensor, bank: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product that autocast does not round."""
+    """Matrix product with autocast disabled."""
     with torch.autocast(left.device.type, enabled=False):
         return left @ right
 
@@ -274,19 +274,19 @@ def _same(row_labels: Tensor, entry_labels: Tensor) -> Tensor:
 
 
 def _own_and_same(query_labels: Tensor, queue_labels: Tensor) -> Tensor:
-    """[N, 1 + K]: whether an entry is a positive; the own key always is."""
+    """[N, 1 + K]: whether an entry is positive; the own key always is."""
     same = _same(query_labels, queue_labels)
     return torch.cat([torch.ones_like(same[:, :1]), same], dim=1)
 
 
 def _mean_over_positives(logits: Tensor, positive: Tensor) -> Tensor:
-    """-mean over positives of log softmax."""
+    """Minus the mean over positives of the log softmax."""
     log_softmax = logits.log_softmax(1).masked_fill(~positive, 0)
     return -log_softmax.sum(1) / positive.sum(1)
 
 
 def _softplus(x: Tensor) -> Tensor:
-    # F.softplus is cut off at 20, an error of 1e-10 in float64.
+    # F.softplus is cut off at 20, an error of 1e-10 in float64
     return torch.logaddexp(x, x.new_zeros(()))
 
 

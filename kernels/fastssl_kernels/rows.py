@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .contract import check_reduction
 
-LOG2_E = math.log2(math.e)  # turns logits to base 2
+LOG2_E = math.log2(math.e)  # Converts natural logits to base 2
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,25 +21,25 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def exp_is_safe(temperature: float, entries: int) -> bool:
     """Whether a sum of `entries` terms exp(logit) of unit rows can neither overflow nor vanish in float32.
 
-    Logits lie within 1 / temperature of 0. The margin, 0.7 in the exponent, covers rows whose norm
-    was rounded away from 1.
+    Logits lie within 1 / temperature of 0. The margin, 0.7 in the exponent, covers rows whose norm was rounded away
+    from 1.
     """
     return 1 / temperature + math.log(entries + 1) < math.floor(math.log(torch.finfo(torch.float32).max))
 
 
 class Rows(NamedTuple):
-    """What a fast implementation of a loss returns: all of it is final, backward only scales the gradient."""
+    """What a fast implementation of a loss returns; backward only scales the gradient."""
 
     loss: Tensor
     """[N]"""
     gradient: Tensor
     """[N, C]: of each row's loss with respect to its query."""
     accuracy: Tensor
-    """[N] float32: 1 where the own key has the largest logit; empty where nobody asked."""
+    """[N] float32: 1 where the own key has the largest logit; empty unless requested."""
 
 
 class QueueRead(NamedTuple):
-    """What a query sees in a bank."""
+    """What `queue_read` returns."""
 
     lse: Tensor
     """[N]: logsumexp of the logits."""
@@ -48,7 +48,7 @@ class QueueRead(NamedTuple):
 
 
 def float_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """`rows` in the dtype in which a loss of `like` is computed."""
+    """`rows` in the accumulation dtype of `like`."""
     return rows.to(accumulation_dtype(like.dtype))
 
 
@@ -61,7 +61,7 @@ def reduce_rows(loss: Tensor, reduction: str, accuracy: Tensor | None) -> Tensor
 
 
 def reduce_rows(loss: Tensor, reduction: str, accuracy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Rows of loss, and of accuracy where there is one, as the caller asked for them."""
+    """Reduce rows of loss, and of accuracy if there is one."""
     check_reduction(reduction)
     if reduction == "mean":
         loss = loss.mean()
@@ -70,27 +70,27 @@ def reduce_rows(loss: Tensor, reduction: str, accuracy: Tensor | None = None) ->
 
 
 def stack_teachers(teacher: Tensor) -> Tensor:
-    """[T, N, C], also of one teacher's [N, C]."""
+    """[T, N, C], with T = 1 for one teacher's [N, C]."""
     return teacher if teacher.ndim == 3 else teacher[None]
 
 
 def stack_targets(target: Tensor) -> Tensor:
-    """[T, N], also of one target's [N]."""
+    """[T, N], with T = 1 for one target's [N]."""
     return target if target.ndim == 2 else target[None]
 
 
 def wrong_labels(labels: Tensor, bank_labels: Tensor) -> Tensor:
-    """bool [N]: the rows whose loss is NaN, because their own label, or one of the bank's, is below -1."""
+    """bool [N]: rows whose loss is NaN because their label, or any of the bank's, is below -1."""
     return (labels < -1) | (bank_labels < -1).any()
 
 
 def two_rows(rows: Tensor) -> Tensor:
-    """[N, C], a lone row twice: its products alone may round equal entries differently."""
+    """`rows`, a single one twice: a matrix-vector product may round equal entries differently."""
     return torch.cat([rows, rows]) if len(rows) == 1 else rows
 
 
 def row_weights(query: Tensor, weight: float | Tensor) -> Tensor:
-    """A number or tensor of weights as [N] on the query's device."""
+    """Expand a number or a tensor of weights to [N] on the query's device."""
     dtype = accumulation_dtype(query.dtype)
     if isinstance(weight, Tensor):
         return weight.to(dtype).expand(len(query))

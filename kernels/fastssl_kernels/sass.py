@@ -1,4 +1,4 @@
-"""What a compiled kernel is made of: registers, stack, instructions, its main loop."""
+"""Registers, stack, instructions and main loop of a compiled kernel."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _TARGET = re.compile(r"0x([0-9a-f]+)")
 
 
 class Sass(NamedTuple):
-    """Counts of instructions are static: each counts once, however often it runs."""
+    """Static counts: each instruction counts once, however often it runs."""
 
     registers: int
-    stack: int  # bytes per thread
-    spills: int  # instructions that load or store local memory
-    tensor_cores: dict[str, int]  # by mnemonic: HMMA (sm_80 on), HGMMA (sm_90), UTCHMMA (sm_100)
-    maxima: int  # of floating point numbers
-    loop: int  # instructions of the main loop, 0 if none
+    stack: int  # Bytes per thread
+    spills: int  # Instructions that load or store local memory
+    tensor_cores: dict[str, int]  # By mnemonic: HMMA (sm_80 on), HGMMA (sm_90), UTCHMMA (sm_100)
+    maxima: int  # Of floating-point values
+    loop: int  # Instructions of the main loop, 0 if there is none
 
 
 def disassemble(cubin: bytes) -> Sass:
-    """Take one compiled kernel apart with the cuobjdump that comes with Triton."""
+    """Disassemble one compiled kernel with the cuobjdump that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -52,9 +52,9 @@ def disassemble(cubin: bytes) -> Sass:
 
 
 def _main_loop(code: list[tuple[str, str, str]]) -> int:
-    """Length of the branch back over the densest tensor-core instructions, or of the longest where there are none.
+    """Length of the backward branch with the densest tensor-core instructions; without any, of the longest branch.
 
-    The densest, because blocks moved out of the loop also branch back, over the loop and all code in between.
+    Not the longest: blocks moved out of the loop also branch back, over the loop and all code in between.
     """
     position = {int(address, 16): at for at, (address, _, _) in enumerate(code)}
     products = [0]

@@ -66,6 +66,14 @@ def test_errors_are_those_of_the_column(monkeypatch: pytest.MonkeyPatch) -> None
     assert row.gradient_error == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.parametrize("loss", ["soft_cross_entropy", "bank_cross_entropy", "nt_xent"])
+def test_a_registered_loss_without_peers_is_measured_alone(loss: str) -> None:
+    found = rows(["eager", "fastssl-accuracy"], loss)
+    assert found["fastssl"].loss_error < 1e-6
+    assert found["fastssl"].gradient_error < 5e-5
+    assert found["eager"].note == f"has no {loss}"
+
+
 def test_the_truth_in_parts_is_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = losses.exact(case("unicon"))
     split = torch.Tensor.split

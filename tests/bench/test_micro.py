@@ -24,6 +24,8 @@ from fastssl.presets import load
 
 REPOSITORY = Path(__file__).parents[2]
 SABOTAGE = """
+from dataclasses import replace
+
 import fastssl.models.ema, fastssl.models.queue, fastssl_kernels.losses
 from fastssl_kernels import parity
 from fastssl_pipelines import SamplePlan
@@ -42,8 +44,16 @@ fastssl.models.ema.ema_update_ = lambda *_: None
 fastssl.models.queue.KeyQueue.enqueue = lambda *_: None
 augmentation.Augmentation.__call__ = lambda *args: tuple(1.01 * view for view in augment(*args))
 SamplePlan.batch = wrong_boxes
-parity.LOSSES["info_nce"] = info_nce._replace(
-    call=lambda *args: tuple(x * (1.01 if x.dtype != parity.torch.float64 else 1) for x in info_nce.call(*args))
+
+def scaled(function):
+    def wrong(**given):
+        rows = function(**given)
+        return rows if rows.dtype == parity.torch.float64 else 1.01 * rows
+
+    return wrong
+
+parity.LOSSES["info_nce"] = replace(
+    info_nce, function=scaled(info_nce.function), reference=scaled(info_nce.reference)
 )
 """
 

@@ -49,12 +49,13 @@ FLOORS = {
         "__main__",
     ),
     "fastssl_kernels": (
-        "autograd backend contract sass",
+        "autograd backend contract loss_registry sass",
         "augment_parameters rows",
         "reference blockwise triton",
         "augment_images ops",
         "losses",
         "groups",
+        "registered_losses",
         "aot parity",
     ),
     "fastssl_pipelines": (

@@ -387,7 +387,7 @@ def test_errors_name_what_was_given_and_what_is_allowed() -> None:
         call(order=torch.zeros(4, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"parameters\.flip of dtype torch\.uint8 was given; it must be torch\.bool"):
         call(flip=torch.zeros(4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"parameters\.contrast on meta was given; the images lie on cpu"):
+    with pytest.raises(ValueError, match=r"parameters\.contrast on meta was given; the images are on cpu"):
         call(contrast=torch.ones(4, device="meta"))
     with pytest.raises(ValueError, match="three positive numbers"):
         replace(parameters, std=(1.0, 0.0, 1.0))

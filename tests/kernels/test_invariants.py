@@ -294,7 +294,7 @@ def test_groups_move_to_the_rows_that_a_caller_assigned_to_them(backend: str) ->
 def test_assignments_that_no_group_can_have(backend: str) -> None:
     given = make_inputs(9, 5, 16).to(torch.float32, torch.float32)
     for wrong, error, words in (
-        (torch.full((9,), 5), IndexError, "assignment holds 5; it must hold rows of groups, from 0 to 4"),
+        (torch.full((9,), 5), IndexError, "assignment holds 5; it must hold indices into groups, from 0 to 4"),
         (torch.zeros(8, dtype=torch.int64), ValueError, r"assignment has shape \[8\]"),
         (torch.zeros(9, dtype=torch.int32), TypeError, "assignment has dtype torch.int32"),
     ):

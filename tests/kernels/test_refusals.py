@@ -142,7 +142,10 @@ def test_index_of_no_row_is_refused(name: str, backend: str, arguments: Argument
         for wrong in (-1, -100, 70, 2**62):
             index = given[argument].clone()
             index[..., 4] = wrong
-            with use_backend(backend), pytest.raises(IndexError, match=f"^{argument} holds {wrong}; it must hold rows"):
+            with (
+                use_backend(backend),
+                pytest.raises(IndexError, match=f"^{argument} holds {wrong}; it must hold indices"),
+            ):
                 getattr(fk, name)(**given | {argument: index})
 
 

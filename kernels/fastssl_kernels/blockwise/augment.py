@@ -12,11 +12,11 @@ from torch.nn.functional import pad
 
 from ..augment_parameters import BLUR_RADIUS, AugmentParameters
 
-_GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights; they sum to 0.9999
-_CONTRAST, _SATURATION, _HUE = 1, 2, 3  # values in `AugmentParameters.order`; 0 is brightness
-_NEUTRAL = (1.0, 0.0, 0.0)  # the numbers of a blend that changes nothing
-_CHUNK_PIXELS = 2**16  # on a CPU: 768 KB of levels, about a core's L2 cache; half and a quarter of it were slower
-_LOST = 2**-24  # a tap below it is lost in the rounding of the sum
+_GRAY = (0.2989, 0.587, 0.114)  # Torchvision's weights; they sum to 0.9999
+_CONTRAST, _SATURATION, _HUE = 1, 2, 3  # Values in `AugmentParameters.order`; 0 is brightness
+_NEUTRAL = (1.0, 0.0, 0.0)  # The coefficients of a blend that changes nothing
+_CHUNK_PIXELS = 2**16  # On a CPU: 768 KB of levels, about a core's L2 cache; half and a quarter were slower
+_LOST = 2**-24  # A smaller tap is lost in the rounding of the sum
 
 
 def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype) -> Tensor:
@@ -36,10 +36,10 @@ def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtyp
 
 
 class _Numbers(NamedTuple):
-    """What `_apply` does to each image; B is the first axis of every tensor.
+    """The coefficients of `_apply` for each image; B is the first axis of every tensor.
 
-    `blends`: [B, 6, 3, 1, 1], see `_blend`: three of them before hue and three after it. `turns`: [B, 1, 1],
-    of the hue. `taps`: [B, radius + 1], of the blur by distance. `grayscale`, `solarize`, `flip`: bool [B].
+    `blends`: [B, 6, 3, 1, 1], see `_blend`: three before hue and three after it. `turns`: [B, 1, 1], hue rotations.
+    `taps`: [B, radius + 1], blur weights by distance. `grayscale`, `solarize`, `flip`: bool [B].
     """
 
     blends: Tensor
@@ -51,20 +51,20 @@ class _Numbers(NamedTuple):
 
 
 def _in_chunks(images: Tensor, numbers: _Numbers, parameters: AugmentParameters, out: Tensor) -> None:
-    """`_apply` on a CPU, in chunks that stay in its cache; images with the same needs share a chunk."""
+    """Run `_apply` on a CPU in chunks that fit its cache; images that need the same operations share a chunk."""
     order, sizes = _alike(numbers, max(1, _CHUNK_PIXELS // (images.shape[1] * images.shape[2])))
     result, pixels = torch.empty_like(out[: max(sizes)]), out.view(torch.uint8).numpy()
     for rows, *values in zip(order.split(sizes), *(v[order].split(sizes) for v in numbers), strict=True):
         done = result[: len(rows)]
         _apply(images.index_select(0, rows), _Numbers(*values), parameters, done)
-        pixels[rows.numpy()] = done.view(torch.uint8).numpy()  # half the time of index_copy_
+        pixels[rows.numpy()] = done.view(torch.uint8).numpy()  # Half the time of index_copy_
 
 
 def _alike(numbers: _Numbers, count: int) -> tuple[Tensor, list[int]]:
-    """An order of the images, int64 [B], and how to cut it, such that a chunk has jitter in the same slots.
+    """An order of the images, int64 [B], and chunk sizes, such that images of a chunk have jitter in the same slots.
 
-    A chunk holds at most `count` images; if these are all, they stay together, because calls cost more than work.
-    Those that turn gray are neighbors, and so are those that flip.
+    A chunk holds at most `count` images; a batch that fits stays whole, because calls cost more than work. Images
+    that turn gray are adjacent, and so are those that flip.
     """
     slots = ((numbers.blends[:, :, 0].flatten(1) != 1) * 2 ** torch.arange(6)).sum(1)
     order = (4 * slots + 2 * numbers.grayscale + numbers.flip).argsort()
@@ -95,9 +95,9 @@ def _apply(images: Tensor, numbers: _Numbers, parameters: AugmentParameters, out
 
 
 def _where(mask: Tensor, levels: Tensor, function: Callable[..., Tensor], *numbers: Tensor) -> Tensor:
-    """`function(levels, *numbers)` for the images of `mask` [B], `levels` [3, B, H, W] as they are for the others.
+    """`function(levels, *numbers)` for the images in `mask` [B], and unchanged `levels` [3, B, H, W] for the others.
 
-    `function` may return one plane for all three channels. On a CPU it sees the images of `mask` alone.
+    `function` may return one plane for all three channels. On a CPU it gets only the images in `mask`.
     """
     if not _host_may_read(mask):
         return torch.where(_per_image(mask), function(levels, *numbers), levels)
@@ -110,7 +110,7 @@ def _where(mask: Tensor, levels: Tensor, function: Callable[..., Tensor], *numbe
 
 
 def _runs(chosen: list[bool]) -> Iterator[slice]:
-    """The stretches of True; indexing with rows instead copies one number at a time."""
+    """Slices of consecutive True; indexing with rows instead copies element by element."""
     stop = 0
     for value, run in groupby(chosen):
         start, stop = stop, stop + len(list(run))
@@ -119,15 +119,15 @@ def _runs(chosen: list[bool]) -> Iterator[slice]:
 
 
 def _host_may_read(values: Tensor) -> bool:
-    """Whether what is done may depend on the values: on another device that would wait for it."""
+    """Whether the host may read the values: on another device that would wait for it."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _blends(parameters: AugmentParameters) -> Tensor:
-    """Brightness, contrast and saturation as `_blend` takes them, [B, 6, 3, 1, 1].
+    """Brightness, contrast and saturation as the coefficients of `_blend`, [B, 6, 3, 1, 1].
 
-    Hue is far dearer than the others, so it runs once: the others take the slots before it and the slots
-    after it, with factor 1 (no change) in a slot that lies on the wrong side of an image's hue.
+    Hue is by far the most expensive, so it runs once: the others take the slots before and after it, with factor 1
+    (no change) in a slot on the wrong side of an image's hue.
     """
     order = parameters.order
     factors = (parameters.brightness, parameters.contrast, parameters.saturation)
@@ -143,7 +143,7 @@ def _blends(parameters: AugmentParameters) -> Tensor:
 
 
 def _needed(blends: Tensor) -> list[list[bool]]:
-    """Which of the numbers of which blend, [6][3], change an image; all of them where the host may not know."""
+    """Which coefficients of which blend, [6][3], change any image; all of them where the host may not read them."""
     if not _host_may_read(blends):
         return [[True] * 3] * 6
     return (blends.flatten(2).numpy() != _NEUTRAL).any(0).tolist()
@@ -152,7 +152,7 @@ def _needed(blends: Tensor) -> list[list[bool]]:
 def _blend(levels: Tensor, numbers: Tensor, needed: list[bool]) -> Tensor:
     """factor * image + about_mean * mean of its gray image + about_gray * its gray image, clipped, in place.
 
-    `numbers`: [B, 3, 1, 1], these three; the last two are 1 - factor or, where the operation is another one, 0.
+    `numbers`: [B, 3, 1, 1], these three coefficients; the last two are 1 - factor, or 0 for another operation.
     """
     if not needed[0]:
         return levels
@@ -166,14 +166,14 @@ def _blend(levels: Tensor, numbers: Tensor, needed: list[bool]) -> Tensor:
 
 
 def _shift_hue(levels: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of [3, B, H, W] in HSV space by [B, 1, 1]; value and saturation stay."""
+    """Rotate the hue of [3, B, H, W] in HSV space by [B, 1, 1] turns; value and saturation stay."""
     red, green, blue = levels.unbind(0)
     low = torch.minimum(green, blue).minimum(red)
     high = torch.maximum(green, blue).maximum(red)
     chroma = high - low
     # In sixths of a turn: 1 + (green + blue - red - low) / chroma from red, in all six sectors, toward green or blue.
     hue = (green - red).add_(blue - low)
-    hue.div_(chroma.clamp_min(torch.finfo(torch.float32).tiny))  # gray pixels: 0 / tiny, never NaN
+    hue.div_(chroma.clamp_min(torch.finfo(torch.float32).tiny))  # Gray pixels: 0 / tiny, never NaN
     hue.add_(1).copysign_(green - blue).add_(6 * turns)
     hue.sub_((hue * (1 / 6)).floor_(), alpha=6)
     # The share of the chroma in each channel is a trapezium over the six sectors: with its clamp(distance, 1, 2)
@@ -201,8 +201,8 @@ def _taps(parameters: AugmentParameters, radius: int) -> Tensor:
 def _blur(levels: Tensor, taps: Tensor) -> Tensor:
     """Blur [C, B, H, W] along both axes, each image with its own taps, reflecting at the borders.
 
-    A sum of shifted slices: on CPU several times faster than products with banded matrices or grouped
-    convolutions, and exempt from autocast and TF32.
+    A sum of shifted slices: several times faster on a CPU than products with banded matrices or grouped
+    convolutions, and unaffected by autocast and TF32.
     """
     if _host_may_read(taps):
         images = zip(levels.unbind(1), taps.tolist(), strict=True)
@@ -217,7 +217,7 @@ def _blur_planes(levels: Tensor, taps: Sequence[float | Tensor]) -> Tensor:
 
 
 def _convolve(padded: Tensor, taps: Sequence[float | Tensor], dim: int) -> Tensor:
-    """Correlate along `dim` with symmetric taps given by distance."""
+    """Correlate along `dim` with symmetric taps, given by distance."""
     radius = len(taps) - 1
     size = padded.shape[dim] - 2 * radius
     out = padded.narrow(dim, radius, size) * taps[0]

@@ -55,7 +55,7 @@ def sup_con_rows(
     key = bank.centered(key)
     own = dot(rows, key)
     seen, same = labeled_read(rows, query_labels, bank, queue_labels)
-    logit, positive = (own + same.logit) / (1 + same.number), (key + same.entry) / (1 + same.number)[:, None]
+    logit, positive = (own + same.logit) / (1 + same.size), (key + same.entry) / (1 + same.size)[:, None]
     loss, gradient = seen.plus(own, key).cross_entropy(logit, positive, temperature)
     return Rows(loss, gradient, _accuracy(own, seen.largest, return_accuracy))
 
@@ -63,7 +63,7 @@ def sup_con_rows(
 def soft_cross_entropy_rows(
     query: Tensor, teacher: Tensor, queue: Tensor, temperature: float, teacher_temperature: float
 ) -> Rows:
-    """LSE - logit of the mean entry under the teachers' softmax."""
+    """LSE - logit of the teachers' softmax-weighted mean entry."""
     rows, teachers = in_base_2(query, temperature), in_base_2(teacher.flatten(0, 1), teacher_temperature)
     seen = read(torch.cat([rows, teachers]), Bank(query, queue))
     of_query = Read(*(x[: len(rows)] for x in seen))
@@ -78,7 +78,7 @@ def consistency_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: flo
     direction = (key - query) / temperature
     of_query, covariance = covariance_read(rows, direction, bank)
     of_key = read(key_rows, bank)
-    # The own logit's share of either softmax. It is the same in both, so that its direction.m counts as 0.
+    # The own logit's share of each softmax; the logit is the same in both, so its direction.m counts as 0
     query_own = key_own = torch.zeros_like(query[:, :1])
     if include_positive:
         query_own = torch.sigmoid(-of_query.lse_above(dot(rows, bank.centered(key))))[:, None]
@@ -109,7 +109,7 @@ def mixco_rows(
 def unmix_rows(
     query: Tensor, first_key: Tensor, second_key: Tensor, queue: Tensor, weight: Tensor, temperature: float
 ) -> Rows:
-    """Both InfoNCE, of one read."""
+    """Both InfoNCE losses from one read."""
     rows, bank = in_base_2(query, temperature), Bank(query, queue)
     negatives = attention_read(rows, bank)
     loss, gradient = torch.zeros_like(negatives.total), torch.zeros_like(rows)
@@ -121,19 +121,19 @@ def unmix_rows(
 
 
 def mean_shift_rows(query: Tensor, key: Tensor, queue: Tensor, k: int) -> Rows:
-    """2 - 2 q.c, c the mean of the key's neighbors."""
+    """2 - 2 q.c, with c the mean of the key's neighbors."""
     query = float_rows(query, query)
-    # A key that is not finite has no nearest entries.
+    # A non-finite key has no nearest entries
     mean = torch.zeros_like(query).masked_fill_(~key.isfinite().all(1, keepdim=True), torch.nan)
-    for numbers in nearest(key, queue, k).T:
-        mean += queue[numbers].to(query.dtype) / k
+    for indices in nearest(key, queue, k).T:
+        mean += queue[indices].to(query.dtype) / k
     return _without_accuracy(2 - 2 * dot(query, mean), -2 * mean)
 
 
 def bank_cross_entropy_rows(
     prediction: Tensor, bank: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [N], gradient [N, C], LSE [N]; the logit of the targets' mean is the mean of their logits."""
+    """Loss [N], gradient [N, C], LSE [N]; the logit of the mean target is the mean of the targets' logits."""
     rows, entries = in_base_2(prediction, temperature), Bank(prediction, bank)
     seen = read(rows, entries)
     wanted = torch.stack([entries.centered(take(bank, indices)) for indices in target]).mean(0)
@@ -144,9 +144,9 @@ def nt_xent_rows(rows: Tensor, labels: Tensor, temperature: float) -> tuple[Tens
     """Loss [R], each row's own part of the gradient [R, C], LSE [R], 1 / positives [R]."""
     scaled, bank = in_base_2(rows, temperature), Bank(rows, rows)
     seen, same = labeled_read(scaled, labels, bank, labels, skip_own=True)
-    logit, positive = same.logit / same.number, same.entry / same.number[:, None]
+    logit, positive = same.logit / same.size, same.entry / same.size[:, None]
     lse = seen.lse_above(-dot(scaled, bank.center))
-    return *seen.cross_entropy(logit, positive, temperature), lse, 1 / same.number
+    return *seen.cross_entropy(logit, positive, temperature), lse, 1 / same.size
 
 
 def bank_gradient(
@@ -196,34 +196,34 @@ def queue_read_gradient(
 
 
 def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
-    """int64 [N, count]: the most similar entries, in descending order; of one, of equal entries the first."""
+    """int64 [N, count]: the most similar entries, in descending order; for a count of 1, the first of equal ones."""
     rows, entries = float_rows(rows, rows), Bank(rows, bank)
 
     def nearest_to(chunk: slice) -> tuple[Tensor, Tensor]:
         few = two_rows(rows[chunk])
         best = few.new_empty(len(few), 0)
-        numbers = best.to(torch.int64)
+        indices = best.to(torch.int64)
         for here, block in entries.blocks(rows):
             similarity, inside = _highest(few @ block.T, count)
             best, order = _highest(torch.cat([best, similarity], 1), count)
-            numbers = torch.cat([numbers, inside + here.start], 1).gather(1, order)
-        return best[: len(rows[chunk])], numbers[: len(rows[chunk])]
+            indices = torch.cat([indices, inside + here.start], 1).gather(1, order)
+        return best[: len(rows[chunk])], indices[: len(rows[chunk])]
 
     return by_chunks(rows, nearest_to)[1]
 
 
 def _highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest of each row, if it has as many, and their columns."""
-    # Of equal values `max` takes the first and `topk` any.
+    """The `count` highest values of each row, or all if it has fewer, and their columns."""
+    # Of equal values `max` returns the first, `topk` any
     return values.max(1, keepdim=True) if count == 1 else values.topk(min(count, values.shape[1]), dim=1)
 
 
-def take(bank: Tensor, numbers: Tensor) -> Tensor:
-    """bank[numbers], with NaN for a number that is not in the bank; on a CPU that is an IndexError."""
+def take(bank: Tensor, indices: Tensor) -> Tensor:
+    """bank[indices], with NaN for an index outside the bank; on a CPU that is an IndexError."""
     if bank.is_cpu:
-        return bank.index_select(0, numbers)
-    inside = (numbers >= 0) & (numbers < len(bank))
-    rows = bank.index_select(0, numbers.clamp(0, len(bank) - 1))
+        return bank.index_select(0, indices)
+    inside = (indices >= 0) & (indices < len(bank))
+    rows = bank.index_select(0, indices.clamp(0, len(bank) - 1))
     return torch.where(inside[:, None], rows, torch.nan)
 
 

@@ -1,7 +1,7 @@
 """Sums over a bank in one pass: the losses are closed forms of them.
 
-`rows`: [N, C], scaled `in_base_2`. Labels: int64; -1 in `labels` is none. Logits and entries are those of the
-bank, that is with the entries less its center.
+`rows`: [N, C], scaled `in_base_2`. Labels: int64; -1 in `labels` is unknown. Logits and entries are those of the
+bank, with its center subtracted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..rows import wrong_labels
 from .stream import Bank, Products, by_chunks, matches
 
-_ATTENTION_ROWS = 64  # that a thread of torch's attention takes at a time
+_ATTENTION_ROWS = 64  # Per thread of torch's attention at a time
 
 
 class Sums:
@@ -23,14 +23,14 @@ class Sums:
 
     def __init__(self, rows: Tensor) -> None:
         self._weighted = empty_sums(rows)
-        # Finite, so that the difference of two empty rows' largest is 0 and not NaN.
+        # Finite, so that the difference between two empty rows is 0 and not NaN
         self.largest = torch.full_like(self._weighted[0], -1e30)
         """[N], in base 2."""
         self.total = torch.zeros_like(self.largest)
         """[N]: sum of 2**(logit - largest)."""
 
     def add(self, logits: Tensor, block: Tensor) -> None:
-        """Overwrites `logits` by their terms of `total`."""
+        """Add a block; overwrites `logits` with their terms of `total`."""
         largest = torch.maximum(self.largest, logits.amax(0))
         self._rescale(torch.exp2(self.largest - largest))
         self.largest = largest
@@ -51,14 +51,14 @@ class Sums:
 
 
 class MomentSums(Sums):
-    """`Sums` that weight entries also by a factor of their own."""
+    """`Sums`, plus a sum in which each entry has another factor."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__(rows)
         self._moment = empty_sums(rows)
 
     def add_with(self, factor: Tensor, logits: Tensor, block: Tensor) -> None:
-        """`add`; overwrites `factor` too."""
+        """Like `add`; also overwrites `factor`."""
         self.add(logits, block)
         self._moment.addmm_(block.T, factor.mul_(logits))
 
@@ -72,36 +72,36 @@ class MomentSums(Sums):
 
 
 class Read(NamedTuple):
-    """What N rows see in some entries."""
+    """Softmax statistics of N rows over some entries."""
 
     largest: Tensor
-    """[N]: the largest logit, in base 2; lower than any where there are no entries. The LSE where attention read."""
+    """[N]: the largest logit, in base 2; below any logit if there are no entries. From `attention_read`, the LSE."""
     total: Tensor
     """[N]: sum of 2**(logit - largest)."""
     mean: Tensor
     """[N, C]: the entries' mean, weighted by the softmax of the logits; 0 without entries."""
 
     def lse_above(self, logit: Tensor) -> Tensor:
-        """[N]: natural logsumexp - `logit`, which is in base 2: rounded as the difference, and not as the terms, is."""
+        """[N]: natural logsumexp - `logit` (base 2); subtracts before rounding, so a small difference stays precise."""
         return (self.largest - logit) * math.log(2) + self.total.log()
 
     def plus(self, logit: Tensor, entry: Tensor) -> Read:
-        """With one more entry a row; its logit [N] is in base 2."""
+        """The same with one more entry per row, whose logit [N] is in base 2."""
         largest = torch.maximum(self.largest, logit)
         term = torch.exp2(logit - largest)
         total = self.total * torch.exp2(self.largest - largest) + term
         return Read(largest, total, torch.lerp(self.mean, entry, (term / total)[:, None]))
 
     def cross_entropy(self, logit: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Loss [N] against a distribution with this mean `logit` [N], in base 2, and mean entry; its gradient."""
+        """Loss [N] against a distribution with mean `logit` [N] (base 2) and mean entry `target`, and its gradient."""
         return self.lse_above(logit), (self.mean - target) / temperature
 
 
 class Matches(NamedTuple):
-    """The entries with a row's label."""
+    """Sums over the entries with a row's label."""
 
-    number: Tensor
-    """[N]"""
+    size: Tensor
+    """[N]: how many entries."""
     logit: Tensor
     """[N]: sum of the logits, in base 2."""
     entry: Tensor
@@ -109,7 +109,7 @@ class Matches(NamedTuple):
 
 
 def read(rows: Tensor, bank: Bank) -> Read:
-    """All entries."""
+    """Read all entries."""
 
     def read_chunk(chunk: slice) -> Read:
         logits, sums = Products(rows[chunk]), Sums(rows[chunk])
@@ -121,14 +121,15 @@ def read(rows: Tensor, bank: Bank) -> Read:
 
 
 def attention_read(rows: Tensor, bank: Bank) -> Read:
-    """As `read`, and on a CPU faster, but without the largest logit, which then is the LSE.
+    """Like `read` and faster on a CPU, but without the largest logit: `largest` is then the LSE.
 
-    A read is attention with the bank as keys and as values, and the threads of torch's do not wait for each other.
+    A read is attention with the bank as keys and values, and the threads of torch's attention do not wait for each
+    other.
     """
     entries = bank.whole(rows)
     if entries is None:
         return read(rows, bank)
-    # Attention divides its work by blocks of rows and by heads: with few rows, parts of the bank keep threads busy.
+    # Attention parallelizes over blocks of rows and heads: with few rows, splitting the bank keeps threads busy
     wanted = max(1, torch.get_num_threads() * _ATTENTION_ROWS // len(rows))
     heads = math.gcd(len(entries), 1 << (wanted.bit_length() - 1))
     entries = entries.view(1, heads, -1, entries.shape[1])
@@ -141,7 +142,7 @@ def attention_read(rows: Tensor, bank: Bank) -> Read:
 
 
 def covariance_read(rows: Tensor, direction: Tensor, bank: Bank) -> tuple[Read, Tensor]:
-    """All entries, and the product [N, C] of their covariance with `direction` [N, C]."""
+    """Read all entries, and the product [N, C] of their covariance with `direction` [N, C]."""
 
     def read_chunk(chunk: slice) -> tuple[Tensor, ...]:
         logits, factor, sums = Products(rows[chunk]), Products(direction[chunk]), MomentSums(rows[chunk])
@@ -157,16 +158,16 @@ def covariance_read(rows: Tensor, direction: Tensor, bank: Bank) -> tuple[Read, 
 def labeled_read(
     rows: Tensor, labels: Tensor, bank: Bank, bank_labels: Tensor, skip_own: bool = False
 ) -> tuple[Read, Matches]:
-    """All entries, and those with the row's label.
+    """Read all entries, and those with the row's label.
 
-    With `skip_own` row and entry of one number are the same and do not see each other.
+    With `skip_own`, row i and entry i are the same, and are not compared.
     """
-    if not skip_own:  # of a batch that is its own bank, the labels are of known classes
+    if not skip_own:  # A batch that is its own bank has no unknown labels
         rows, labels = _without_unknown(rows, labels, bank_labels)
 
     def read_chunk(chunk: slice) -> tuple[Tensor, ...]:
         logits, sums, entry = Products(rows[chunk]), Sums(rows[chunk]), empty_sums(rows[chunk])
-        number, logit = torch.zeros_like(sums.total), torch.zeros_like(sums.total)
+        count, logit = torch.zeros_like(sums.total), torch.zeros_like(sums.total)
         for here, block in bank.blocks(rows):
             of_block, same = logits(block), matches(bank_labels[here], labels[chunk])
             own = here.start - chunk.start
@@ -174,20 +175,20 @@ def labeled_read(
                 weight = same.to(block.dtype)
                 if skip_own:
                     weight.diagonal(own).fill_(0)
-                number += weight.sum(0)
+                count += weight.sum(0)
                 logit += (weight * of_block).sum(0)
                 entry.addmm_(block.T, weight)
             if skip_own:
                 of_block.diagonal(own).fill_(-torch.inf)
             sums.add(of_block, block)
-        return *_read(sums), number, logit, entry.T.contiguous()
+        return *_read(sums), count, logit, entry.T.contiguous()
 
     parts = by_chunks(rows, read_chunk)
     return Read(*parts[:3]), Matches(*parts[3:])
 
 
 def pair_read(rows: Tensor, labels: Tensor, bank: Bank, bank_labels: Tensor) -> tuple[Read, Read, Tensor]:
-    """Entries without the row's label; those with it, their logits negated; the largest logit [N] of all."""
+    """Read entries without the row's label; those with it, logits negated; and the largest logit [N] of all."""
     rows, labels = _without_unknown(rows, labels, bank_labels)
 
     def read_chunk(chunk: slice) -> tuple[Tensor, ...]:
@@ -207,7 +208,7 @@ def pair_read(rows: Tensor, labels: Tensor, bank: Bank, bank_labels: Tensor) -> 
 
 
 def dot(rows: Tensor, entries: Tensor) -> Tensor:
-    """[N], of one entry a row."""
+    """[N]: dot products of rows with one entry each."""
     return (rows * entries).sum(1)
 
 
@@ -216,7 +217,7 @@ def _read(sums: Sums) -> Read:
 
 
 def _without_unknown(rows: Tensor, labels: Tensor, bank_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Unknown labels replaced by one that no entry has, and rows by NaN where a label is no label."""
+    """Replace unknown labels by one that no entry has, and rows with an invalid label by NaN."""
     known = labels.masked_fill(labels == -1, torch.iinfo(labels.dtype).min)
     return rows.masked_fill(wrong_labels(labels, bank_labels)[:, None], torch.nan), known
 

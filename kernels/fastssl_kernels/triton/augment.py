@@ -1,6 +1,6 @@
-"""`augment` in three launches: the mean gray that contrast needs; all colors; the blur of those that are blurred.
+"""`augment` in three launches: the mean gray level, for contrast; the colors of all images; the blur.
 
-The second launch finishes the images that are not blurred and keeps the levels of the others for the third.
+The second launch finishes the images without blur and stores the levels of the others for the third.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .blur import blur_kernel
 from .color import color_kernel, gray_sum_kernel
 from .configuration import Configuration
 
-_PIXELS = 1024  # of one program, fewer where the image is smaller
+_PIXELS = 1024  # Per program; fewer for smaller images
 _OPTIONS = {"num_warps": 8}
-_WINDOW = 32  # rows and columns that a program of the blur reads
+_WINDOW = 32  # Rows and columns read by a program of the blur
 _BLUR_OPTIONS = {"num_warps": 4, "num_stages": 1}
 _JITTER = ("brightness", "contrast", "saturation", "hue", "order")
 
 
 def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype) -> Tensor:
-    """Augment and normalize uint8 images as `fastssl_kernels.augment` says, which has checked what it passes on.
+    """`fastssl_kernels.augment` on Triton kernels; the arguments are already checked.
 
     `images`: uint8 [B, H, W, 3]. Returns [B, 3, H, W] in `out_dtype`, channels_last, bitwise the same at every call
-    on one GPU. The levels of an image to be blurred are rounded to float16, to float32 where that is `out_dtype`.
-    Nothing waits for the device.
+    on one GPU. Levels to be blurred are rounded to float16, or to float32 if that is `out_dtype`. Nothing waits for
+    the device.
     """
     images = images.contiguous()
     batch, height, width, _ = images.shape
@@ -39,7 +39,7 @@ def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtyp
         *(mean / std for mean, std in zip(parameters.mean, parameters.std, strict=True)),
     )
     result = torch.empty_like(images, dtype=out_dtype)
-    sigma, levels = parameters.brightness, result  # neither is looked at where nobody is blurred
+    sigma, levels = parameters.brightness, result  # Placeholders, not read without blur
     if blurred := parameters.blur_sigma is not None:
         sigma = parameters.blur_sigma.contiguous()
         levels = torch.empty_like(images, dtype=torch.float32 if out_dtype == torch.float32 else torch.float16)
@@ -62,14 +62,14 @@ def augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtyp
 
 
 def _cut(height: int, width: int) -> tuple[int, int, int]:
-    """Pixels of an image, how many of them a program of the color kernels takes, and how many programs that makes."""
+    """Pixels per image, pixels per program of the color kernels, and programs per image."""
     pixels = height * width
     size = min(_PIXELS, max(256, triton.next_power_of_2(pixels)))
     return pixels, size, triton.cdiv(pixels, size)
 
 
 def configurations() -> Iterator[Configuration]:
-    """What the kernels here are compiled for: crops of 224, and in one dtype those of 32."""
+    """Configurations to compile: crops of 224 px and, in one dtype, of 32 px."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     cases = ((224, "bf16", True), (224, "fp16", True), (224, "fp32", True), (224, "bf16", False), (32, "bf16", True))
     for side, name, blurred in cases:

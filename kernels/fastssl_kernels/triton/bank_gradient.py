@@ -1,4 +1,4 @@
-"""The gradient of a softmax cross-entropy to its bank: entries stay, rows stream by."""
+"""Gradient of a softmax cross-entropy to its bank: each program holds entries and streams the rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .read import with_unit_stride
 from .tiles import dot, load_tile, round_to, rounded_weights
 
 _LOG2_E = tl.constexpr(LOG2_E)
-_LARGEST_UPSTREAM = 2.0**12  # of float16: leaves four bits to its largest number, and 36 below
+_LARGEST_UPSTREAM = 2.0**12  # For float16: leaves 4 binary orders of magnitude above it and 36 below
 
-# Largest padded C an entry serves -> tiles, whose rows here are those of the bank; by bytes per bank element.
+# Largest padded C an item serves -> tiles, whose rows are entries of the bank; by bytes per bank element.
 TILES: dict[int, dict[int, Tiles]] = {
     2: {128: Tiles(128, 32, 8, 2, True), 256: Tiles(64, 16, 4, 2, True), 512: Tiles(32, 32, 8, 2, True)},
     4: {128: Tiles(32, 32, 8, 2, True), 256: Tiles(32, 16, 8, 2, True), 512: Tiles(16, 16, 8, 2, True)},
@@ -47,7 +47,7 @@ def bank_gradient_kernel(
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
     TARGETS: tl.constexpr,
-    SKIP_OWN: tl.constexpr,  # row i is not compared with entry i: a batch against itself
+    SKIP_OWN: tl.constexpr,  # Row i is not compared with entry i: a batch against itself
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -61,12 +61,12 @@ def bank_gradient_kernel(
     for first in range(split * share, tl.minimum(split * share + share, rows), ROWS):
         row = first + tl.arange(0, ROWS)
         tile = load_tile(stream, first, rows, features, features, ROWS, FEATURES, FULL)
-        # Beyond the tail all of these are zero, and so is the weight.
+        # Beyond the tail these are all zero, and so is the weight
         row_lse = tl.load(lse + row, mask=row < rows, other=0.0) * _LOG2_E
         row_upstream = tl.load(upstream + row, mask=row < rows, other=0.0)
         row_weight = tl.load(label_weight + row, mask=row < rows, other=0.0)
         similarity = dot(stationary, tl.trans(tile), tl.zeros([ENTRIES, ROWS], tl.float32), PRECISION)
-        # Folded into the bank the scale would cost a rounding; here it costs nothing, as one FMA with the LSE.
+        # Folded into the bank, the scale would cost a rounding; here it is free, as one FMA with the LSE
         weight = tl.exp2(similarity * scale - row_lse[None, :])
         for target in tl.static_range(TARGETS):
             label = tl.load(query_labels + target * rows + row, mask=row < rows, other=0)
@@ -75,7 +75,7 @@ def bank_gradient_kernel(
         if SKIP_OWN:
             weight = tl.where(entry[:, None] == row[None, :], 0.0, weight)
         rounded, seen = rounded_weights(weight, tile.dtype)
-        if tile.dtype == tl.bfloat16:  # its 8 bits alone would leave an error of 2e-3
+        if tile.dtype == tl.bfloat16:  # With its 8 bits alone the error would be 2e-3
             total = dot(round_to(weight - seen, tl.bfloat16), tile, total, PRECISION)
         total = dot(rounded, tile, total, PRECISION)
     column = tl.arange(0, FEATURES)[None, :]
@@ -97,17 +97,17 @@ def bank_gradient(
 ) -> Tensor:
     """Sum over rows i of upstream_i (softmax of entry j - label_weight_i * labels they share) rows_i / temperature.
 
-    `rows`: [N, C] and `bank`: [K, C], float32, bfloat16 or float16; C at most 512. Products take both in the
-    wider of their dtypes. `row_labels`: int64 [T, N]. `bank_labels`: int64 [K]. `lse` (of a row's logits),
-    `label_weight` and `upstream`: [N]. `skip_own` leaves out i == j. Returns float32 [K, C], bitwise the same
-    at every call on one GPU.
+    `rows`: [N, C] and `bank`: [K, C], float32, bfloat16 or float16; C at most 512. Products take both in the wider
+    of their dtypes. `row_labels`: int64 [T, N]. `bank_labels`: int64 [K]. `lse` (of a row's logits), `label_weight`
+    and `upstream`: [N]. `skip_own` leaves out i == j. Returns float32 [K, C], bitwise the same at every call on one
+    GPU.
     """
-    # A row is in both products, not in one as in the reads: rounded to a bfloat16 bank it would cost 2e-3.
+    # A row enters both products, unlike in the reads: rounded to a bfloat16 bank it would cost 2e-3
     dtype = torch.promote_types(rows.dtype, bank.dtype)
     rows, bank = rows.to(dtype), bank.to(dtype)
     if dtype != torch.float16:
         return _read(rows, bank, row_labels, bank_labels, lse, label_weight, upstream, temperature, skip_own)
-    # float16 holds nothing above 65504 or below 6e-8, and weights are as large as a loss scaler makes upstream.
+    # The range of float16 is 6e-8 to 65504, and a loss scaler may make the weights large
     tiny = torch.finfo(torch.float32).tiny
     gain = _LARGEST_UPSTREAM / upstream.float().abs().amax().clamp(min=_LARGEST_UPSTREAM * tiny)
     scaled = upstream * gain
@@ -140,12 +140,12 @@ def _read(
 
 
 def _constants(plan: Plan) -> dict[str, Any]:
-    """Of a plan in which the bank stays and the rows are read."""
+    """The constants of a plan, with rows and entries exchanged: the kernel holds entries and reads rows."""
     return plan.products | {"ROWS": plan.tiles.entries, "ENTRIES": plan.tiles.rows}
 
 
 def configurations() -> Iterator[Configuration]:
-    """What the kernel here is compiled for."""
+    """Configurations to compile."""
     for inputs in every_input():
         plan = inputs.plan(TILES[inputs.dtype.itemsize])
         constants = _constants(plan) | {"TARGETS": 2, "SKIP_OWN": True}

@@ -1,4 +1,4 @@
-"""Gaussian blur, each image with its own sigma: two matrix products per window, and what finishes an image."""
+"""Gaussian blur with one sigma per image, as two matrix products per window; then finishes the image."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _GAUSSIAN = tl.constexpr(-0.5 * LOG2_E)
 
 @triton.jit
 def reflect(index, size):
-    """The place in an axis that mirrors at its first and last element; `index` lies less than `size` outside."""
+    """Reflect an index at both ends of an axis; it may lie less than `size` outside."""
     last = size - 1
     return last - tl.abs(last - tl.abs(index))
 
 
 @triton.jit
 def weight_at(distance, sigma, radius, dtype: tl.constexpr):
-    """The Gaussian, 1 at its center and 0 beyond `radius`."""
+    """The Gaussian weight: 1 at the center, 0 beyond `radius`."""
     deviations = distance.to(tl.float32) * (1.0 / tl.maximum(sigma, 1e-3))
     return tl.where(tl.abs(distance) <= radius, tl.exp2(deviations * deviations * _GAUSSIAN), 0.0).to(dtype)
 
@@ -43,7 +43,7 @@ def blur_kernel(
     height: kind.Count,
     width: kind.Count,
     radius: kind.Count,
-    across: kind.Count,  # windows in a row
+    across: kind.Count,  # Windows per row
     parts: kind.Count,
     WINDOW: tl.constexpr,
 ):
@@ -52,7 +52,7 @@ def blur_kernel(
     if sigma <= 0.0:
         return
     part = tl.program_id(0) % parts
-    step = WINDOW - 2 * radius  # the margin of a window is read and not written
+    step = WINDOW - 2 * radius  # The margin of a window is read but not written
     place = tl.arange(0, WINDOW)
     row = (part // across * step - radius + place)[:, None]
     column = (part % across * step - radius + place)[None, :]
@@ -61,16 +61,16 @@ def blur_kernel(
     within = (row < height + radius) & (column < width + radius)
     central = (place >= radius) & (place < WINDOW - radius)
     written = central[:, None] & central[None, :] & (row < height) & (column < width)
-    # Along either axis the blur is a product with this matrix, which is symmetric.
+    # Along each axis the blur is a product with this symmetric matrix
     weight = weight_at(place[:, None] - place[None, :], sigma, radius, levels.dtype.element_ty)
-    # As rounded, so that an even color stays what it is.
+    # The sum of the rounded weights, so that a uniform color does not change
     total = tl.sum(weight_at(place - WINDOW // 2, sigma, radius, levels.dtype.element_ty).to(tl.float32), 0)
     unit = 1.0 / (total * total)
     if tl.load(flip + image):
         column = width - 1 - column
     target = (row * width + column) * 3
     solarized = tl.load(solarize + image)
-    for channel in range(3):  # not unrolled: three windows at once take too many registers
+    for channel in range(3):  # Not unrolled: three windows at once take too many registers
         window = tl.load(levels + base + channel + source, mask=within, other=0.0)
         window = dot(weight, window, tl.zeros([WINDOW, WINDOW], tl.float32), "ieee").to(window.dtype)
         level = dot(window, weight, tl.zeros([WINDOW, WINDOW], tl.float32), "ieee") * unit

@@ -1,7 +1,7 @@
-"""The colors of uint8 images: jitter in each image's own order, grayscale, and what finishes an unblurred image.
+"""The colors of uint8 images: jitter in each image's order and grayscale; then finishes images without blur.
 
-A program works on a part of one image, whose numbers are scalars to it: what an image does not need is skipped by
-a branch that all its threads take.
+A program works on a part of one image, so the image's parameters are scalars: operations that it does not need are
+skipped by a branch that all threads take.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import kind
 from .tiles import round_to
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-_BRIGHTNESS, _CONTRAST, _SATURATION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # in `order`; 3 is hue
+_BRIGHTNESS, _CONTRAST, _SATURATION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # Values in `order`; 3 is hue
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def gray_of(red, green, blue):
 
 @triton.jit
 def clip(level):
-    """To the levels there are."""
+    """Clamp to [0, 255]."""
     return tl.minimum(tl.maximum(level, 0.0), 255.0)
 
 
@@ -37,11 +37,11 @@ def blend(red, green, blue, factor, other):
 
 @triton.jit
 def shift_hue(red, green, blue, turns):
-    """Turn the hue in HSV space; value and saturation stay."""
+    """Rotate the hue in HSV space; value and saturation stay."""
     low = tl.minimum(tl.minimum(red, green), blue)
     high = tl.maximum(tl.maximum(red, green), blue)
     chroma = high - low
-    scale = 1.0 / tl.maximum(chroma, _TINY)  # gray pixels: 0 * finite, never NaN
+    scale = 1.0 / tl.maximum(chroma, _TINY)  # Gray pixels: 0 * finite, never NaN
     hue = tl.where(high == green, (blue - red) * scale + 2.0, (red - green) * scale + 4.0)
     hue = tl.where(high == red, (green - blue) * scale, hue) + 6.0 * turns
     hue -= 6.0 * tl.floor(hue * (1.0 / 6.0))
@@ -53,8 +53,8 @@ def shift_hue(red, green, blue, turns):
 
 @triton.jit
 def jitter(red, green, blue, order, slots, brightness, contrast, saturation, turns, mean):
-    """Apply the operations in the first `slots` places of the order; `mean`: of the gray image before contrast."""
-    for slot in range(slots):  # not unrolled: hue alone is most of the code
+    """Apply the first `slots` operations of the order; `mean` is that of the gray image before contrast."""
+    for slot in range(slots):  # Not unrolled: hue alone is most of the code
         operation = tl.load(order + slot)
         if operation == _BRIGHTNESS:
             red, green, blue = blend(red, green, blue, brightness, 0.0)
@@ -70,7 +70,7 @@ def jitter(red, green, blue, order, slots, brightness, contrast, saturation, tur
 
 @triton.jit
 def load_pixels(images, first, mask):
-    """Three channels of interleaved levels, in float32."""
+    """Load three interleaved channels as float32."""
     red = tl.load(images + first, mask=mask, other=0).to(tl.float32)
     green = tl.load(images + first + 1, mask=mask, other=0).to(tl.float32)
     return red, green, tl.load(images + first + 2, mask=mask, other=0).to(tl.float32)
@@ -109,7 +109,7 @@ def gray_sum_kernel(
         red, green, blue, order + image * 4, slots,
         tl.load(brightness + image), 1.0, tl.load(saturation + image), tl.load(hue + image), 0.0,
     )  # fmt: skip
-    total = tl.sum(gray_of(red, green, blue), 0)  # pixels beyond the image are black, whatever the jitter
+    total = tl.sum(gray_of(red, green, blue), 0)  # Pixels beyond the image are black, whatever the jitter
     tl.store(gray_sum + tl.program_id(0), total)
 
 

@@ -13,7 +13,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_row(base, row, features, FEATURES: tl.constexpr):
-    """One row of a contiguous matrix in float32; zero beyond its features."""
+    """Load one row of a contiguous matrix as float32; zero beyond its features."""
     column = tl.arange(0, FEATURES)
     return tl.load(base + tl.cast(row, tl.int64) * features + column, mask=column < features, other=0.0).to(tl.float32)
 
@@ -39,7 +39,7 @@ def merge(
     SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Add one row of all splits to an accumulator: total and weighted are relative to 2**shift."""
+    """Add one row of all splits to an accumulator; total and weighted are relative to 2**shift."""
     column = tl.arange(0, FEATURES)[None, :]
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
@@ -68,7 +68,7 @@ def merge_new(lse, mean, row, rows, splits, features, SPLITS: tl.constexpr, FEAT
 
 @triton.jit
 def largest_logit(largest, row, rows, splits, SPLITS: tl.constexpr):
-    """Of one row over all splits."""
+    """The largest logit of one row over all splits."""
     top = tl.full([], LOWEST, tl.float32)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
@@ -102,7 +102,7 @@ def combine_pairs_kernel(
     weight: kind.Floats,  # [rows], of the first key; not read unless MIXED
     negative_lse: kind.Floats,  # [splits, rows], base 2
     negative_mean: kind.Floats,  # [splits, rows, features]
-    positive_lse: kind.Floats,  # of the negated logits; not read unless LABELED
+    positive_lse: kind.Floats,  # Of the negated logits; not read unless LABELED
     positive_mean: kind.Floats,
     largest: kind.Floats,  # [splits, rows]; not read unless ACCURACY
     loss: kind.Floats,  # [rows]
@@ -121,12 +121,12 @@ def combine_pairs_kernel(
 ):
     """Softplus of LSE of negatives + LSE of negated positives: InfoNCE, UniCon, Un-Mix."""
     row = tl.program_id(0)
-    # Scaled before the product, as in the reads: equal vectors then have equal logits, not almost.
+    # Scaled before the product, as in the reads, so that equal vectors have exactly equal logits
     q = load_row(query, row, features, FEATURES) * scale
     k = load_row(key, row, features, FEATURES)
     own = tl.sum(q * k, 0)
     lse, mean = merge_new(negative_lse, negative_mean, row, rows, splits, features, SPLITS, FEATURES)
-    # The own key is the first positive; without labels it is the only one.
+    # The own key is the first positive; without labels, the only one
     shift = -own
     total = tl.full([], 1.0, tl.float32)
     positive = k
@@ -159,7 +159,7 @@ def combine_target_kernel(
     weight: kind.Floats,  # [targets, rows]
     lse: kind.Floats,  # [splits, stacked], base 2; the rows from `rows` on are those of the teachers
     mean: kind.Floats,  # [splits, stacked, features]
-    positive_lse: kind.Floats,  # [splits, rows]; TARGET "positives": logarithm of their number
+    positive_lse: kind.Floats,  # [splits, rows]; TARGET "positives": logarithm of their count
     positive_mean: kind.Floats,
     largest: kind.Floats,  # [splits, rows]; not read unless ACCURACY
     loss: kind.Floats,  # [rows]
@@ -173,11 +173,11 @@ def combine_target_kernel(
     bank_rows: kind.Count,
     features: kind.Multiple,
     splits: kind.Count,
-    targets: kind.Count,  # per row: teachers or entries
+    targets: kind.Count,  # Per row: teachers or entries
     SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
     TARGET: tl.constexpr,
-    OWN: tl.constexpr,  # the own key is an entry and a positive
+    OWN: tl.constexpr,  # The own key is an entry and a positive
     ACCURACY: tl.constexpr,
 ):
     """LSE - q.target / temperature: SupCon, soft cross-entropy, MixCo, bank cross-entropy."""
@@ -221,7 +221,7 @@ def combine_target_kernel(
     else:
         all_lse, all_mean = merge_new(lse, mean, row, stacked, splits, features, SPLITS, FEATURES)
     value = (all_lse - tl.sum(q * target, 0)) * LN2
-    # A target that is not there must be seen; looking on the host would wait for the device.
+    # An invalid target must surface; a check on the host would wait for the device
     tl.store(loss + row, tl.where(inside, value, float("nan")))
     tl.store(natural_lse + row, all_lse * LN2)
     store_row(gradient, row, (all_mean - target) * inverse_temperature, features, FEATURES)

@@ -1,4 +1,4 @@
-"""What the kernels are compiled for: the heaviest, which each launch module lists, and what `training` launches."""
+"""Configurations of kernels: the heaviest, listed by each launch module, and those that `training` launches."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _TYPES = {
 class Configuration(NamedTuple):
     """One kernel as a launch compiles it."""
 
-    kernel: Any  # the @triton.jit function
-    constants: dict[str, Any]  # its tl.constexpr arguments
-    dtype: torch.dtype  # of the queue or bank; of augment's result
+    kernel: Any  # The @triton.jit function
+    constants: dict[str, Any]  # Its tl.constexpr arguments
+    dtype: torch.dtype  # Of the queue or bank; of augment's result
     options: dict[str, int]  # num_warps, num_stages
-    logits: int  # per tile, 0 for a kernel without
-    label: str  # such as "bf16 C=128 full online accuracy"
-    special: tuple[tuple[str, str], ...] = ()  # arguments whose type is not the declared one; 1 is a constant
+    logits: int  # Per tile; 0 for a kernel without logits
+    label: str  # For example "bf16 C=128 full online accuracy"
+    special: tuple[tuple[str, str], ...] = ()  # Arguments of another type than declared; 1 is a constant
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Hashable, and equal where the compiler gets the same."""
+        """Hashable, and equal for equal input to the compiler."""
         sets = (frozenset(values.items()) for values in (self.constants, self.options))
         return self.kernel.__name__, self.dtype, *sets, self.special
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """All that Triton takes as constants: its own and integers that are 1."""
+        """All constants of the compilation: tl.constexpr arguments, and integers equal to 1."""
         return self.constants | {name: 1 for name, type in self.special if type == "1"}
 
     @property
@@ -50,24 +50,24 @@ class Configuration(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Inputs and settings that make a launch compile a kernel anew."""
+    """Inputs and settings on which the compiled kernel depends."""
 
-    dtype: torch.dtype  # of the queue or bank
+    dtype: torch.dtype  # Of the queue or bank
     features: int
     temperature: float  # 0.01 needs a running maximum, 0.07 does not
-    tf32: bool  # the user allowed it
+    tf32: bool  # Allowed by the user
     accuracy: bool
 
     def plan(self, table: dict[int, Tiles]) -> Plan:
-        """What a launch would plan for MoCo's shapes."""
+        """The plan of a launch at MoCo's shapes."""
         plan = make_plan(256, 65536, self.features, self.dtype, table, temperature=self.temperature, processors=132)
         return plan._replace(constants=plan.constants | ({"PRECISION": "tf32"} if self.tf32 else {}))
 
 
 def every_input() -> Iterator[Inputs]:
-    """What kernels that read a bank are compiled for: the heaviest at each width of a tile table, more at 128.
+    """Inputs to compile bank-reading kernels for: the heaviest at each width of a tile table, more at 128.
 
-    What is left out runs the same tiles with fewer instructions: without a maximum, or on fewer columns.
+    The others run the same tiles with fewer instructions: without a maximum, or on fewer columns.
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for features in (128, 256, 512):
@@ -76,19 +76,19 @@ def every_input() -> Iterator[Inputs]:
                 yield Inputs(dtype, features, 0.01, tf32, accuracy=True)
     for dtype in (bf16, fp32):
         yield Inputs(dtype, 128, 0.07, False, accuracy=False)
-        yield Inputs(dtype, 112, 0.01, False, accuracy=True)  # masks
+        yield Inputs(dtype, 112, 0.01, False, accuracy=True)  # With masks
     yield Inputs(bf16, 128, 0.07, False, accuracy=True)
-    yield Inputs(fp16, 128, 0.07, False, accuracy=True)  # has a maximum at any temperature
+    yield Inputs(fp16, 128, 0.07, False, accuracy=True)  # With a maximum at any temperature
 
 
 def configure(kernel: Any, dtype: torch.dtype, constants: dict[str, Any], tiles: Tiles | None = None) -> Configuration:
-    """A configuration with its label; `tiles` for kernels that form logits."""
+    """Make a configuration with its label; `tiles` for kernels that compute logits."""
     options, logits = (tiles.options, tiles.rows * tiles.entries) if tiles else ({}, 0)
     return Configuration(kernel, constants, dtype, options, logits, _describe(kernel, dtype, constants))
 
 
 def launched(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Configuration:
-    """The configuration for which a launch compiles its kernel."""
+    """The configuration that a launch compiles."""
     given = dict(zip(kernel.arg_names, arguments, strict=False))
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     options = {name: value for name, value in options.items() if name not in constants}
@@ -112,15 +112,15 @@ def _type_of(value: Any) -> str:
 def _describe(
     kernel: Any, dtype: torch.dtype, constants: dict[str, Any], special: tuple[tuple[str, str], ...] = ()
 ) -> str:
-    """dtype, width, and whatever the other constants turn on or count."""
+    """Label: dtype, width, and what the other constants turn on or count."""
     words = [constants["DTYPE"].name if "DTYPE" in constants else _TYPES[dtype], f"C={constants['FEATURES']}"]
     for name in kernel.arg_names:
-        # of a bank of 16 bits the weights are always rounded
+        # Weights are always rounded for a bank of 16 bits
         if constants.get(name) is True and (name != "ROUNDED" or dtype == torch.float32):
             words.append(name.lower())
     if "TARGET" in constants:
         words.append(constants["TARGET"])
-    if "PRECISION" in constants and dtype == torch.float32:  # else it means nothing
+    if "PRECISION" in constants and dtype == torch.float32:  # Otherwise it has no effect
         words.append(constants["PRECISION"])
     words += [f"{constants[name]} {name.lower()}" for name in ("SPLITS", "COUNT", "TARGETS") if name in constants]
     words += [f"{name}={type.strip('*')}" for name, type in special]
@@ -128,9 +128,9 @@ def _describe(
 
 
 def argument_type(kernel: Any, name: str, dtype: torch.dtype) -> str:
-    """Triton's type of a kernel argument where the configuration's dtype is `dtype`, by the declared `kind`.
+    """Triton's type of a kernel argument, from its declared `kind` and the configuration's dtype.
 
-    Raises TypeError for an argument without one.
+    Raises TypeError for an argument without a kind.
     """
     level = "fp32" if dtype == torch.float32 else "fp16"
     return _kind_of(kernel, name).triton.format(dtype=_TYPES[dtype], level=level)
@@ -148,9 +148,9 @@ def _kind_of(kernel: Any, name: str) -> Any:
 
 
 def aligned_arguments(configuration: Configuration) -> list[str]:
-    """The arguments that are divisible by 16: pointers, widths and strides, and the entries of whole tiles.
+    """Arguments that are divisible by 16: pointers, widths and strides, and the entries of whole tiles.
 
-    Triton specializes on it; without, loads are scalar. The launches widen and copy rows that are not.
+    Triton specializes on it; otherwise loads are scalar. The launches pad and copy rows that are not aligned.
     """
     aligned = {kind.Multiple, *([kind.Entries] if configuration.constants.get("FULL", True) else [])}
     return [

@@ -1,4 +1,4 @@
-"""What reads a bank along a direction: CO2's consistency loss, and the gradient of a queue read."""
+"""Reads of a bank along a direction: CO2's consistency loss, and the gradient of `queue_read`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .moment_read import moment_gradient_kernel, moment_read_kernel
 from .read import with_unit_stride
 from .tiles import LOWEST, round_to
 
-# As launch.TILES: largest padded C an entry serves -> tiles; by bytes per bank element. The first reading sums along
-# rows all the time, which few warps do with fewer exchanges.
+# As launch.TILES: largest padded C an item serves -> tiles; by bytes per bank element. The first pass sums along rows
+# all the time, which takes fewer exchanges with few warps.
 MOMENT_TILES: dict[int, dict[int, Tiles]] = {
     2: {128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 4, 2), 512: Tiles(16, 32, 4, 2)},
     4: {128: Tiles(16, 64, 8, 2), 256: Tiles(32, 32, 8, 2), 512: Tiles(16, 16, 8, 2)},
@@ -35,14 +35,14 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.
 
 @triton.jit
 def load_splits(base, row, rows, splits, beyond, SPLITS: tl.constexpr):
-    """One row's values, one per split."""
+    """Load one row's values, one per split."""
     split = tl.arange(0, SPLITS)
     return tl.load(base + tl.cast(split, tl.int64) * rows + row, mask=split < splits, other=beyond)
 
 
 @triton.jit
 def log_sum(parts):
-    """The LSE of base-2 logarithms, and each one's share of it, both as logarithms."""
+    """LSE of base-2 logarithms, and the logarithm of each one's share."""
     highest = tl.max(parts, 0)
     rest = tl.log2(tl.sum(tl.exp2(parts - highest), 0))
     return highest + rest, parts - highest - rest
@@ -75,14 +75,14 @@ def combine_moments_kernel(
     POSITIVE: tl.constexpr,
     ROUNDED: tl.constexpr,
 ):
-    """Merge the splits of the first reading, in a fixed order: the loss, and what the second reading needs."""
+    """Merge the splits of the first pass, in a fixed order: the loss, and what the second pass needs."""
     row = tl.program_id(0)
     size = tl.cast(splits, tl.int64) * rows
     row_lse, share = log_sum(load_splits(moments, row, rows, splits, LOWEST, SPLITS))
-    # The tilted softmax is kept relative to the other, for the loss lives in their difference.
+    # The tilted softmax is kept relative to the other, because the loss is in their difference
     row_tilt, tilted_share = log_sum(share + load_splits(moments + 2 * size, row, rows, splits, 0.0, SPLITS))
     if POSITIVE:
-        # The pair's logit is the same from either side: it takes a share of both softmaxes but pulls nowhere.
+        # The pair's logit is the same for query and key: it has a share in both softmaxes, but no direction
         own = tl.sum(load_row(query, row, features, FEATURES) * scale * load_row(key, row, features, FEATURES), 0)
         own -= row_lse
         tilted_own = own - row_tilt
@@ -126,10 +126,10 @@ def combine_gradients_kernel(
     splits: kind.Count,
     SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
-    DTYPE: tl.constexpr,  # of the queue
+    DTYPE: tl.constexpr,  # Of the queue
     POSITIVE: tl.constexpr,
 ):
-    """Merge the splits of the second reading, in a fixed order: the gradient, and the loss corrected for rounding."""
+    """Merge the splits of the second pass, in a fixed order: the gradient, and the loss corrected for rounding."""
     row = tl.program_id(0)
     column = tl.arange(0, FEATURES)[None, :]
     value = tl.zeros([FEATURES], tl.float32)
@@ -137,7 +137,7 @@ def combine_gradients_kernel(
         split = start + tl.arange(0, SPLITS)[:, None]
         at = (tl.cast(split, tl.int64) * rows + row) * features + column
         value += tl.sum(tl.load(partial + at, mask=(split < splits) & (column < features), other=0.0), 0)
-    # To first order, the loss of the query itself and not of its rounding.
+    # Correct the loss, to first order, for the rounding of the query
     q = load_row(query, row, features, FEATURES)
     rounded = round_to(q * scale, DTYPE).to(tl.float32) * inverse_scale
     tl.store(loss + row, tl.load(loss + row) - tl.sum(value * (rounded - q), 0))
@@ -147,7 +147,7 @@ def combine_gradients_kernel(
 
 
 class _Reader(NamedTuple):
-    """Rows, their directions, and the bank that is read twice; see `moment_read`."""
+    """Rows, their directions, and the bank; see `moment_read` for its two passes."""
 
     query: Tensor
     direction: Tensor
@@ -156,7 +156,7 @@ class _Reader(NamedTuple):
     tilted: bool
 
     def moments(self) -> Tensor:
-        """[2, 4 or 7; splits, rows]: what the splits saw at the first reading."""
+        """[2, 4 or 7; splits, rows]: the results of the first pass for each split."""
         plan = self._plan(MOMENT_TILES)
         out = self.empty((7 if plan.constants["ROUNDED"] else 4) if self.tilted else 2, plan.splits, len(self.query))
         launch(
@@ -235,9 +235,9 @@ def consistency_rows(query: Tensor, key: Tensor, queue: Tensor, temperature: flo
 def queue_read_gradient(
     query: Tensor, bank: Tensor, lse_upstream: Tensor, mean_upstream: Tensor, temperature: float
 ) -> Tensor:
-    """[N, C]: the gradient of lse [N] and mean [N, C] of `fastssl_kernels.queue_read` with respect to the query."""
+    """[N, C]: gradient of `fastssl_kernels.queue_read` with respect to the query, from those of lse and mean."""
     mean_upstream = mean_upstream.contiguous()
-    # At most 1 in each row: a loss scaler may have lifted the upstream out of the range of a 16-bit bank.
+    # At most 1 in each row: a loss scaler may have moved the upstream out of the range of a 16-bit bank
     length = torch.maximum(mean_upstream.norm(dim=1), lse_upstream.abs()).clamp_min(torch.finfo(torch.float32).tiny)
     direction = -mean_upstream / length[:, None]
     reader = _Reader(query.contiguous(), direction, with_unit_stride(bank), temperature, tilted=False)
@@ -250,14 +250,14 @@ def queue_read_gradient(
 
 
 def _weight_scale(largest: float) -> float:
-    """The power of 2 that lifts weights up to `largest` to the upper end of float16, which drops small ones."""
+    """Power of 2 that scales weights up to `largest` to the upper end of float16, which underflows early."""
     return 2.0 ** math.floor(math.log2(2**15 / largest))
 
 
 def configurations() -> Iterator[Configuration]:
-    """What the kernels here are compiled for."""
+    """Configurations to compile."""
     for inputs in every_input():
-        # Without the tilt the same tiles have less to do.
+        # Without the tilt the same tiles do less
         for tilted in (True, False) if inputs.features == 128 and inputs.accuracy else (True,):
             moments = inputs.plan(MOMENT_TILES[inputs.dtype.itemsize])
             constants = moments.constants | {"TILTED": tilted}

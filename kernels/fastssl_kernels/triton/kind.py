@@ -1,6 +1,7 @@
 """What a kernel argument is, as an annotation: Triton ignores it, and `configuration` compiles ahead of time by it.
 
-Kernels write `kind.Count`: Triton compares names imported from a module at every launch, but not a module's attributes.
+Kernels write `kind.Count`: Triton compares names imported from a module at every launch, but not a module's
+attributes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the read kernels are launched: tile sizes, precision, splits of the bank; and what notes it instead."""
+"""Launches of the read kernels: tile sizes, precision and splits of the bank; or recording them without running."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch import Tensor
 
 from ..rows import Rows, exp_is_safe
 
-_MIN_TILES = 4  # per split: below, partial results cost more than the parallelism gains
-_WIDTH = 16  # columns: 32 bytes of 16-bit rows
-_MASKED_LOGITS = 4096  # in a tile: masks take registers, of which the largest tiles leave none
-_EFFICIENCY = 0.95  # of the best split: fewer splits mean fewer partial results
-_COMBINED = 2048  # elements that a combine program holds at once
+_MIN_TILES = 4  # Per split: with fewer, partial results cost more than parallelism gains
+_WIDTH = 16  # Columns: 32 bytes of 16-bit rows
+_MASKED_LOGITS = 4096  # Per tile: masks take registers, and the largest tiles leave none
+_EFFICIENCY = 0.95  # Relative to the best split: fewer splits mean fewer partial results
+_COMBINED = 2048  # Elements held by a combine program at once
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: rows and entries per tile, warps, pipeline stages."""
+    """Tiling of a kernel: rows and entries per tile, warps, pipeline stages."""
 
     rows: int
     entries: int
     warps: int
     stages: int
     limited: bool = False
-    """To 255 registers, which is the hardware's limit: the assembler then does not spill to fit one program more."""
+    """Whether to allow 255 registers, the hardware's limit, so that ptxas does not spill to fit one more program."""
 
     @property
     def options(self) -> dict[str, int]:
-        """As a launch takes them."""
+        """Keyword arguments of a launch."""
         return {"num_warps": self.warps, "num_stages": self.stages} | ({"maxnreg": 255} if self.limited else {})
 
 
-# Largest padded C an entry serves -> tiles; by (labeled, bytes per queue element). `fastssl_kernels.aot` checks them.
+# Largest padded C an item serves -> tiles; by (labeled, bytes per queue element). `fastssl_kernels.aot` checks them.
 TILES: dict[tuple[bool, int], dict[int, Tiles]] = {
     (False, 2): {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2), 512: Tiles(32, 32, 8, 2)},
     (False, 4): {128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2), 512: Tiles(16, 16, 8, 1)},
@@ -51,7 +51,7 @@ _note: _Note | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel; inside `noted_launches` tell of it only."""
+    """Run a kernel; inside `noted_launches` only record it."""
     if _note is None:
         kernel[grid](*arguments, **options)
     else:
@@ -60,9 +60,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 @contextmanager
 def noted_launches(note: _Note) -> Iterator[None]:
-    """Inside the `with` block nothing is launched, and `note` gets each kernel, its arguments and its options.
+    """Inside the `with` block launch nothing and call `note` with each kernel, its arguments and its options.
 
-    The losses then run without a GPU on any device, also "meta", and what they return means nothing.
+    The losses then run without a GPU on any device, "meta" included, and their results are meaningless.
     """
     global _note
     previous, _note = _note, note
@@ -83,11 +83,11 @@ class Plan(NamedTuple):
 
     @property
     def products(self) -> dict[str, Any]:
-        """The constants of a kernel that sums no exponentials."""
+        """The constants for a kernel that sums no exponentials."""
         return {name: self.constants[name] for name in ("ROWS", "ENTRIES", "FEATURES", "FULL", "PRECISION")}
 
     def grid(self, rows: int) -> tuple[int, int]:
-        """Programs: blocks of rows x splits."""
+        """Grid: blocks of rows x splits."""
         return triton.cdiv(rows, self.tiles.rows), self.splits
 
 
@@ -101,7 +101,7 @@ def make_plan(
     temperature: float,
     processors: int,
 ) -> Plan:
-    """Cut [rows] x [entries] so that the programs fill the processors and each has a few tiles."""
+    """Partition [rows] x [entries] so that the programs fill the processors and each has a few tiles."""
     padded = pad_features(features)
     tiles = table[min(size for size in table if size >= padded)]
     masked = entries % tiles.entries != 0 or features != padded
@@ -114,7 +114,7 @@ def make_plan(
         "ENTRIES": tiles.entries,
         "FEATURES": padded,
         "FULL": entries % tiles.entries == 0 and features == padded,
-        # float16 weights need the maximum at any temperature: they hold nothing above 65504 or below 6e-8.
+        # float16 weights need the maximum at any temperature: their range is 6e-8 to 65504
         "ONLINE": dtype == torch.float16 or not exp_is_safe(temperature, entries),
         "ROUNDED": dtype.itemsize == 2,
         "PRECISION": precision(padded),
@@ -124,7 +124,7 @@ def make_plan(
 
 @functools.cache
 def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """The fewest splits of a bank of `tiles` that keep the processors nearly as busy as any number does."""
+    """The fewest splits of a bank of `tiles` that keep the processors nearly as busy as the best split."""
     candidates = range(1, max(1, min(tiles // _MIN_TILES, 2 * processors)) + 1)
     efficiency = [wave_efficiency(row_blocks, tiles, splits, processors) for splits in candidates]
     enough = _EFFICIENCY * max(efficiency)
@@ -132,16 +132,16 @@ def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
 
 
 def wave_efficiency(row_blocks: int, tiles: int, splits: int, processors: int) -> float:
-    """Share of the processors' time that is work, where each runs one program at a time."""
+    """Fraction of the processors' time spent working, if each runs one program at a time."""
     share = triton.cdiv(tiles, splits)
     programs = row_blocks * triton.cdiv(tiles, share)
     return row_blocks * tiles / (triton.cdiv(programs, processors) * processors * share)
 
 
 def pad_columns(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a function of rows [..., C] on rows whose C is a multiple of 16, with zeros that change no product.
+    """Decorate a function of rows [..., C] to pad C with zeros to a multiple of 16, which changes no product.
 
-    Loads of 16 bytes need it; without, they are scalar and some tiles spill.
+    Loads of 16 bytes need it; otherwise they are scalar and some tiles spill.
     """
 
     @functools.wraps(function)
@@ -167,12 +167,12 @@ def pad_columns(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pad_features(features: int) -> int:
-    """The width of a tile: a power of two that a product can take."""
+    """Width of a tile: a power of two, at least 16, as products need."""
     return max(16, triton.next_power_of_2(features))
 
 
 def splits_at_once(splits: int, features: int) -> int:
-    """How many partial rows a combine program loads together."""
+    """Partial rows that a combine program loads at once."""
     return min(triton.next_power_of_2(splits), _COMBINED // pad_features(features))
 
 
@@ -181,18 +181,18 @@ H100_PROCESSORS = 132
 
 
 def precision(features: int) -> str:
-    """How float32 products are taken: TF32 only where the user allowed it, as for torch's own, and up to 256 features.
+    """Precision of float32 products: TF32 only if the user allowed it for torch, and up to 256 features.
 
-    With Triton 3.8 those of wider tiles ask for more shared memory than sm_120 has.
+    With Triton 3.8, TF32 on wider tiles needs more shared memory than sm_120 has.
     """
     if features <= TF32_MAX_FEATURES and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
-    return "tf32x3" if features <= 128 else "ieee"  # three TF32 products of wider tiles spill
+    return "tf32x3" if features <= 128 else "ieee"  # Three TF32 products of wider tiles spill
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; the interpreter has none, and 16 lets small tests split the queue."""
+    """Multiprocessors of a GPU; 16 for the interpreter, so that small tests split the queue."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return H100_PROCESSORS if device.type == "meta" else 16

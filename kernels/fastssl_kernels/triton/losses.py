@@ -1,4 +1,4 @@
-"""The losses on Triton kernels: reads of the bank, then one kernel for the closed form. As `blockwise` has them."""
+"""The functions of `blockwise.losses` on Triton kernels: reads of the bank, then one kernel for the closed form."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def mean_shift_rows(query: Tensor, key: Tensor, queue: Tensor, k: int) -> Rows:
     """Mean shift; arguments as in `fastssl_kernels.mean_shift`."""
     query = query.float()
     mean = queue[nearest(key, queue, k)].float().mean(1)
-    # A key that is not finite has no nearest entries.
+    # A non-finite key has no nearest entries
     mean.masked_fill_(~key.isfinite().all(1, keepdim=True), torch.nan)
     return Rows(2 - 2 * (query * mean).sum(1), -2 * mean, query.new_empty(0))
 
@@ -158,7 +158,7 @@ def mean_shift_rows(query: Tensor, key: Tensor, queue: Tensor, k: int) -> Rows:
 def queue_read(query: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """LSE and mean; arguments as in `fastssl_kernels.queue_read`."""
     entries = read_banks(query, bank, temperature=temperature)
-    # Without a target the closed form is (LSE, mean / temperature): the gradient of the LSE.
+    # Without a target the closed form is the LSE and its gradient, mean / temperature
     _, gradient, lse, _, _ = _combine_target(query, entries, temperature, "none")
     return lse, gradient * temperature
 
@@ -200,7 +200,7 @@ def _combine_target(
     entries_of: tuple[Tensor, Tensor, Tensor] | None = None,
     accuracy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient, natural LSE, 1 / positives and accuracy, the last two empty where there are none."""
+    """Loss, gradient, natural LSE, 1 / positives and accuracy; the last two empty unless requested."""
     query = query.contiguous()
     rows, features = query.shape
     bank, index, weight = entries_of or (query, entries.lse, entries.lse)
@@ -230,7 +230,7 @@ def _empty_rows(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def configurations() -> Iterator[Configuration]:
-    """What the combine kernels here are compiled for: the most splits and features at once, everything on."""
+    """Configurations to compile: the most splits and features at once, with every option on."""
     common = {"SPLITS": splits_at_once(64, 512), "FEATURES": 512, "ACCURACY": True}
     yield configure(combine_pairs_kernel, torch.float32, common | {"LABELED": True, "MIXED": True})
     for target in ("teachers", "entries", "positives"):

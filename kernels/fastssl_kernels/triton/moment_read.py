@@ -1,9 +1,9 @@
-"""Two readings of a bank along one direction per row: first the moments of a softmax, then the gradient they fix.
+"""Two passes over a bank along one direction per row: the moments of a softmax, then the gradient they determine.
 
-x is an entry's logit and d = direction.entry. The first reading takes the softmax of x and the mean of d in it.
-TILTED: the direction leads from the query to the key, so x + d is the key's logit, and the same is taken of its
-softmax. The second reading knows both softmaxes: it takes the difference of two nearly equal weights before it
-rounds them to the bank's dtype.
+x is an entry's logit and d = direction.entry. The first pass computes the softmax of x and its mean of d. TILTED:
+the direction leads from the query to the key, so x + d is the key's logit, and the same is taken of its softmax.
+The second pass knows both softmaxes: it subtracts two nearly equal weights before it rounds the difference to the
+bank's dtype.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load_rows(
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Scaled queries and directions, in float32 before the one rounding to `dtype`."""
+    """Load queries and directions, scaled in float32 and rounded once, to `dtype`."""
     x = load_tile(query, first, rows, features, features, ROWS, FEATURES, False).to(tl.float32)
     u = load_tile(direction, first, rows, features, features, ROWS, FEATURES, False).to(tl.float32)
     if TILTED:
@@ -55,7 +55,7 @@ def load_products(
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of the bank, its logits (base 2, -inf beyond the tail), its products with the directions."""
+    """Load a tile of the bank; return it, its logits (base 2, -inf beyond the tail) and its products with `u`."""
     tile = load_tile(bank, first, entries, stride, features, ENTRIES, FEATURES, FULL)
     logits = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
     pull = dot(u, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
@@ -66,7 +66,7 @@ def load_products(
 
 @triton.jit
 def take_weights(logits, shift, ONLINE: tl.constexpr):
-    """2**(logit - new shift), the new shift, and what sums relative to the old one are multiplied by."""
+    """2**(logit - new shift), the new shift, and the factor that rescales sums relative to the old one."""
     if ONLINE:
         higher = tl.maximum(shift, tl.max(logits, 1))
         return tl.exp2(logits - higher[:, None]), higher, tl.exp2(shift - higher)
@@ -102,7 +102,7 @@ def moment_read_kernel(
         query, direction, first_row, rows, features, scale, direction_scale, dtype, TILTED, ROWS, FEATURES
     )  # fmt: skip
     if TILTED and ROUNDED:
-        # By how much the tilted logits' row is not the key's: what it adds to the loss is taken off again.
+        # Rounding error of the tilted logits' row against the key: its effect on the loss is subtracted later
         key = load_tile(direction, first_row, rows, features, features, ROWS, FEATURES, False).to(tl.float32)
         error = round_to(x.to(tl.float32) / _LOG2_E + u.to(tl.float32) - key * direction_scale, dtype)
     shift = tl.full([ROWS], LOWEST if ONLINE else 0.0, tl.float32)
@@ -137,7 +137,7 @@ def moment_read_kernel(
     tl.store(at, shift + tl.log2(total), mask=inside)
     tl.store(at + size, pulled / total, mask=inside)
     if TILTED:
-        # Not the LSE itself: float32 holds a small difference to more places than either side of it.
+        # Not the LSE itself: float32 represents the small difference more precisely than either term
         tl.store(at + 2 * size, tilted_shift - shift + tl.log2(tilted_total / total), mask=inside)
         tl.store(at + 3 * size, tilted_pulled / tilted_total, mask=inside)
         if ROUNDED:

@@ -1,4 +1,4 @@
-"""The nearest entries of a bank: each program keeps the best of its split, torch merges the splits."""
+"""Nearest entries of a bank: each program keeps the best of its split, and torch merges the splits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .launch import Tiles, launch, make_plan, pad_columns, processors
 from .read import with_unit_stride
 from .tiles import dot, load_tile, round_to
 
-_AT_ONCE = 16  # entries found in one read of the bank: more would not stay in registers
-_LAST = tl.constexpr(0x7FFFFFFF)  # the largest int32: all bits but the sign
+_AT_ONCE = 16  # Entries found in one pass over the bank: more would not fit in registers
+_LAST = tl.constexpr(0x7FFFFFFF)  # The largest int32: all bits but the sign
 
-# Largest padded C an entry serves -> tiles; by bytes per bank element.
+# Largest padded C an item serves -> tiles; by bytes per bank element.
 TILES: dict[int, dict[int, Tiles]] = {
     2: {128: Tiles(128, 64, 8, 2, True), 256: Tiles(64, 64, 8, 2, True), 512: Tiles(32, 64, 8, 2, True)},
     4: {128: Tiles(32, 64, 8, 2, True), 256: Tiles(32, 32, 8, 2, True), 512: Tiles(16, 32, 8, 2, True)},
@@ -27,9 +27,9 @@ TILES: dict[int, dict[int, Tiles]] = {
 
 @triton.jit
 def key_of(similarity, entry):
-    """int64 that orders entries by similarity and equal ones by place, the earlier higher."""
+    """int64 that orders entries by similarity and, among equal ones, puts the earlier higher."""
     bits = similarity.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & _LAST)  # as integers, negative floats are in reverse order
+    bits = bits ^ ((bits >> 31) & _LAST)  # As integers, negative floats are in reverse order
     return (bits.to(tl.int64) << 32) | (entry ^ _LAST).to(tl.int64)
 
 
@@ -42,14 +42,14 @@ def similarity_of(key):
 
 @triton.jit
 def any_better(similarity, lowest):
-    """Whether some row of the tile has an entry above the lowest it keeps."""
-    # Of a column: Triton 3.6 cannot reduce a row's maxima where they come from the tensor memory of sm_100
+    """Whether any row of the tile has an entry above the lowest that it keeps."""
+    # As a column: Triton 3.6 cannot reduce a row of maxima that come from the tensor memory of sm_100
     return tl.max((tl.max(similarity, 1)[:, None] > similarity_of(lowest)[:, None]).to(tl.int32)) > 0
 
 
 @triton.jit
 def keep(best, lowest, similarity, first, ENTRIES: tl.constexpr):
-    """Put a tile's entries in place of each row's lowest, one at a time, while they are better."""
+    """Replace each row's lowest by a better entry of the tile, one at a time, until none is better."""
     column = tl.arange(0, ENTRIES)
     while any_better(similarity, lowest):
         highest = tl.max(similarity, 1)
@@ -66,7 +66,7 @@ def keep(best, lowest, similarity, first, ENTRIES: tl.constexpr):
 def nearest_kernel(
     query: kind.Floats,  # [rows, features] contiguous
     bank: kind.Elements,  # [entries, features], last stride 1
-    limit: kind.Longs,  # [rows] int64: entries whose keys are lower are looked at; not read unless LIMITED
+    limit: kind.Longs,  # [rows] int64: only entries with lower keys count; not read unless LIMITED
     kept: kind.Longs,  # [rows, splits, COUNT] int64 keys, unordered
     rows: kind.Count,
     entries: kind.Entries,
@@ -90,19 +90,19 @@ def nearest_kernel(
     x = round_to(x.to(tl.float32), bank.dtype.element_ty)
     if LIMITED:
         below = tl.load(limit + row, mask=row < rows, other=0)
-    # An empty slot loses against every entry, and names one that exists.
+    # An empty slot loses against every entry, and holds a valid index
     best = key_of(tl.full([ROWS, COUNT], float("-inf"), tl.float32), tl.broadcast_to(slot[None, :], [ROWS, COUNT]))
     lowest = tl.min(best, 1)
     for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
         tile = load_tile(bank, first, entries, bank_stride, features, ENTRIES, FEATURES, FULL)
         similarity = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
-        # A NaN is nearest, as to `topk`: no comparison finds it, and it would be hidden.
+        # A NaN counts as nearest, as in `topk`: comparisons with it are false and would hide it
         similarity = tl.where(similarity == similarity, similarity, float("inf"))
         if not FULL:
             similarity = tl.where(first + column < entries, similarity, float("-inf"))
         if LIMITED:
             similarity = tl.where(key_of(similarity, first + column) < below[:, None], similarity, float("-inf"))
-        # Loads run ahead of a loop that has a branch, and not of one that has a loop.
+        # Loads are prefetched in a loop with a branch, but not in one with an inner loop
         if any_better(similarity, lowest):
             best, lowest = keep(best, lowest, similarity, first, ENTRIES)
     place = (tl.cast(row, tl.int64)[:, None] * tl.num_programs(1) + split) * COUNT + slot[None, :]
@@ -113,9 +113,9 @@ def nearest_kernel(
 def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
     """The `count` entries of the bank with the largest dot product with each row, the largest first.
 
-    `rows`: [N, C] and `bank`: [K, C], float32, bfloat16 or float16; C at most 512. Products take both in the
-    bank's dtype. 1 <= `count` <= K; the bank is read once per 16 of them. Of equal entries the earlier comes
-    first. Returns int64 [N, count].
+    `rows`: [N, C] and `bank`: [K, C], float32, bfloat16 or float16; C at most 512. Products take both in the bank's
+    dtype. 1 <= `count` <= K; the bank is read once per 16 of them. Of equal entries the earlier comes first.
+    Returns int64 [N, count].
     """
     rows, bank = rows.contiguous(), with_unit_stride(bank)
     found: list[Tensor] = []
@@ -126,7 +126,7 @@ def nearest(rows: Tensor, bank: Tensor, count: int) -> Tensor:
 
 
 def _read(rows: Tensor, bank: Tensor, count: int, limit: Tensor | None) -> Tensor:
-    """Keys [N, candidates] among which are the `count` highest below `limit` [N]."""
+    """Keys [N, candidates] that include the `count` highest below `limit` [N]."""
     (queries, features), entries = rows.shape, len(bank)
     table = TILES[bank.dtype.itemsize]
     plan = make_plan(queries, entries, features, bank.dtype, table, temperature=1.0, processors=processors(bank.device))
@@ -142,7 +142,7 @@ def _read(rows: Tensor, bank: Tensor, count: int, limit: Tensor | None) -> Tenso
 
 
 def configurations() -> Iterator[Configuration]:
-    """What the kernel here is compiled for: as many entries as are found at once."""
+    """Configurations to compile: as many entries as one pass finds."""
     for inputs in every_input():
         plan = inputs.plan(TILES[inputs.dtype.itemsize])
         constants = plan.products | {"COUNT": _AT_ONCE, "LIMITED": True}

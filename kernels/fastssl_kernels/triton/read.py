@@ -44,7 +44,7 @@ def read_kernel(
     PRECISION: tl.constexpr,
 ):
     """LSE and softmax-weighted mean of one share of the queue, per row."""
-    # Neighboring programs differ in their rows and share their part of the queue, so it leaves DRAM once.
+    # Neighboring programs have different rows and the same part of the queue, so it is read from DRAM once
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     x = load_stacked_rows(
@@ -98,17 +98,17 @@ def labeled_read_kernel(
     ACCURACY: tl.constexpr,
     PRECISION: tl.constexpr,
     PAIRS: tl.constexpr,
-    SKIP_OWN: tl.constexpr,  # row i does not see entry i: a batch against itself
+    SKIP_OWN: tl.constexpr,  # Row i is not compared with entry i: a batch against itself
 ):
     """Two accumulators over one share of the queue, per row.
 
-    PAIRS (UniCon): the negatives, and the negated positives. Otherwise (SupCon): all entries, and the positives with
-    equal weights, so that their LSE is the logarithm of their count.
+    PAIRS (UniCon): the negatives, and the negated positives. Otherwise (SupCon): all entries, and the positives
+    with equal weights, so that their LSE is the logarithm of their count.
     """
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     row = first_row + tl.arange(0, ROWS)
-    # A batch's rows have the dtype already: the scale would round them once more, and not as `bank_gradient` does.
+    # A batch's rows already have the dtype: the scale would round them again, and differently from `bank_gradient`
     folded = 1.0 if SKIP_OWN else scale
     x = load_scaled_query(query, first_row, rows, features, folded, queue.dtype.element_ty, ROWS, FEATURES)
     row_label = tl.load(query_labels + row, mask=row < rows, other=-1)
@@ -117,7 +117,7 @@ def labeled_read_kernel(
     total = tl.zeros([ROWS], tl.float32)
     rounded = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, FEATURES], tl.float32)
-    # Equal weights of 1 need no maximum.
+    # Equal weights of 1 need no maximum
     positive_shift = tl.full([ROWS], LOWEST if ONLINE and PAIRS else 0.0, tl.float32)
     positive_total = tl.zeros([ROWS], tl.float32)
     positive_rounded = tl.zeros([ROWS], tl.float32)
@@ -129,7 +129,7 @@ def labeled_read_kernel(
         entry_label = tl.load(queue_labels + entry, mask=entry < entries, other=-1)
         lowest_label = tl.minimum(lowest_label, entry_label)
         logits = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
-        # Beyond the tail the label is -1, which matches nothing.
+        # Beyond the tail the label is -1, which matches nothing
         same = (row_label[:, None] == entry_label[None, :]) & (row_label != -1)[:, None]
         if SKIP_OWN:
             logits *= scale
@@ -144,15 +144,15 @@ def labeled_read_kernel(
             tl.where(same, float("-inf"), logits) if PAIRS else logits,
             tile, shift, total, rounded, weighted, ONLINE, ROUNDED, PRECISION,
         )  # fmt: skip
-        # Few labels or many classes leave most tiles without a positive.
+        # With few labels or many classes most tiles have no positive
         if tl.max(tl.max(same.to(tl.int32), 1), 0) > 0:
             positive_shift, positive_total, positive_rounded, positive = absorb(
                 tl.where(same, -logits if PAIRS else 0.0, float("-inf")),
                 tile, positive_shift, positive_total, positive_rounded, positive,
                 ONLINE and PAIRS, ROUNDED and PAIRS, PRECISION,
             )  # fmt: skip
-    if not SKIP_OWN:  # there the views of an unlabeled image are a class below -1
-        # A label that is none must be seen; looking on the host would wait for the device.
+    if not SKIP_OWN:  # Otherwise the views of an unlabeled image form a class below -1
+        # An invalid label must surface; a check on the host would wait for the device
         wrong = (row_label < -1) | (tl.min(lowest_label, 0) < -1)
         total = tl.where(wrong, float("nan"), total)
     store_partial(
@@ -167,14 +167,14 @@ def labeled_read_kernel(
 
 
 class Partials(NamedTuple):
-    """What the splits saw."""
+    """Partial results of the splits."""
 
     lse: Tensor
     """[splits, rows], base 2."""
     mean: Tensor
     """[splits, rows, features]"""
     largest: Tensor
-    """[splits, rows], base 2; undefined where nobody asked."""
+    """[splits, rows], base 2; undefined unless requested."""
 
 
 def read_banks(
@@ -185,7 +185,7 @@ def read_banks(
     teacher_temperature: float = 1.0,
     accuracy: bool = False,
 ) -> Partials:
-    """Read several banks as if they were one; the teacher's rows [R, C], if any, follow the query's."""
+    """Read several banks as one; the teacher's rows [R, C], if any, follow the query's."""
     query = query.contiguous()
     teacher = query if teacher is None else teacher.contiguous()
     stacked = len(query) if teacher is query else len(query) + len(teacher)
@@ -228,7 +228,7 @@ def read_labeled(
     skip_own: bool = False,
     accuracy: bool = False,
 ) -> tuple[Partials, Partials]:
-    """Negatives (`pairs`) or all entries, and positives; see `labeled_read_kernel`."""
+    """Read negatives (`pairs`) or all entries, and positives; see `labeled_read_kernel`."""
     query, queue = query.contiguous(), with_unit_stride(queue)
     rows, (entries, features) = len(query), queue.shape
     plan = make_plan(
@@ -253,21 +253,21 @@ def read_labeled(
 
 
 def with_unit_stride(bank: Tensor) -> Tensor:
-    """The bank as the kernels load it, 16 bytes at a time; a view of a wider matrix may stay one."""
+    """The bank, copied unless the kernels can load it 16 bytes at a time; a view of a wider matrix may qualify."""
     row_bytes = bank.stride(0) * bank.element_size()
     loadable = bank.stride(1) == 1 and row_bytes % 16 == 0 and bank.data_ptr() % 16 == 0
     return bank if loadable else bank.clone(memory_format=torch.contiguous_format)
 
 
 def empty_partials(query: Tensor, splits: int, rows: int, accuracy: bool) -> Partials:
-    """Unwritten results of `splits` x `rows`."""
+    """Uninitialized results of `splits` x `rows`."""
     empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     lse = empty(splits, rows)
     return Partials(lse, empty(splits, rows, query.shape[1]), empty(splits, rows) if accuracy else lse)
 
 
 def configurations() -> Iterator[Configuration]:
-    """What the kernels here are compiled for."""
+    """Configurations to compile."""
     for inputs in every_input():
         accuracy = {"ACCURACY": inputs.accuracy}
         plan = inputs.plan(TILES[False, inputs.dtype.itemsize])

@@ -1,4 +1,4 @@
-"""What every queue-read kernel is made of: masked loads, products, a softmax accumulator, its result."""
+"""Building blocks of the read kernels: masked loads, products, a softmax accumulator and its result."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-LOWEST = tl.constexpr(-1e30)  # log of an empty sum: finite, so that the difference of two is 0 and not NaN
+LOWEST = tl.constexpr(-1e30)  # Log of an empty sum: finite, so that the difference of two is 0 and not NaN
 
 
 @triton.jit
 def load_tile(base, first, count, stride, features, ROWS: tl.constexpr, FEATURES: tl.constexpr, FULL: tl.constexpr):
-    """[ROWS, FEATURES] of a row-major matrix from row `first` on; zero beyond its edges."""
+    """Load [ROWS, FEATURES] of a row-major matrix from row `first`; zero beyond its edges."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, FEATURES)[None, :]
     pointers = base + tl.cast(first, tl.int64) * stride + row * stride + column
@@ -22,8 +22,8 @@ def load_tile(base, first, count, stride, features, ROWS: tl.constexpr, FEATURES
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 to `dtype`, to the nearest."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates, a bias of 0.3 %
+    """Round float32 to the nearest value of `dtype`."""
+    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter truncates, a bias of 0.3 %
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -31,9 +31,9 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def rounded_weights(x, dtype: tl.constexpr):
-    """Weights rounded to `dtype`, and the same in float32; NaN may become zero."""
+    """Weights rounded to `dtype`, and the rounded weights in float32; NaN may become zero."""
     if dtype == tl.bfloat16:
-        # by integers, ties away from zero: a conversion back would convert number by number, at a quarter of the speed
+        # With integers, ties away from zero: a conversion back is scalar, at a quarter of the speed
         near = ((x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000).to(tl.float32, bitcast=True)
         return near.to(dtype), near
     rounded = round_to(x, dtype)
@@ -44,7 +44,7 @@ def rounded_weights(x, dtype: tl.constexpr):
 def load_scaled_query(
     query, first, rows, features, scale, dtype: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr
 ):
-    """Queries with log2(e) / temperature folded in, in float32 before the one rounding to `dtype`."""
+    """Load queries, scaled by log2(e) / temperature in float32 and rounded once, to `dtype`."""
     tile = load_tile(query, first, rows, features, features, ROWS, FEATURES, False)
     return round_to(tile.to(tl.float32) * scale, dtype)
 
@@ -63,7 +63,7 @@ def load_stacked_rows(
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """As `load_scaled_query`, where rows from `boundary` on are the teacher's, with a scale of their own."""
+    """Like `load_scaled_query`, but rows from `boundary` on are the teacher's, with `teacher_scale`."""
     row = first + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, FEATURES)[None, :]
     of_query = query + tl.cast(row, tl.int64) * features + column
@@ -76,7 +76,7 @@ def load_stacked_rows(
 @triton.jit
 def dot(a, b, sum, PRECISION: tl.constexpr):
     """a @ b + sum in float32."""
-    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
+    if INTERPRETED:  # The interpreter multiplies the bit patterns of bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sum, input_precision=PRECISION)
@@ -96,8 +96,8 @@ def absorb(
 ):
     """Add a tile's 2**logit to `total` and its 2**logit * entry to `weighted`, both relative to 2**shift.
 
-    `rounded` sums the weights as the product sees them, so that weighted / rounded is a true mean; the LSE
-    needs the exact `total`.
+    `rounded` sums the weights as rounded for the product, so that weighted / rounded is a true mean; the LSE needs
+    the exact `total`.
     """
     if ONLINE:
         higher = tl.maximum(shift, tl.max(logits, 1))
@@ -133,7 +133,7 @@ def store_partial(
     row = first + tl.arange(0, ROWS)
     column = tl.arange(0, FEATURES)[None, :]
     at = tl.cast(split, tl.int64) * rows + row
-    filled = total != 0  # NaN is no empty sum
+    filled = total != 0  # True for NaN
     tl.store(lse + at, tl.where(filled, shift + tl.log2(tl.where(filled, total, 1.0)), LOWEST), mask=row < rows)
     value = weighted / tl.where(filled, rounded, 1.0)[:, None]
     value = tl.where((total == total)[:, None], value, total[:, None])  # NaN that `rounded_weights` lost

@@ -1,4 +1,4 @@
-"""What training launches: every loss at the shapes of the presets, called on tensors without data."""
+"""Kernels launched in training: every loss at the shapes of the presets, called on meta tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from . import losses
 from .configuration import Configuration, launched
 from .launch import noted_launches
 
-QUEUES = ((128, 512), (256, 4096), (512, 4096), (256, 16384), (128, 65536), (256, 65536))  # rows, keys of 128 features
-GROUPS = ((2048, 300), (3072, 3000))  # crops, groups
-SHARDS = ((256, 65536), (2048, 131072))  # rows of one or eight devices, keys of one
-_TEMPERATURE = 0.1  # any from 0.02 on compiles the same
+QUEUES = ((128, 512), (256, 4096), (512, 4096), (256, 16384), (128, 65536), (256, 65536))  # Rows, keys of 128 features
+GROUPS = ((2048, 300), (3072, 3000))  # Crops, groups
+SHARDS = ((256, 65536), (2048, 131072))  # Rows of one or eight devices, keys of one
+_TEMPERATURE = 0.1  # Any from 0.02 on compiles the same
 
 
 def configurations() -> Iterator[Configuration]:
-    """Of banks in every dtype, float32 ones without and with TF32, which has a setting of torch's own."""
+    """Configurations for banks in every dtype; float32 without and with TF32, which is a global setting of torch."""
     before = torch.get_float32_matmul_precision()
     try:
         for dtype, precision in (
@@ -77,9 +77,9 @@ def _read_shard(everyone: Tensor, shard: Tensor) -> None:
 
 
 def _move_groups(crops: Tensor, groups: Tensor, dtype: torch.dtype) -> None:
-    """SMoG, whose loss reads the groups in `dtype`, or exactly where they have a gradient."""
+    """SMoG: its loss reads the groups in `dtype`, or in float32 if they have a gradient."""
     target = _integers(2, len(crops))
-    for rows in (crops, crops.to(dtype)):  # of a step; of a bank, at the end of an epoch
+    for rows in (crops, crops.to(dtype)):  # Of a step; of a bank, at the end of an epoch
         losses.nearest(rows, groups.to(dtype), 1)
     losses.bank_cross_entropy_rows(crops, groups.to(dtype), target, _TEMPERATURE)
     _, _, lse = losses.bank_cross_entropy_rows(crops, groups, target, _TEMPERATURE)
