@@ -234,7 +234,7 @@ class Trainer:
         for what in hashes:
             if len({of_rank[what] for of_rank in hashes_of_ranks}) > 1:
                 raise TrainingError(
-                    f"the {what} differ between processes after step {completed_steps}, which is a bug in fastssl: "
+                    f"the {what} of the processes differ after step {completed_steps}, which is a bug in fastssl: "
                     f"please report it with {self.folder}/config.json and env.json; the last checkpoint may be wrong"
                 )
         return len(set().union(*unreadable))
