@@ -29,6 +29,14 @@ class NonFiniteStep(NamedTuple):
     gradient_norm: float
 
 
+class NonFiniteError(Exception):
+    """Raised at the next check after a step with a non-finite loss or gradient; `step` is the first of them."""
+
+    def __init__(self, step: NonFiniteStep):
+        super().__init__(step)
+        self.step = step
+
+
 class StepMeter:
     """Collects the values of steps on the device; only reading them, once a log line, waits for the device."""
 
@@ -65,17 +73,16 @@ class StepMeter:
         self._steps.append(batch.step)
         self._images += len(batch.ids) * world_size()
 
-    def first_non_finite(self) -> NonFiniteStep | None:
-        """The first step with a non-finite value, if any; it checks means over ranks, so all ranks agree."""
+    def require_finite(self) -> None:
+        """Raise NonFiniteError for the first step with a non-finite value; means over ranks, so all ranks agree."""
         if not self._rows:
-            return None
+            return
         table = self._table()
         for step, row in zip(self._steps, table.tolist(), strict=True):
             values = dict(zip(self._names, row, strict=True))
             checked = [value for name, value in values.items() if not (self._scaled and name == _UNCHECKED_IN_FP16)]
             if not all(map(math.isfinite, checked)):
-                return NonFiniteStep(step, values["loss"], values["gradient_norm"])
-        return None
+                raise NonFiniteError(NonFiniteStep(step, values["loss"], values["gradient_norm"]))
 
     def read(self) -> dict[str, float]:
         """Return means by name, images_per_s, share_PART and memory_gib, and reset; waits for the device.

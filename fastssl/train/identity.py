@@ -124,6 +124,16 @@ def facts_of_known_labels(labels: NDArray[np.int64]) -> Facts:
     return {"known_labels.count": int((labels >= 0).sum()), "known_labels.values": _digest(labels)}
 
 
+def facts_of_machine(device: torch.device, dtype: torch.dtype, queue_dtype: torch.dtype) -> Facts:
+    """The device, the dtypes of products and queue, and the release of torch."""
+    return {
+        "machine.device": device.type,
+        "machine.dtype": f"{dtype}".removeprefix("torch."),
+        "machine.queue_dtype": f"{queue_dtype}".removeprefix("torch."),
+        "machine.torch": str(torch.__version__),
+    }
+
+
 def digest(facts: Facts) -> str:
     """16 hexadecimal digits of a hash of the facts that must not differ."""
     return hashlib.sha256(json.dumps(binding(facts), sort_keys=True).encode()).hexdigest()[:16]

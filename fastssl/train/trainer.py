@@ -8,7 +8,6 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from fastssl.config import Config
@@ -21,7 +20,7 @@ from fastssl.executor import input_executor
 from fastssl.methods import METHODS, TrainProgress
 from fastssl.models.norm import averaged_statistics
 from fastssl.models.queue import gather_state, queue_hash
-from fastssl.observe.meter import NonFiniteStep, StepMeter
+from fastssl.observe.meter import NonFiniteError, NonFiniteStep, StepMeter
 from fastssl.observe.notes import NoteQueue
 from fastssl.observe.run_logger import RunLogger
 from fastssl.renamed import current_facts
@@ -35,6 +34,7 @@ from fastssl.train.identity import (
     digest,
     facts_of_images,
     facts_of_known_labels,
+    facts_of_machine,
     facts_of_options,
     harmless_changes,
     require_equal_on_ranks,
@@ -49,14 +49,6 @@ from fastssl.train.thread_choice import ThreadChoice
 
 RAW_PIXELS_AT_MOST = 100_000  # Images; above this the baseline costs more than it is worth
 SKIPPED_AT_MOST = 10  # Steps; a run that diverges more often will not recover
-
-
-class NonFiniteError(Exception):
-    """Raised at the next check after a step with a non-finite loss or gradient; `step` is the first of them."""
-
-    def __init__(self, step: NonFiniteStep):
-        super().__init__(step)
-        self.step = step
 
 
 class Trainer:
@@ -83,10 +75,7 @@ class Trainer:
             **facts_of_images("test_images", splits.test),
             **(facts_of_known_labels(self.sampler.plan.labels) if METHODS[config.method.name].uses_labels else {}),
             "length.steps": self.total_steps,
-            "machine.device": self.device.type,
-            "machine.dtype": f"{self.numerics.dtype}".removeprefix("torch."),
-            "machine.queue_dtype": f"{queue_dtype}".removeprefix("torch."),
-            "machine.torch": str(torch.__version__),
+            **facts_of_machine(self.device, self.numerics.dtype, queue_dtype),
         }
         require_equal_on_ranks(self.facts)
         dtype = self.numerics.dtype
@@ -140,8 +129,8 @@ class Trainer:
                 last, stopping = completed_steps == total, stop.agreed()
                 saving = last or stopping or completed_steps % config.checkpoint_every == 0
                 logging = last or completed_steps % config.log_every == 0
-                if (saving or logging) and (non_finite := meter.first_non_finite()):
-                    raise NonFiniteError(non_finite)
+                if saving or logging:
+                    meter.require_finite()
                 if logging:
                     self._report(completed_steps, meter)
                 with meter.paused():
