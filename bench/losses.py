@@ -1,4 +1,4 @@
-"""`python -m bench losses`: loss and gradient of a query against a queue, beside what a user would take instead."""
+"""`python -m bench losses`: loss and gradient of a query against a queue, compared with the alternatives."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastssl import plugins
 from fastssl.arguments import parse
 from fastssl.benchmark.harness import peak_bytes
 from fastssl.errors import ConfigError, unknown_name
@@ -21,12 +22,12 @@ from .measure import Step, Times, captured, clones_beyond_cache, matmul_rate, ti
 from .peers import BOTH, COLUMNS, Case, Column, Unavailable, backend
 
 OURS = "fastssl"
-Mode = tuple[str, str]  # launch, cache
+Mode = tuple[str, str]  # Launch, cache
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time, accuracy and memory of loss and gradient, all columns in turn in one process."""
+    """Time, accuracy and memory of loss and gradient, all columns interleaved in one process."""
 
     shapes: tuple[str, ...] = ("256x65536x128",)
     """N x K x C: rows, queue entries, features."""
@@ -34,18 +35,18 @@ class Options:
     """A registered loss, or all: info_nce and unicon, which have peers."""
     temperature: float = 0.2
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of autocast, and on a GPU of the queue; on a CPU the queue is float32."""
+    """Dtype of autocast and, on a GPU, of the queue; on a CPU the queue is float32."""
     device: str = "auto"
     columns: tuple[str, ...] = tuple(COLUMNS)
-    """fastssl is always among them: the ratios are to its time."""
+    """fastssl is always included: ratios are relative to its time."""
     repeats: int | None = None
-    """Timed steps a column; 100 on a GPU and 20 on a CPU unless given."""
+    """Timed steps per column; default 100 on a GPU, 20 on a CPU."""
     out: Path = Path("bench/results")
     """The folder for the JSON file."""
 
 
 class Prepared(NamedTuple):
-    """A column that runs here: its first step, what that computed, and what it allocates."""
+    """A column that runs here: its step, the errors of the result and the memory it allocates."""
 
     step: Step
     loss_error: float | None
@@ -54,7 +55,8 @@ class Prepared(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> Path:
-    """Measure what the arguments ask for; print the tables, write the JSON, return its path."""
+    """Run the benchmark, print the tables and write the JSON; return its path."""
+    plugins.load()
     options = parse(Options, arguments, prog="python -m bench losses")
     columns = _columns(options.columns)
     shapes = [_shape(text) for text in options.shapes]
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str]) -> Path:
                 measured = [_with_rate(row, rate) for row in measured]
             run_record.show(measured)
             rows += measured
-            # each time: what was measured is not lost where a later shape fails
+            # After each shape, so that a later failure loses nothing
             path = run_record.write(options.out, "losses", facts, rows)
     print(f"written: {path}")
     return path
@@ -119,8 +121,8 @@ def _device(name: str) -> torch.device:
 
 
 def measure(case: Case, columns: dict[str, Column], repeats: int | None) -> list[run_record.Row]:
-    """A row for each column in each mode of launch and cache; one that cannot run has the reason in its note."""
-    # Recompiled for each shape: dynamo silently turns to eager after a few of them.
+    """A row per column and mode of launch and cache; a column that cannot run has the reason in its note."""
+    # Recompile for each shape: dynamo silently falls back to eager after a few of them
     torch._dynamo.reset()
     truth = exact(case)
     prepared: dict[str, Prepared] = {}
@@ -129,7 +131,7 @@ def measure(case: Case, columns: dict[str, Column], repeats: int | None) -> list
         print(f"{case.loss}: preparing {name}", file=sys.stderr)
         try:
             prepared[name] = _prepare(case, column, truth)
-        except Exception as error:  # whatever a peer raises is the reason to show
+        except Exception as error:  # Whatever a peer raises is the reason to show
             if name.startswith(OURS) and not isinstance(error, Unavailable):
                 raise
             reasons[name] = _reason(error)
@@ -153,17 +155,17 @@ def _prepare(case: Case, column: Column, truth: tuple[Tensor, Tensor]) -> Prepar
     step = column.build(case)
     result = step()
     loss_error, gradient_error = _errors(case, column, result, truth) if result is not None else (None, None)
-    # the second step: the first may compile
+    # Of the second step: the first may compile
     return Prepared(step, loss_error, gradient_error, peak_bytes(step, case.device))
 
 
 def exact(case: Case) -> tuple[Tensor, Tensor]:
-    """The mean loss and its gradient by definition, in float64, for the values that the inputs have."""
+    """The mean loss and its gradient by definition, in float64, on the rounded inputs."""
     given = case.inputs.to(torch.float64, torch.float64, case.device)
     rows, entries = len(given.query), len(given.queue)
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
-    # Rows of the two need no others; another loss may.
+    # Rows of these two are independent; those of another loss may not be
     size = max(1, 2**24 // entries) if case.loss in BOTH else rows
     for part in torch.arange(rows, device=case.device).split(size):
         query, labels = given.query[part].requires_grad_(), given.query_labels[part]
@@ -190,7 +192,7 @@ def _errors(
 
 
 def _reason(error: Exception) -> str:
-    """In one line; the type only where the message alone would say too little."""
+    """One line; with the type unless the message is meant for the user."""
     message = next(iter(str(error).splitlines()), "")
     return message if isinstance(error, Unavailable) else f"{type(error).__name__}: {message}"[:200]
 
@@ -198,7 +200,7 @@ def _reason(error: Exception) -> str:
 def _cuda_times(
     case: Case, columns: dict[str, Column], repeats: int
 ) -> tuple[dict[Mode, dict[str, Times]], dict[str, str]]:
-    """Plain launches and graph replays, with the queue in L2 and without; and why a column has no graph."""
+    """Times of plain launches and graph replays, with the queue in L2 or not; and why a column has no graph."""
     times: dict[Mode, dict[str, Times]] = {}
     refusals: dict[str, str] = {}
     for cache, clones in (("warm", 1), ("cold", clones_beyond_cache(case.inputs.queue))):
@@ -210,7 +212,7 @@ def _cuda_times(
         for name, column in columns.items():
             try:
                 graphs[name] = _graphs(column, steps[name], pool)
-            except Exception as error:  # as in `measure`
+            except Exception as error:  # As in `measure`
                 if name.startswith(OURS):
                     raise
                 refusals[name] = _reason(error)
@@ -220,7 +222,7 @@ def _cuda_times(
 
 def _graphs(column: Column, steps: Sequence[Step], pool: Any) -> list[Step]:
     if not column.capturable:
-        raise Unavailable("waits for the device, so no CUDA graph can hold it")
+        raise Unavailable("waits for the device, so it cannot be captured in a CUDA graph")
     return [captured(step, pool) for step in steps]
 
 
@@ -251,7 +253,7 @@ def _row(
 
 
 def _with_rate(row: run_record.Row, rate: float) -> run_record.Row:
-    """Ours with the share of the matrix product's rate in its note, where there are rows enough to reach it."""
+    """Add to our note the fraction of the matrix product's rate, if there are enough rows to reach it."""
     rows, entries, features = _shape(row.shape)
     if not row.column.startswith(OURS) or rows < 1024 or row.median_ms is None:
         return row

@@ -1,4 +1,4 @@
-"""What is measured: fastssl, and what a user would take instead, each as a step of loss and gradient.
+"""The columns of the benchmark: fastssl and its alternatives, each as a step of loss and gradient.
 
 A function here builds a column's step from a case: called without arguments, the step returns the mean loss
 and its gradient with respect to the query, and holds its own copies of what it changes.
@@ -29,7 +29,7 @@ BOTH = ("info_nce", "unicon")  # The losses that have peers
 
 
 class Unavailable(Exception):
-    """A column cannot run here; the message is the reason."""
+    """Raised if a column cannot run here; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is built, and what to know about it."""
+    """How to build a column, and its properties."""
 
     build: Callable[[Case], Step]
     note: str
     losses: tuple[str, ...] | None = ("info_nce",)
     """None: every registered loss."""
     normalizes: bool = False
-    """Whether it normalizes the query itself: its gradient then lacks the part along the query."""
+    """Whether it normalizes the query itself: its gradient then lacks the component along the query."""
     capturable: bool = True
-    """Whether a CUDA graph can hold it."""
+    """Whether it can be captured in a CUDA graph."""
 
 
 def _step(case: Case, loss: Callable[[Tensor], Tensor]) -> Step:
@@ -109,12 +109,12 @@ def _eager(case: Case, *, compiled: bool = False, autocast: bool = False) -> Ste
 
 def _autocast_dtype(case: Case) -> torch.dtype:
     if case.autocast == torch.float32:
-        raise Unavailable("autocast to float32 is no autocast; give --dtype bfloat16 or float16")
+        raise Unavailable("autocast to float32 has no effect; give --dtype bfloat16 or float16")
     return case.autocast
 
 
 class _FromRead(torch.autograd.Function):
-    """InfoNCE rows and their gradient, in float32, from logsumexp and mean that attention returns."""
+    """InfoNCE rows and their gradient, in float32, from the logsumexp and mean returned by attention."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, mean: Tensor, lse: Tensor, temperature: float) -> Tensor:
@@ -170,7 +170,7 @@ def _lightly(case: Case, *, autocast: bool = False) -> Step:
     given = case.inputs
     dtype = _autocast_dtype(case) if autocast else torch.float32
     criterion = _peer("lightly.loss").NTXentLoss(case.temperature, memory_bank_size=tuple(given.queue.shape))
-    # Its bank is float32 whatever the precision, filled with noise when made, and changed by each step.
+    # Its bank is always float32, initialized with noise and changed by each step
     criterion.to(case.device).memory_bank.bank = given.queue.float().clone()
 
     def loss(query: Tensor) -> Tensor:
@@ -184,12 +184,12 @@ def _metric_learning(case: Case, *, loss: str) -> Step:
     given, losses = case.inputs, _peer("pytorch_metric_learning.losses")
     (rows, features), entries = given.query.shape, len(given.queue)
     if loss == "NTXentLoss" and case.device.type == "cpu":
-        # Measured: 18 bytes for each pair of a positive and a negative pair, of which it keeps a matrix.
+        # Measured: 18 bytes per element of its matrix of positive and negative pairs
         _require_memory(18 * rows**2 * (rows + entries))
     memory = losses.CrossBatchMemory(
         getattr(losses, loss)(temperature=case.temperature), features, memory_size=rows + entries
     ).to(case.device)
-    # It enqueues the keys before it takes the loss: the first places of its memory are theirs.
+    # It enqueues the keys before it computes the loss, so they take the first places of its memory
     memory.embedding_memory[rows:] = given.queue.float()
     memory.label_memory[:] = torch.arange(rows + entries)
     memory.has_been_filled = True
@@ -211,7 +211,7 @@ def _peer(module: str) -> Any:
 
 
 def _require_memory(needed: int) -> None:
-    """Refuse what a CPU has no memory for, where the system would kill the process."""
+    """Raise Unavailable if a CPU lacks the memory, because the system would kill the process."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free:
         raise Unavailable(
@@ -221,14 +221,17 @@ def _require_memory(needed: int) -> None:
 
 def _fastssl(case: Case, *, return_accuracy: bool = False) -> Step:
     entry = LOSSES[case.loss]
-    arguments = entry.arguments(case.inputs, case.temperature) | {"reduction": "mean"}
+    arguments = entry.arguments(case.inputs, case.temperature)
+    if "reduction" in arguments:
+        arguments["reduction"] = "mean"
     if return_accuracy:
         arguments["return_accuracy"] = True
     name = next(name for name, value in arguments.items() if value is case.inputs.query)
 
     def loss(query: Tensor) -> Tensor:
         result = entry.function(**{**arguments, name: query})
-        return result[0] if return_accuracy else result
+        value = result[0] if return_accuracy else result
+        return value if value.ndim == 0 else value.mean()
 
     return _step(case, loss)
 

@@ -58,4 +58,4 @@ def _parsed(
             raise
     # tyro 1.x reports errors only as a drawn box and its hook is private, so argparse says in a sentence what is wrong
     plainly()
-    raise ConfigError(f"{shlex.join(arguments)} cannot be read as options; see --help")
+    raise ConfigError(f"{shlex.join(arguments)[:300]} cannot be read as options; see --help")

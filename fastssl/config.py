@@ -253,7 +253,7 @@ class Config(Checked):
         if self.model.norm == "split" and batch % multiple:
             raise ConfigError(
                 f"--train.batch-size {batch} was given with --model.splits {splits}; split batch norm needs a batch "
-                f"that is a multiple of {multiple} for {self.method.name}: change one of them or take "
+                f"that is a multiple of {multiple} for {self.method.name}: change one of them or use "
                 "--model.norm local"
             )
         groups = {"split": splits, "local": self.train.accumulate, "sync": self.train.accumulate}
@@ -261,7 +261,7 @@ class Config(Checked):
             raise ConfigError(
                 f"--train.batch-size {batch} was given with --model.norm {self.model.norm}, --model.splits {splits} "
                 f"and --train.accumulate {self.train.accumulate}; batch norm needs 2 images or more in each of its "
-                "groups: raise the batch size, lower the others or take --model.norm group"
+                "groups: raise the batch size, lower the others or use --model.norm group"
             )
         if self.train.accumulate > 1 and self.method.whole_batch:
             raise ConfigError(

@@ -115,21 +115,21 @@ def _labeled_splits(config: Config, progress: Progress) -> Splits:
         return Splits(*open_named(data.dataset, data.root, download=data.download))
     roots = split_roots(data.root)
     train = open_source(roots[0], progress=progress)
-    _warn_of_oddities(data.root, roots, train)
+    _warn_of_layout(data.root, roots, train)
     if len(roots) == 1:
         return _hold_out(train)
     test = open_source(roots[1], progress=progress)
-    _number_alike(train, test)
+    _align_labels(train, test)
     return Splits(train, test)
 
 
-def _warn_of_oddities(root: Path, roots: tuple[Path, ...], train: Source) -> None:
+def _warn_of_layout(root: Path, roots: tuple[Path, ...], train: Source) -> None:
     """Warn of unused folders next to the splits, and of classes with the names of splits."""
     if roots[0] != root and roots[0].is_dir():
-        beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
-        if unused := sorted(set(beside) - {path.name for path in roots}):
-            taken = " and ".join(path.name for path in roots)
-            _warn(f"{root}: only {taken} is used; these folders are not: {_some(unused)}")
+        others = [path.name for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
+        if unused := sorted(set(others) - {path.name for path in roots}):
+            taken = " and ".join(path.name for path in roots) + (" are" if len(roots) > 1 else " is")
+            _warn(f"{root}: only {taken} used; these folders are not: {_some(unused)}")
     if train.classes and all(name.lower() in _TRAIN_NAMES + _TEST_NAMES for name in train.classes):
         _warn(
             f"the classes of {train.name} have the names of splits, {_some(train.classes)}; if they are splits, rename "
@@ -137,7 +137,7 @@ def _warn_of_oddities(root: Path, roots: tuple[Path, ...], train: Source) -> Non
         )
 
 
-def _number_alike(train: Source, test: Source) -> None:
+def _align_labels(train: Source, test: Source) -> None:
     """Relabel the test images by the training classes; ConfigError for a class without training images.
 
     Warns of classes without test images, which are allowed.

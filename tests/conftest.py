@@ -47,6 +47,9 @@ def notes() -> Iterator[NoteQueue]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A process gets a file at a time: the long ones first, or the last of them would run alone.
+    long_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long_files)
     if torch.cuda.is_available():
         return
     interpreter = available_backends("cpu")["triton"]

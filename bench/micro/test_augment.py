@@ -1,4 +1,4 @@
-"""Color, blur, flip and normalization of a batch of crops, beside the same by torchvision's v2 functions."""
+"""Color, blur, flip and normalization of a batch of crops, compared with torchvision's v2 functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JITTER = {
     2: (tv.adjust_saturation, "saturation", 1.0),
     3: (tv.adjust_hue, "hue", 0.0),
 }
-TOLERATED = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # Views of 16 bits are rounded at the end
+TOLERATED = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # Views in 16 bits are rounded at the end
 
 
 @pytest.mark.parametrize("side", IMPLEMENTATIONS)
@@ -28,7 +28,7 @@ TOLERATED = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # Views of 16 bits are 
 def test_augment(
     benchmark: BenchmarkFixture, device: torch.device, view_size: tuple[int, int], dtype: torch.dtype, side: str
 ) -> None:
-    """Numbers are drawn before; as one image, the whole batch gets those of one that is blurred."""
+    """Parameters are drawn beforehand; "all as one image" applies those of one blurred image to the batch."""
     count, size = view_size
     benchmark.group = f"augment {count} images {size} px {str(dtype).removeprefix('torch.')}"
     sides = np.full(count, size)
@@ -58,7 +58,7 @@ def test_augment(
 
 
 def _by_torchvision(images: Tensor, numbers: ViewPlan, row: int, dtype: torch.dtype) -> Tensor:
-    """Images [3, H, W], or [B, 3, H, W] all with the numbers of one row."""
+    """Images [3, H, W], or [B, 3, H, W] all with the parameters of one row."""
     images = tv.to_dtype(images, torch.float32, scale=True)
     for operation in numbers.order[row]:
         adjust, name, neutral = JITTER[int(operation)]

@@ -1,4 +1,4 @@
-"""Loss and gradient: every loss by backend, and for the two with peers eager, compiled and flash attention beside."""
+"""Loss and gradient of every loss on every backend; two of them also eager, compiled and with flash attention."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_peer(
 ) -> None:
     benchmark.group = _group(loss, shape, dtype)
     case = Case(loss, _prepared(loss, shape, dtype, device), TEMPERATURE, DTYPES[dtype])
-    torch._dynamo.reset()  # It silently turns to eager after a few shapes
+    torch._dynamo.reset()  # It silently falls back to eager after a few shapes
     try:
         step = COLUMNS[peer].build(case)
         step()
-    except (Unavailable, RuntimeError, NotImplementedError) as error:  # no compiler, no kernel, not enough memory
+    except (Unavailable, RuntimeError, NotImplementedError) as error:  # No compiler, no kernel, or not enough memory
         pytest.skip(f"{peer}: {next(iter(str(error).splitlines()), type(error).__name__)}")
     found = benchmark(step)
     for part, expected in zip(found, exact(case), strict=True):
@@ -104,7 +104,7 @@ def _truth(loss: str, shape: Shape, dtype: str, device: torch.device) -> tuple[t
 
 
 def _error(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> float:
-    """Relative, in the Frobenius norm."""
+    """Relative error in the Frobenius norm."""
     one, other = (
         torch.cat([x.double().flatten() for x in (parts if isinstance(parts, tuple) else (parts,))])
         for parts in (found, expected)

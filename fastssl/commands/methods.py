@@ -9,6 +9,8 @@ from fastssl.methods import METHODS
 def main(arguments: list[str]) -> int:
     """`fastssl methods`."""
     no_arguments(arguments)
+    width = max(map(len, METHODS))
     for name, cls in sorted(METHODS.items()):
-        print(f"{name:<12} {cls.Config.paper:<18} {(cls.__doc__ or '').splitlines()[0]}")
+        summary = (cls.__doc__ or "").partition("\n")[0]
+        print(f"{name:<{width}}  {cls.Config.paper:<18} {summary}".rstrip())
     return 0

@@ -134,8 +134,8 @@ def _row(source: Source, data: DataConfig, plan: BatchPlan, views: tuple[torch.T
         *(["in place of an unreadable image"] if plan.replaced[row] else []),
     ]
     tiles = [
-        _Tile(_as_picture(view[row], data), caption(numbers, row))
-        for view, numbers in zip(views, plan.views, strict=True)
+        _Tile(_as_picture(view[row], data), caption(view_plan, row))
+        for view, view_plan in zip(views, plan.views, strict=True)
     ]
     return [_Tile(picture, lines), *tiles]
 
@@ -179,10 +179,10 @@ def _with_boxes(pixels: NDArray[np.uint8], boxes: list[NDArray[np.int32]], heigh
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(picture)
-    for number, box in enumerate(boxes):
+    for index, box in enumerate(boxes):
         top, left, box_height, box_width = (scale * box).tolist()
         corners = (left, top, max(left, left + box_width - 1), max(top, top + box_height - 1))
-        draw.rectangle(corners, outline=_COLORS[number % len(_COLORS)], width=2)
+        draw.rectangle(corners, outline=_COLORS[index % len(_COLORS)], width=2)
     return picture
 
 

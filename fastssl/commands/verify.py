@@ -1,4 +1,4 @@
-"""`fastssl verify`: how far every loss is from its definition in float64, on the reader's own machine."""
+"""`fastssl verify`: errors of every loss against its float64 definition, on this machine."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ DTYPES = {
 TEMPERATURES = (0.07, 0.2, 1.0)
 AUGMENT = "augment"
 
-Shape = tuple[int, int, int]  # rows, entries of the queue, features
+Shape = tuple[int, int, int]  # Rows, entries of the queue, features
 
 SMALL_SHAPES: tuple[Shape, ...] = ((7, 5, 5), (33, 127, 48), (65, 300, 128))
-# Rounding a row to 16 bits moves a logit by up to 0.004 / temperature; many features average that away.
+# Rounding a row to 16 bits moves a logit by up to 0.004 / temperature; many features average that out
 SMALL_SHAPES_OF_16_BITS: tuple[Shape, ...] = ((33, 127, 128), (65, 300, 128))
 CPU_SHAPE: Shape = (256, 4096, 128)
 GPU_SHAPE: Shape = (256, 65536, 128)
@@ -41,14 +41,14 @@ GPU_SHAPE: Shape = (256, 65536, 128)
 
 @dataclass(frozen=True)
 class Options:
-    """Compares losses, gradients and views with their definition in float64; exit code 1 where one is too far off."""
+    """Compare losses, gradients and views with their float64 definition; exit code 1 if any error is too large."""
 
     loss: Annotated[str, Positional] = "all"
-    """a loss, with its variants, augment, or all"""
+    """a loss (with its variants), augment, or all"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where torch finds it"""
+    """auto: cuda if torch finds a device"""
     dtype: Literal["all", "float64", "float32", "bfloat16", "float16"] = "all"
-    """of the queue; rows are in float32 or, with float64, in it"""
+    """of the queue; rows are float32, or float64 with a float64 queue"""
 
 
 class Verdict(NamedTuple):
@@ -61,29 +61,29 @@ class Verdict(NamedTuple):
     plain: Errors
     tolerated: Errors
     layout: str
-    """The one that was worst."""
+    """The layout with the worst errors."""
 
     @property
     def passed(self) -> bool:
-        """False for NaN too."""
+        """Whether all errors are within limits; False for NaN."""
         return all(error <= limit for error, limit in zip(self.errors, self.tolerated, strict=True))
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl verify [LOSS] [--device D] [--dtype D]`."""
+    """Run `fastssl verify [LOSS] [--device D] [--dtype D]`."""
     return run(parse(Options, arguments, prog="fastssl verify"))
 
 
 def run(options: Options) -> int:
-    """Print the table; 0 if all passed, else 1."""
+    """Print the table; return 0 if all passed, else 1."""
     device = _device(options.device)
     losses = _losses(options.loss)
     dtypes = list(DTYPES.values()) if options.dtype == "all" else [DTYPES[options.dtype]]
     screen = open_screen(least_width=115)
     verdicts = []
-    with screen.status() as tell:
+    with screen.status() as show:
         for loss in losses:
-            tell(f"{loss} on {device}")
+            show(f"{loss} on {device}")
             check = _verify_augment if loss == AUGMENT else verify
             verdicts += [verdict for dtype in dtypes for verdict in check(loss, dtype, device)]
     screen.table(_table(verdicts))
@@ -98,23 +98,23 @@ def run(options: Options) -> int:
 
 
 def verify(loss: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
-    """A verdict on each backend that runs `loss` in `dtype` on `device`."""
+    """Yield a verdict for each backend that runs `loss` in `dtype` on `device`."""
     backends = [name for name in _backends(device) if not parity.why_not(loss, name)]
-    if dtype == torch.float64:  # Triton kernels do not take it
+    if dtype == torch.float64:  # Triton kernels do not support it
         backends = [name for name in backends if name != "triton"]
     errors: dict[str, list[Errors]] = {name: [] for name in ("plain", *backends)}
     strided: dict[str, dict[str, Errors]] = {name: {} for name in backends}
     shapes = _shapes(dtype, device)
     for shape in shapes:
         given = parity.prepare(loss, parity.make_inputs(*shape), dtype, device)
-        # Triton's interpreter, the only way to run it on a CPU, would take hours for the large shape.
+        # On a CPU Triton is interpreted, which would take hours for the large shape
         runs = [name for name in backends if name != "triton" or shape != CPU_SHAPE]
         for temperature in TEMPERATURES:
             truth = parity.evaluate_truth(loss, given, temperature)
             errors["plain"].append(_plain(loss, given, dtype, temperature, truth))
             for name in runs:
                 errors[name].append(parity.errors(parity.evaluate(loss, given, temperature, name), truth))
-                if shape == shapes[1] and temperature == TEMPERATURES[1]:  # one case tells: layouts change no number
+                if shape == shapes[1] and temperature == TEMPERATURES[1]:  # One case is enough: layouts change no value
                     for layout, change in LAYOUTS.items():
                         result = parity.evaluate(loss, _in_layout(given, change), temperature, name)
                         strided[name][layout] = parity.errors(result, truth)
@@ -127,8 +127,8 @@ def verify(loss: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
 
 
 def _verify_augment(_: str, dtype: torch.dtype, device: str) -> Iterator[Verdict]:
-    """As `verify`; in gray levels, and without a gradient."""
-    if dtype == torch.float64:  # the augmentation gives none
+    """Like `verify`, in gray levels and without a gradient."""
+    if dtype == torch.float64:  # `augment` does not return it
         return
     for name in _backends(device):
         error, plain = verify_augment.errors(dtype, device, name)
@@ -146,7 +146,7 @@ def _column_major(x: Tensor) -> Tensor:
 
 
 def _sliced(x: Tensor) -> Tensor:
-    """Columns of a wider tensor whose other columns hold what must not be read."""
+    """Columns of a wider tensor whose other columns must not be read."""
     wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), torch.nan if x.is_floating_point() else -99)
     wide[..., 3:-2] = x
     return wide[..., 3:-2]
@@ -160,12 +160,12 @@ def _in_layout(given: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def _of_limit(errors: Errors, tolerated: Errors) -> float:
-    """The largest share of a limit; infinite for NaN."""
+    """The largest fraction of a limit; infinite for NaN."""
     return max(np.nan_to_num(error / limit, nan=np.inf) for error, limit in zip(errors, tolerated, strict=True))
 
 
 def _plain(loss: str, given: Inputs, dtype: torch.dtype, temperature: float, truth: parity.Result) -> Errors:
-    """Of plain torch code, as the table's caption says."""
+    """Errors of plain torch code, as the caption defines it."""
     if dtype == torch.float64:
         return Errors(0.0, 0.0)
     rounded = dtype in (torch.bfloat16, torch.float16)
@@ -174,7 +174,7 @@ def _plain(loss: str, given: Inputs, dtype: torch.dtype, temperature: float, tru
 
 
 def _worst(errors: list[Errors]) -> Errors:
-    """The largest of each; NaN if there is one."""
+    """The largest error of each kind; NaN if any is NaN."""
     return Errors(*np.max(errors, axis=0).tolist())
 
 
@@ -220,13 +220,13 @@ def _caption(device: str) -> str:
     largest = " x ".join(map(str, GPU_SHAPE if device == "cuda" else CPU_SHAPE))
     return f"""
 error: relative (Frobenius) error of the loss rows, and of all gradients with weights of either sign, against the \
-definition in float64 on the same rounded inputs; the worst over shapes up to {largest} (rows x entries x features) \
+float64 definition on the same rounded inputs; the worst over shapes up to {largest} (rows x entries x features) \
 and temperatures {temperatures}
-dtype: of the queue; queries and keys are float32, or float64 with it; the rows of nt_xent are in dtype
-plain: plain torch, which is the definition in float32; in 16 bits with operands and results of its matrix products \
-rounded to dtype, as under autocast; in float64 it is what the errors are measured against
-layout: the worst of contiguous, {" and ".join(LAYOUTS)} arguments
-augment: largest error in gray levels of 255, of chains of all operations; dtype: of the result; plain: torchvision \
+dtype: of the queue; queries and keys are float32, or float64 with a float64 queue; rows of nt_xent have dtype
+plain: plain torch, the definition in float32; in 16 bits with operands and results of matrix products rounded to \
+dtype, as under autocast; in float64 it is the reference itself
+layout: the worst among contiguous, {" and ".join(LAYOUTS)} arguments
+augment: largest error of chains of all operations, in gray levels of 255; dtype: of the result; plain: torchvision \
 in float32
 {device}: {name}; torch {torch.__version__}, triton {triton}
 """

@@ -1,4 +1,4 @@
-"""How far `augment` is from torchvision's operations in float64, which define it."""
+"""Errors of `augment` against its definition, torchvision's operations in float64."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torchvision.transforms.v2 import functional as tv
 
 from fastssl_kernels import AugmentParameters, augment, use_backend
 
-LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.7, torch.float16: 0.25}  # gray levels
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.7, torch.float16: 0.25}  # Gray levels
 _BATCH, _SIDE = 16, 24
 
 
 def errors(dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]:
-    """The largest error in gray levels, of `augment` on a backend and of torchvision in float32."""
+    """The largest errors, in gray levels: of `augment` on a backend, and of torchvision in float32."""
     images, parameters = _pictures(), _drawn()
     moved = {name: getattr(parameters, name).to(device) for name in _TENSORS}
     with use_backend(backend):
@@ -23,7 +23,7 @@ def errors(dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]
     scale = torch.tensor(parameters.std).double()[:, None, None], torch.tensor(parameters.mean).double()[:, None, None]
     levels = 255 * (found.cpu().double() * scale[0] + scale[1])
     unsolarized = _defined(images, replace(parameters, solarize=torch.zeros(_BATCH, dtype=torch.bool)), torch.float64)
-    # Solarization jumps at its threshold, where rounding decides on which side a value lies.
+    # Solarization jumps at its threshold, where rounding decides the side of a value
     jumps = parameters.solarize[:, None, None, None] & ((unsolarized - 128).abs() < LIMITS[dtype])
     truth = _defined(images, parameters, torch.float64)
     plain = _defined(images, parameters, torch.float32)
@@ -32,7 +32,7 @@ def errors(dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]
 
 
 def _defined(images: Tensor, parameters: AugmentParameters, dtype: torch.dtype) -> Tensor:
-    """[B, 3, H, W] in gray levels, float64: torchvision's operations, one image and one after the other."""
+    """[B, 3, H, W] in gray levels, float64: torchvision's operations in order, image by image."""
     unit = images.permute(0, 3, 1, 2).to(dtype) / 255
     return torch.stack([_one(image, parameters, i) for i, image in enumerate(unit)]).double() * 255
 
@@ -47,7 +47,7 @@ def _one(image: Tensor, parameters: AugmentParameters, i: int) -> Tensor:
     if parameters.blur_sigma is not None and parameters.blur_sigma[i] > 0:
         image = tv.gaussian_blur(image, [13, 13], [parameters.blur_sigma[i].item()])
     if parameters.solarize[i]:
-        # Just under level 128, because level / 255 as a float may fall to either side of 128 / 255.
+        # Just under level 128, because level / 255 may round to either side of 128 / 255
         image = tv.solarize(image, 127.999 / 255)
     return tv.horizontal_flip(image) if parameters.flip[i] else image
 

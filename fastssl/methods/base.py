@@ -154,6 +154,12 @@ _Registered = TypeVar("_Registered", bound=type[Method])
 
 
 def register_method(cls: _Registered) -> _Registered:
-    """Class decorator: make a method available under `Config.name`; ConfigError if that name is taken."""
+    """Class decorator: make a method available under `Config.name`.
+
+    ConfigError if that name is taken, and for a Config without `name` or `paper`.
+    """
+    for attribute in ("name", "paper"):
+        if not isinstance(getattr(getattr(cls, "Config", None), attribute, None), str):
+            raise ConfigError(f"method class {cls.__qualname__} was given without a text as Config.{attribute}; add it")
     METHODS.register(cls.Config.name, cls, cls)
     return cls

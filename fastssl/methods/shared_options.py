@@ -57,10 +57,10 @@ class ShardableQueueConfig(QueueConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shard_queue and not self.shardable:
-            others = [name for name, cls in METHODS.items() if getattr(cls.Config, "shardable", False)]
+            others = [name for name, cls in sorted(METHODS.items()) if getattr(cls.Config, "shardable", False)]
             raise ConfigError(
                 f"--method.shard-queue was given with {self.name}, whose loss needs the whole queue on every device; "
-                f"drop it or take one of {', '.join(others)}"
+                f"drop it or use one of {', '.join(others)}"
             )
 
     def new_queue(self, dtype: torch.dtype) -> KeyQueue:

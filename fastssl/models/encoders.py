@@ -75,12 +75,17 @@ def build_encoder(
         if width != 1 or stem != "imagenet" or norm_layer is not nn.BatchNorm2d:
             raise ConfigError(
                 f"encoder {name!r} was given with a width, stem or split batch norm; a timm model has its own: "
-                "take --model.width 1 --model.stem imagenet --model.norm local"
+                "use --model.width 1 --model.stem imagenet --model.norm local"
             )
         return _build_timm(name.removeprefix("timm/"))
     if name not in ENCODERS:
         raise unknown_name("encoder", name, (*ENCODERS, "timm/<model>"), pluggable=True)
-    return ENCODERS[name](width=width, stem=stem, norm_layer=norm_layer)
+    encoder = ENCODERS[name](width=width, stem=stem, norm_layer=norm_layer)
+    if not isinstance(getattr(encoder, "feature_dim", None), int):
+        raise ConfigError(
+            f"encoder {name!r} was given, which has no feature_dim; its plug-in must set it to an integer"
+        )
+    return encoder
 
 
 class ResNet(Encoder):

@@ -1,4 +1,4 @@
-"""Messages that fastssl and its input log while they work, kept until a command shows or writes them."""
+"""Queue of log messages that a command shows or writes later."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _LOGGERS = ("fastssl", "fastssl_pipelines")
 
 
 class NoteQueue(logging.Handler):
-    """Logging handler that collects the messages of all threads; a context manager during which it is attached.
+    """Logging handler that collects messages of fastssl and its input, from level INFO on; safe for threads.
 
-    Messages count from INFO on.
+    It is attached to the loggers "fastssl" and "fastssl_pipelines" inside the `with` block.
     """
 
     def __init__(self) -> None:

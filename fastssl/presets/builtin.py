@@ -13,12 +13,12 @@ from fastssl_pipelines.views import ViewSpec
     data="embedded pictures",
     source="ours",
     published="none",
-    differs="UniMoCo with a tenth of the labels, made for minutes on a CPU",
+    differs="UniMoCo with a tenth of the labels, made to train in minutes on a CPU",
 )
 def quickstart() -> Config:
     """Minutes on two CPU cores, no download: UniMoCo with a tenth of the labels.
 
-    Batch norm in the head and a warm-up bring a run of a thousand steps out of the collapse it starts in.
+    Batch norm in the head and a warm-up get a run of a thousand steps out of its initial collapse.
     """
     view = ViewSpec(size=32, scale=(0.5, 1.0))
     return Config(

@@ -18,7 +18,7 @@ from fastssl.presets.resnet18_recipes import BEST_EPOCH, MOCO_OF_MSVQ, RE_RUN, m
 from fastssl_pipelines.views import ViewSpec
 
 NOTEBOOK = "the CIFAR-10 notebook of facebookresearch/moco"
-OWN_FEATURES = "kNN reads the encoder's features, not the head's 128 numbers"
+OWN_FEATURES = "kNN reads the encoder's features, not the head's 128 outputs"
 UNMIX_CIFAR100 = replace(CIFAR100, data=CIFAR10.data)  # The authors' script normalizes with the statistics of CIFAR-10
 
 
@@ -113,7 +113,7 @@ def co2_cifar10() -> Config:
     "ressl-cifar10",
     data="CIFAR-10",
     source=RE_RUN,
-    published="linear 89.97, kNN 88.89 at 200 epochs (its README); the paper's number was not read",
+    published="linear 89.97, kNN 88.89 at 200 epochs (its README); the paper's result was not read",
     differs="nothing known",
 )
 def ressl_cifar10() -> Config:

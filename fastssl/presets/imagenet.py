@@ -19,7 +19,7 @@ from fastssl.presets.data_sets import IMAGENET, configuration, smog_views, stron
 from fastssl.presets.registry import preset
 from fastssl_pipelines.views import ViewSpec
 
-ONE_DEVICE = "one device with 8-way split batch norm and in-batch shuffle stands for 8 devices"
+ONE_DEVICE = "one device with 8-way split batch norm and in-batch shuffle reproduces 8 devices"
 SMOG_BATCH = 512 / 4096  # What fits one device, as a share of the authors' batch
 
 
@@ -96,7 +96,7 @@ def supcon_imagenet() -> Config:
     "mixco-imagenet",
     data="ImageNet",
     source="Lee-Gihun/MixCo-Mixup-Contrast, exp_mix_res50_imagenet.sh",
-    published="not read: the repository has no numbers",
+    published="not read: the repository has no results",
     differs=f"{ONE_DEVICE}; neighbors are mixed, not the halves of a device's batch, and all keys of the batch are in "
     "the bank, not a device's 32",
 )
@@ -110,7 +110,7 @@ def mixco_imagenet() -> Config:
     source="szq0214/Un-Mix, UnMix_MoCo/for_ImageNet/run.sh",
     published="linear top-1 68.6 at 200 epochs, 71.8 at 800 (its repository)",
     differs=f"{ONE_DEVICE}; neighbors are mixed, not reversed batches; global mixtures in half of the steps as in "
-    "run.sh, UNVERIFIED for the published number (the code's default is none)",
+    "run.sh, UNVERIFIED for the published result (the code's default is none)",
 )
 def unmix_imagenet() -> Config:
     return moco_v2(UnMixConfig(global_probability=0.5))
@@ -168,7 +168,7 @@ def msvq_imagenet() -> Config:
     published="linear top-1 76.6 at 400 epochs (README of the archive)",
     differs="batch 512 on one device, not 4096 on 64: learning rates scaled linearly, momenta as they are; batch norm "
     "over that batch and over one resolution at a time; the gradient passes through the groups, as the authors' README "
-    "says, which their code stops (--method.no-groups-gradient); a checkpoint holds 1.3 GB of projections",
+    "says, while their code stops it (--method.no-groups-gradient); a checkpoint holds 1.3 GB of projections",
 )
 def smog_imagenet() -> Config:
     """Two crops of 224 pixels and four of 96, of view sets that swap their roles; LARS with warm-up and cosine."""

@@ -15,9 +15,9 @@ from fastssl_pipelines.views import ViewSpec
 _Momentum = TypeVar("_Momentum", bound=MomentumConfig)
 
 RE_RUN = "pc-cp/Benchmark-Methods-For-MNN, a re-run by MSVQ's author"
-BEST_EPOCH = "the published number is the best epoch of the linear evaluation"
+BEST_EPOCH = "the published result is the best epoch of the linear evaluation"
 MOCO_OF_MSVQ = (
-    "the settings of that number are not in the repository: queue, momentum and head are MSVQ's own, temperature 0.2 "
+    "the settings of that result are not in the repository: queue, momentum and head are MSVQ's own, temperature 0.2 "
     "and the loss in one direction are UNVERIFIED"
 )
 

@@ -12,7 +12,7 @@ from fastssl.presets.data_sets import IMAGENET, STL10, TINY_IMAGENET, configurat
 from fastssl.presets.registry import preset
 from fastssl.presets.resnet18_recipes import BEST_EPOCH, MOCO_OF_MSVQ, RE_RUN, moco_of_msvq, msvq, ressl
 
-UNLABELED = "the source trains on the 100,000 unlabeled images too: give them with --data.unlabeled"
+UNLABELED = "the source also trains on the 100,000 unlabeled images: give them with --data.unlabeled"
 
 
 @preset(
@@ -74,8 +74,8 @@ def mocov2_tinyimagenet() -> Config:
     "mixco-tinyimagenet",
     data="Tiny ImageNet",
     source="Lee-Gihun/MixCo-Mixup-Contrast, exp_mix_res18_tinyimg.sh",
-    published="not read: the repository has no numbers",
-    differs="one device with 2-way split batch norm and in-batch shuffle stands for 2 devices; neighbors are mixed, "
+    published="not read: the repository has no results",
+    differs="one device with 2-way split batch norm and in-batch shuffle reproduces 2 devices; neighbors are mixed, "
     "not the halves of a device's batch, and all keys of the batch are in the bank, not a device's 64",
 )
 def mixco_tinyimagenet() -> Config:
@@ -101,7 +101,7 @@ def unmix_tinyimagenet() -> Config:
     "ressl-tinyimagenet",
     data="Tiny ImageNet",
     source=RE_RUN,
-    published="linear 46.38, kNN 37.14 at 200 epochs (its README); the paper's number was not read",
+    published="linear 46.38, kNN 37.14 at 200 epochs (its README); the paper's result was not read",
     differs="nothing known",
 )
 def ressl_tinyimagenet() -> Config:

@@ -91,10 +91,10 @@ def _check_parts(config: Config) -> None:
     if model.norm == "split" and model.splits % parts:
         raise ConfigError(
             f"--model.splits {model.splits} was given with {given}; it counts the groups on all of them together and "
-            f"must be a multiple of {parts}: change it or take --model.norm local or sync"
+            f"must be a multiple of {parts}: change it or use --model.norm local or sync"
         )
     if model.norm == "local" and train.batch_size < 2 * parts:
         raise ConfigError(
             f"--train.batch-size {train.batch_size} was given with {given}, one image for each batch norm, which needs "
-            "at least 2: raise it or take --model.norm sync or group"
+            "at least 2: raise it or use --model.norm sync or group"
         )

@@ -17,7 +17,7 @@ import torch
 from fastssl.errors import ConfigError, TrainingError
 from fastssl.renamed import current_facts
 from fastssl_pipelines.errors import MachineError
-from fastssl_pipelines.files import open_atomic, open_regular, raise_if_of_the_machine
+from fastssl_pipelines.files import open_atomic, open_regular, raise_if_machine_error
 from fastssl_pipelines.names import printable
 
 _log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def load(path: Path) -> dict[str, Any]:
                 raise DamagedCheckpoint(f"{path} is damaged: its contents do not match the checksum at its end")
             state = _unpacked(file, path)
     except OSError as error:
-        raise_if_of_the_machine(error, path)
+        raise_if_machine_error(error, path)
         if error.errno in (errno.EACCES, errno.EPERM):
             raise ConfigError(f"{path} may not be read ({error.strerror}); make it readable for this user") from None
         raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None

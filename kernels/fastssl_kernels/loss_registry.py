@@ -60,11 +60,11 @@ class Loss:
     timed: bool
 
     def call(self, given: Inputs, temperature: float) -> tuple[Tensor, ...]:
-        """The floating outputs of the public function, without reduction."""
+        """The floating-point outputs of the public function, unreduced."""
         return _floating(self.function(**self.arguments(given, temperature)))
 
     def define(self, given: Inputs, temperature: float) -> tuple[Tensor, ...]:
-        """The same of the reference."""
+        """The floating-point outputs of the reference, unreduced."""
         return _floating(self.reference(**self.arguments(given, temperature)))
 
 
@@ -91,17 +91,17 @@ def register_loss(
     tolerances: Mapping[torch.dtype, tuple[float, float]] | None = None,
     timed: bool = True,
 ) -> None:
-    """Register a loss; `parity`, `fastssl verify NAME` and the benchmarks then run it as they run ours.
+    """Register a loss, ours or a plug-in's, for `parity`, `fastssl verify NAME` and the benchmarks.
 
-    `function`: the public function. `reference`: its definition in plain torch, also for float64, with the same
-    arguments. Both return a tensor of rows or a tuple of them. `arguments`: the keyword arguments of both, made of
-    `Inputs` and a temperature; for the rows, not their mean, where there is a reduction.
+    `function`: the public function. `reference`: its definition in plain torch, in any dtype including float64,
+    with the same arguments. Both return a tensor of rows, or a tuple of tensors. `arguments`: builds the keyword
+    arguments of both from `Inputs` and a temperature, with reduction "none" if there is a reduction.
 
     `gradients`: the fields of `Inputs` that get a gradient. `backends`: "blockwise" for plain torch, "triton" for a
     function that `use_backend("triton")` runs on Triton kernels. `difference`: the loss is a difference of two
-    softmaxes' means, which rounding hurts more. `in_batch`: the rows are the bank, and have its dtype.
-    `tolerances`: relative errors allowed of loss and gradient, by dtype of the queue, in place of
-    `parity.tolerances`. `timed`: False where `arguments` takes longer than the loss.
+    softmaxes' means, which amplifies rounding. `in_batch`: the rows are the bank, and have its dtype. `tolerances`:
+    relative errors allowed of loss and gradient, by dtype of the queue, in place of `parity.tolerances`. `timed`:
+    False where `arguments` takes longer than the loss.
 
     Raises ValueError if the name is taken, or for an unknown field or backend.
     """
@@ -120,7 +120,7 @@ def register_loss(
 
 
 def unregister_loss(name: str) -> None:
-    """Forget a registered loss; a ValueError if there is none of that name."""
+    """Remove a registered loss; ValueError if no loss has that name."""
     if name not in LOSSES:
         raise ValueError(f'no loss is named "{name}"; the registered ones are {", ".join(LOSSES)}')
     del LOSSES[name]

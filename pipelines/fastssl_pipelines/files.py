@@ -17,7 +17,7 @@ IMAGE_AT_MOST_BYTES = GIB  # Encoded; the largest microscope TIFF that Pillow ca
 TEXT_AT_MOST_BYTES = GIB  # A list of the 14 million images of ImageNet-21k has 0.5 GB
 
 # Errors that say nothing about the file: it may be fine at the next try, so it stays in the data set.
-_OF_THE_MACHINE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
+_MACHINE_ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT))
 
 StrPath = str | os.PathLike[str]
 
@@ -27,15 +27,15 @@ def open_regular(path: StrPath) -> BinaryIO:
 
     OSError if it is not a regular file or cannot be opened, MachineError if the machine is at fault.
     """
-    return io.FileIO(descriptor_of(path))
+    return io.FileIO(open_descriptor(path))
 
 
-def descriptor_of(path: StrPath) -> int:
+def open_descriptor(path: StrPath) -> int:
     """Like `open_regular`, but returns a file descriptor, which the caller closes."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
-        raise_if_of_the_machine(error, path)
+        raise_if_machine_error(error, path)
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -55,7 +55,7 @@ def read_file(path: StrPath, *, at_most_bytes: int) -> bytes:
         try:
             return file.read(size)
         except OSError as error:
-            raise_if_of_the_machine(error, path)
+            raise_if_machine_error(error, path)
             raise
 
 
@@ -72,9 +72,9 @@ def too_large(size_bytes: int, at_most_bytes: int, path: StrPath) -> OSError:
     return OSError(errno.EFBIG, f"it has {size_bytes} bytes and at most {at_most_bytes} are allowed", os.fspath(path))
 
 
-def raise_if_of_the_machine(error: OSError, path: StrPath) -> None:
+def raise_if_machine_error(error: OSError, path: StrPath) -> None:
     """Raise MachineError if `error` is about the machine and not about the file at `path`."""
-    if error.errno in _OF_THE_MACHINE:
+    if error.errno in _MACHINE_ERRNOS:
         raise MachineError(
             f"{os.fspath(path)} could not be read because this machine failed ({error.strerror}), which says nothing "
             "about the file; raise the limit (ulimit -n) or fix the disk, then start or resume again"

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from fastssl.distributed import local_rows, mean_over_ranks, world_size
 from fastssl.methods import TrainProgress
 from fastssl.models.norm import averaged_statistics, convert_to_sync
 from fastssl.models.queue import gather_state
 from fastssl_pipelines.batch import Batch
+from fastssl_pipelines.executors.workers import context
 from tests.fastssl.small_methods import a_batch, build
 
 LR = 0.0005  # With more, ReSSL collapses in a few steps and its gradient is only rounding noise
+
+
+def fork_ranks(function, arguments, ranks):
+    """Call `function(rank, *arguments)` in a process per rank, forked from a server that has imported torch."""
+    context()  # Sets what the fork server imports
+    torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def join(store, rank, ranks):

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.nn.functional import normalize
 
 from fastssl.cli import main
@@ -17,7 +16,7 @@ from fastssl.methods import METHODS, TrainProgress, smog
 from fastssl.models.kmeans import spherical_kmeans
 from fastssl.models.queue import KeyQueue, queue_hash
 from fastssl.train import checkpoint
-from tests.fastssl.rank_runs import a_method, a_run, join
+from tests.fastssl.rank_runs import a_method, a_run, fork_ranks, join
 from tests.fastssl.small_methods import BATCH, SHARDABLE, a_batch, a_step, build, sgd
 from tests.fastssl.test_runs import assert_same, final_state
 from tests.faults.runs import contents, refusal, train
@@ -316,7 +315,7 @@ def a_rank(rank, folder):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(a_rank, (str(folder),), nprocs=2)
+    fork_ranks(a_rank, (str(folder),), 2)
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
 
 

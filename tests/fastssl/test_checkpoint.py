@@ -249,7 +249,7 @@ def test_a_failed_write_interrupts_nothing_and_keeps_older_checkpoints(folder, m
     assert steps(folder) == [4]
 
 
-def test_a_problem_is_reported_once(folder, monkeypatch, notes):
+def test_a_failed_write_is_logged_once(folder, monkeypatch, notes):
     checkpoints = Checkpoints(folder, keep=1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail(errno.EROFS))

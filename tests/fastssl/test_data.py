@@ -1,4 +1,4 @@
-"""The training and test images of a configuration, from every kind of --data.root, without those in quarantine."""
+"""Training and test images of a configuration, from every kind of --data.root, without quarantined ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def root(tmp_path):
 
 
 def pack(folder):
-    """A .tar file in place of a folder of class folders."""
+    """Replace a folder of class folders by a .tar file."""
     with tarfile.open(folder.with_suffix(".tar"), "w") as archive:
         for path in sorted(folder.rglob("*.png")):
             archive.add(path, path.relative_to(folder))
@@ -45,14 +45,14 @@ def pack(folder):
 
 
 def listed(folder):
-    """A list file beside a folder that is renamed, so that only the list leads to the images."""
+    """Write a list file and rename the folder, so that only the list leads to the images."""
     moved = folder.rename(folder.with_name(f"images of {folder.name}"))
     lines = [f"{path.relative_to(folder.parent)}\t{path.parent.name}\n" for path in sorted(moved.rglob("*.png"))]
     folder.with_suffix(".txt").write_text("".join(lines))
 
 
 def shards(folder):
-    """A folder of .tar files in place of one of class folders."""
+    """Replace a folder of class folders by a folder of .tar files."""
     pack(folder)
     folder.mkdir()
     folder.with_suffix(".tar").rename(folder / "part-0.tar")
@@ -77,8 +77,8 @@ def test_every_form_of_a_split(root, form, notes):
 def test_splits_of_different_classes_are_refused(root):
     write(root / "val" / "bird" / "1.png")
     write(root / "val" / "ape" / "1.png")
-    told = r"val has 4 classes and .*train 2, and the training images have none called ape, bird; .*--data\.root"
-    with pytest.raises(ConfigError, match=told):
+    message = r"val has 4 classes and .*train 2, and the training images have none called ape, bird; .*--data\.root"
+    with pytest.raises(ConfigError, match=message):
         splits(root)
 
 
@@ -98,7 +98,7 @@ def test_test_images_are_labeled_by_the_names_of_the_training_classes(root, note
     [("training", "validation"), ("Train", "Test"), ("TRAIN", "valid"), ("Training", "VAL")],
 )
 @pytest.mark.parametrize("form", [None, pack, listed])
-def test_splits_may_be_called_otherwise(root, train, test, form, notes):
+def test_splits_may_have_other_names(root, train, test, form, notes):
     for old, new in (("train", train), ("val", test)):
         (root / old).rename(root / new)
         if form:
@@ -108,16 +108,16 @@ def test_splits_may_be_called_otherwise(root, train, test, form, notes):
     assert notes.take() == []
 
 
-def test_of_several_test_splits_the_others_are_told(root, notes):
+def test_unused_test_splits_are_reported(root, notes):
     shutil.copytree(root / "val", root / "test")
     (root / "annotations").mkdir()
     _, test = splits(root)
     assert test.name == str(root / "test")
     (note,) = notes.take()
-    assert "only train and test is used; these folders are not: annotations, val" in note
+    assert "only train and test are used; these folders are not: annotations, val" in note
 
 
-def test_classes_that_are_called_as_splits_are_told(root, notes):
+def test_classes_with_the_names_of_splits_are_reported(root, notes):
     (root / "train").rename(root / "test")
     train, _ = splits(root)
     assert train.classes == ("test", "val")
@@ -125,7 +125,7 @@ def test_classes_that_are_called_as_splits_are_told(root, notes):
     assert "have the names of splits, test, val; " in note
 
 
-def test_files_that_are_no_images_are_told(root, notes):
+def test_files_that_are_not_images_are_reported(root, notes):
     for number in range(3):
         (root / "train" / "cat" / f"{number}.webm").touch()
     for _ in range(2):  # The second time from the cached index
@@ -188,7 +188,7 @@ def test_a_file_without_a_header_does_not_stop_the_others(root):
     assert len(held_out_train.defects) + len(held_out_test.defects) == 1
 
 
-def test_a_note_is_there_once(root, tmp_path, monkeypatch, notes):
+def test_a_cache_that_cannot_be_written_is_reported_once(root, tmp_path, monkeypatch, notes):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "file" / "cache"))
     splits(root / "train")
@@ -248,7 +248,7 @@ def test_a_bar_shows_any_name(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("waited", "shown"), [(0.5, False), (1.5, True)])
-def test_a_bar_is_for_those_who_wait(monkeypatch, capsys, waited, shown):
+def test_a_bar_appears_after_a_second(monkeypatch, capsys, waited, shown):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -1,4 +1,4 @@
-"""`fastssl data check`: what is printed, the exit code, and that its list leaves exactly the bad images out."""
+"""`fastssl data check`: its output, exit code, and list of exactly the bad images."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_files_that_are_no_images_are_counted(tmp_path, capsys):
     assert "test: 1 file is not used: 1 .csv\n" in printed
 
 
-def test_images_of_training_that_are_test_images_too_are_told(tmp_path, capsys):
+def test_images_in_both_training_and_test_are_reported(tmp_path, capsys):
     write(tmp_path / "train", GOOD)
     write(tmp_path / "test", {"a/again.jpg": GOOD["a/1.jpg"], "b/new.jpg": picture(99)})
     assert check(tmp_path) == 0
@@ -120,7 +120,7 @@ def test_any_name_is_shown_and_listed_and_found_again(tmp_path, capsys, notes):
 
 
 @pytest.mark.parametrize("kind", ["link", "dead link", "fifo"])
-def test_the_list_is_not_written_through_what_lies_there(tmp_path, capsys, kind):
+def test_the_list_never_overwrites_a_link_or_special_file(tmp_path, capsys, kind):
     root, listed, victim = write(tmp_path / "data", GOOD | BAD), tmp_path / "bad.txt", tmp_path / "victim"
     if kind == "fifo":
         os.mkfifo(listed)
@@ -129,18 +129,18 @@ def test_the_list_is_not_written_through_what_lies_there(tmp_path, capsys, kind)
         if kind == "link":
             victim.write_text("precious")
     assert check(root, "--quarantine", listed) == 2
-    assert "bad.txt is there already" in capsys.readouterr().err
+    assert "bad.txt already exists" in capsys.readouterr().err
     assert victim.exists() == (kind == "link")
 
 
-def test_of_many_names_the_first_are_shown(tmp_path, capsys):
+def test_only_the_first_of_many_names_are_shown(tmp_path, capsys):
     assert check(write(tmp_path, GOOD | {f"a/empty{number}.jpg": b"" for number in range(8)})) == EXIT_FOUND
     printed = capsys.readouterr().out
     assert "    a/empty4.jpg\n    and 3 more\n" in printed
     assert "empty5" not in printed
 
 
-def test_the_list_leaves_exactly_the_bad_images_out_of_a_run(tmp_path):
+def test_the_list_excludes_exactly_the_bad_images_from_a_run(tmp_path):
     root = write(tmp_path / "data", {"train/" + name: content for name, content in (GOOD | HARMLESS | BAD).items()})
     write(root / "val", {"a/1.jpg": picture(50), "b/1.jpg": picture(51), "b/empty.jpg": b""})
     listed = tmp_path / "bad.txt"
@@ -158,7 +158,7 @@ def test_a_name_in_train_and_test_counts_twice_and_is_listed_once(tmp_path, caps
     assert (tmp_path / "bad.txt").read_text() == "a/1.jpg\n"
 
 
-def test_train_and_test_images_are_told_apart(tmp_path, capsys):
+def test_train_and_test_images_are_distinguished(tmp_path, capsys):
     write(tmp_path / "train", {"a/1.jpg": picture(1), "b/1.jpg": b""})
     write(tmp_path / "test", {"a/1.jpg": b"", "b/1.jpg": picture(2)})
     assert check(tmp_path) == EXIT_FOUND
@@ -177,7 +177,7 @@ def test_an_empty_list_may_be_overwritten_and_another_file_not(tmp_path, capsys)
     assert check(root, "--quarantine", listed) == EXIT_FOUND
     before = listed.read_bytes()
     assert check(root, "--quarantine", listed) == 2
-    assert "bad.txt is there already; remove it or give the name of a new file" in capsys.readouterr().err
+    assert "bad.txt already exists; remove it or give the name of a new file" in capsys.readouterr().err
     assert listed.read_bytes() == before
 
 

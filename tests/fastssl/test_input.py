@@ -1,4 +1,4 @@
-"""What a run makes of its input: bad images, and the options of the input path."""
+"""Runs with bad images and with options of the input path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY = (
 
 @pytest.fixture
 def root(tmp_path):
-    """Two classes of 120 images each; one of the training images is cut, another is no image at all."""
+    """Two classes of 120 images each; one training image is cut, another is not an image."""
     for label, name in enumerate(("cat", "dog")):
         folder = tmp_path / "images" / name
         folder.mkdir(parents=True)
@@ -29,7 +29,7 @@ def root(tmp_path):
 
 
 @pytest.mark.parametrize("pipeline", ["resident", "torchvision", "dali"])
-def test_a_run_goes_on_past_bad_images_and_tells_them(pipeline, root, tmp_path, capsys):
+def test_a_run_continues_past_bad_images_and_logs_them(pipeline, root, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = f"mocov2-cifar10 {TINY} --data.root {root} --data.pipeline {pipeline} --run.dir {run}"
     assert main(["pretrain", *arguments.split()]) == 0
@@ -42,7 +42,7 @@ def test_a_run_goes_on_past_bad_images_and_tells_them(pipeline, root, tmp_path, 
     assert [record["unreadable"] for record in records if record["event"] == "train"][-1] == 2
 
 
-def test_data_check_finds_them_and_a_run_without_them_has_nothing_to_tell(root, tmp_path, capsys):
+def test_data_check_finds_them_and_a_run_without_them_logs_nothing(root, tmp_path, capsys):
     listed, run = tmp_path / "bad.txt", tmp_path / "run"
     assert main(["data", "check", str(root), "--quarantine", str(listed)]) == 1
     assert listed.read_text().split() == ["dog/003.jpg", "dog/004.jpg"]
@@ -62,7 +62,7 @@ def test_data_check_finds_them_and_a_run_without_them_has_nothing_to_tell(root, 
         ("--data.decode fast", "--data.decode"),
     ],
 )
-def test_options_that_cannot_be_used_are_told_in_a_sentence(option, words, root, capsys):
+def test_unusable_options_are_one_sentence(option, words, root, capsys):
     assert main(["pretrain", "mocov2-cifar10", "--train.device", "cpu", "--data.root", str(root), *option.split()]) == 2
     error = capsys.readouterr().err
     assert words in error

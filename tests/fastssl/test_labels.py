@@ -1,4 +1,4 @@
-"""Which labels a method sees: a share of each class, a list of names, unlabeled images beside the labeled ones."""
+"""Labels that a method sees: a fraction of each class, a label list, and unlabeled images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def arguments(data, *more):
 
 
 def seen(data, *more):
-    """Label by file name, as one epoch of training steps gives them to the method."""
+    """Labels by file name that one epoch of training passes to the method."""
     config = parse(["unimoco-cifar10", *arguments(data, "--train.batch-size 1 --model.norm group", *more)])
     source = open_splits(config).train
     steps = train_sampler(config, source)
@@ -60,7 +60,7 @@ def known(labels):
     return {name.rsplit("/", 1)[1]: label for name, label in labels.items() if label != -1}
 
 
-def test_a_list_shows_the_labels_of_its_names_alone(data):
+def test_a_list_reveals_only_the_labels_of_its_names(data):
     labels = seen(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
     assert len(labels) == 20
     assert known(labels) == {"cat_3.png": 0, "cat_9.png": 0, "dog_0.png": 1}
@@ -96,11 +96,11 @@ def test_an_unlabeled_folder_adds_images_and_no_labels(data, labels):
     assert all(label == -1 for name, label in joint.items() if "/more/" in name)
 
 
-def test_unlabeled_images_stand_last_and_only_in_training(data):
+def test_unlabeled_images_come_last_and_only_in_training(data):
     train, test = open_splits(parse(["unimoco-cifar10", *arguments(data, "--data.unlabeled {data}/more")]))
     assert train.labels.tolist() == [0] * 10 + [1] * 10 + [-1] * 7
     assert test.labels.tolist() == [0, 0, 1, 1]
-    # Without a test split, the images kept from training are labeled ones
+    # Without a test split, only labeled images are held out
     options = f"--data.root {data}/labeled/train --data.unlabeled {data}/more"
     train, test = open_splits(parse(["unimoco-cifar10", *options.split()]))
     assert train.labels.tolist() == [0] * 9 + [1] * 9 + [-1] * 7
@@ -115,19 +115,20 @@ def test_a_list_takes_the_place_of_the_presets_fraction(data, form):
 def test_names_that_are_not_found_are_counted(data, notes):
     (data / "list.txt").write_text("cat_3.png\nbird_1.png\ncat_11.png\n")
     labels = seen(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
-    note, _ = notes.take()  # The other one is about the one class that is left
+    note, _ = notes.take()  # The other note is about the only class
     assert re.search(r"list\.txt: 2 of its names .* among them bird_1\.png", note)
     assert known(labels) == {"cat_3.png": 0}
 
 
 @pytest.mark.parametrize("method", ["unimoco", "supcon", "mocov2"])
-def test_known_labels_of_one_class_are_told_to_methods_that_use_them(data, method, notes):
+def test_known_labels_of_one_class_are_reported_for_methods_that_use_labels(data, method, notes):
     (data / "list.txt").write_text("\n".join(f"dog_{number}.png" for number in range(10)))
     config = parse([f"{method}-cifar10", *arguments(data, "--data.label-list {data}/list.txt")])
     train_sampler(config, open_splits(config).train)
-    told = notes.take()
-    assert len(told) == (method != "mocov2")
-    assert all(note.startswith("all known labels are one class, dog, so its images have no negatives") for note in told)
+    messages = notes.take()
+    assert len(messages) == (method != "mocov2")
+    start = "all known labels are one class, dog, so its images have no negatives"
+    assert all(note.startswith(start) for note in messages)
 
 
 def test_with_one_class_nothing_is_classified(data, capsys):
@@ -142,9 +143,9 @@ def test_with_one_class_nothing_is_classified(data, capsys):
     assert "knn_top1" not in (folder / "metrics.jsonl").read_text()
     for protocol in ("knn", "linear"):
         assert main(["eval", protocol, str(folder)]) == 2
-        told = capsys.readouterr().err.splitlines()
-        assert len(told) == 1
-        assert "are all of one class, and an evaluation needs two" in told[0]
+        messages = capsys.readouterr().err.splitlines()
+        assert len(messages) == 1
+        assert "are all of one class, and an evaluation needs two" in messages[0]
 
 
 def test_the_new_paths_survive_json(data):
@@ -155,7 +156,7 @@ def test_the_new_paths_survive_json(data):
 
 
 def run(data, *more, preset="unimoco-cifar10"):
-    """A run's exit code, its folder and the labels in the queue at its end."""
+    """Train; returns the exit code, the run folder and the labels in the final queue."""
     folder = data / "run"
     code = main(["pretrain", preset, *arguments(data, f"--run.dir {folder}", *more)])
     (checkpoint,) = (folder / "checkpoints").glob("*2.pt")
@@ -190,7 +191,7 @@ def test_a_run_without_labels_never_sees_one(data):
     assert (code, queue, start(folder)["labels"]) == (0, [-1] * 16, 0)
 
 
-def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
+def test_a_run_resumes_only_with_its_original_labels(data, capsys):
     code, folder, _ = run(data, "--data.label-fraction 1 --data.label-list {data}/list.txt")
     assert code == 0
     before = (folder / "metrics.jsonl").read_text()
@@ -223,8 +224,8 @@ def test_a_run_goes_on_only_with_the_labels_of_its_start(data, capsys):
         ("--data.unlabeled {data}/list.txt", ["line 1 of {data}/list.txt", "cannot be found", "--data.unlabeled"]),
         ("--data.unlabeled {data}/round", ["{data}/round is not a folder", "--data.unlabeled"]),
         ("--data.unlabeled {data}/nothing", ["{data}/nothing holds no", "--data.unlabeled"]),
-        ("--data.unlabeled {data}/labeled", ["--data.unlabeled {data}/labeled", "in one another"]),
-        ("--data.unlabeled {data}/labeled/test/cat", ["--data.unlabeled {data}/labeled/test/cat", "one another"]),
+        ("--data.unlabeled {data}/labeled", ["--data.unlabeled {data}/labeled", "overlap"]),
+        ("--data.unlabeled {data}/labeled/test/cat", ["--data.unlabeled {data}/labeled/test/cat", "overlap"]),
     ],
 )
 def test_bad_label_options_are_one_sentence_and_leave_no_run(data, capsys, options, words):

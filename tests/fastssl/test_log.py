@@ -67,28 +67,31 @@ from pathlib import Path
 from fastssl.observe.metrics_log import MetricsLog
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-log = MetricsLog(Path(sys.argv[1]))
-for step in range(1, 4):
-    log.write("train", step=step)
-size = log.path.stat().st_size
-resource.setrlimit(resource.RLIMIT_FSIZE, (size + int(sys.argv[2]), resource.RLIM_INFINITY))
-problems = [log.write("train", step=step) for step in range(4, 7)]
-print(log.path.stat().st_size - size, *filter(None, problems), [record["step"] for record in log.read()], sep="|")
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-log.write("train", step=7)
+for room in map(int, sys.argv[2:]):
+    log = MetricsLog(Path(sys.argv[1]) / str(room))
+    for step in range(1, 4):
+        log.write("train", step=step)
+    size = log.path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, resource.RLIM_INFINITY))
+    problems = [log.write("train", step=step) for step in range(4, 7)]
+    read = [record["step"] for record in log.read()]
+    print(log.path.stat().st_size - size, *filter(None, problems), read, sep="|")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    log.write("train", step=7)
 """
+ROOMS = (0, 1, 20, 35, 80)
 
 
-@pytest.mark.parametrize("room", [0, 1, 20, 35, 80])
-def test_a_short_write_corrupts_nothing(log, room):
+def test_short_writes_corrupt_nothing(tmp_path):
     """A record takes 30 bytes, so the disk fills up at once, or within the first, second or third record."""
-    command = [sys.executable, "-c", FULL_DISK, str(log.path), str(room)]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), *map(str, ROOMS)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    written, problem, read = result.stdout.strip().split("|")
-    assert int(written) == room
-    assert "File too large" in problem
-    assert read == "[1, 2, 3, 4, 5, 6]"
-    assert lines(log) == [1, 2, 3, 4, 5, 6, 7]
+    for room, line in zip(ROOMS, result.stdout.splitlines(), strict=True):
+        written, problem, read = line.split("|")
+        assert int(written) == room
+        assert "File too large" in problem
+        assert read == "[1, 2, 3, 4, 5, 6]"
+        assert lines(MetricsLog(tmp_path / str(room))) == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`fastssl preview`: the pixels of the picture are those of the plan, and so are the numbers under them."""
+"""`fastssl preview`: the pixels and captions of the picture are those of the plan."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastssl_pipelines.plan import ViewPlan
 from fastssl_pipelines.views import ViewSpec
 
 PLAIN = ViewSpec(size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter_probability=0.0, grayscale=0.0)
-ENLARGED = 5  # Times, which makes 160 pixels of 32
-TOP, LEFTS = 50, (10, 180, 350)  # Of the first row: of its source and its two views
+ENLARGED = 5  # Factor from 32 to 160 pixels
+TOP, LEFTS = 50, (10, 180, 350)  # Of the source and the two views in the first row
 
 
 def plain_config(**data):
@@ -42,18 +42,18 @@ def same_picture(pixels):
     return pixels.repeat(ENLARGED, 0).repeat(ENLARGED, 1)
 
 
-def test_views_have_their_pixels_back_from_the_normalization(tmp_path):
+def test_the_normalization_of_views_is_undone(tmp_path):
     config = plain_config(pictures=300)
     page = drawn(config, tmp_path, images=1, step=1)
     source = open_splits(config).train
     expected = same_picture(source.pixels(int(train_sampler(config, source)[1].ids[0])))
     for left in LEFTS[1:]:
         assert np.array_equal(tile(page, left), expected)
-    inner = slice(2, -2)  # Within the lines of the boxes
+    inner = slice(2, -2)  # Inside the outlines of the boxes
     assert np.array_equal(tile(page, LEFTS[0])[inner, inner], expected[inner, inner])
 
 
-def test_the_boxes_are_drawn_where_the_plan_has_them(tmp_path):
+def test_the_boxes_are_those_of_the_plan(tmp_path):
     config = load("quickstart")
     config = replace(config, seed=3, data=replace(config.data, pictures=300))
     page = tile(drawn(config, tmp_path, images=1), LEFTS[0])
@@ -104,7 +104,7 @@ def test_an_unreadable_image_is_replaced_as_in_training(tmp_path, pipeline):
     assert (tile(page, LEFTS[1]) == (second, 0, 0)).all()
 
 
-def test_the_command_takes_the_options_of_pretrain_and_tells_the_file(tmp_path, capsys):
+def test_the_command_accepts_the_options_of_pretrain_and_prints_the_file(tmp_path, capsys):
     out = tmp_path / "views.png"
     arguments = [
         "--images",
@@ -124,11 +124,11 @@ def test_the_command_takes_the_options_of_pretrain_and_tells_the_file(tmp_path, 
         assert page.width == LEFTS[-1] + 160 + 10
 
 
-def test_views_of_different_sizes_stand_beside_one_another(tmp_path):
+def test_views_of_different_sizes_are_side_by_side(tmp_path):
     config = load("quickstart")
     config = replace(config, views=(PLAIN, replace(PLAIN, size=200)), data=replace(config.data, pictures=300))
     page = drawn(config, tmp_path, images=2)
-    assert page.shape[1] == 10 + 200 + 10 + 160 + 10 + 200 + 10 - 8  # A source of 6 * 32 = 192 pixels
+    assert page.shape[1] == 10 + 200 + 10 + 160 + 10 + 200 + 10 - 8  # The source has 6 * 32 = 192 pixels
 
 
 @pytest.mark.parametrize(

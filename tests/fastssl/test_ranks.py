@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 
 from fastssl.distributed import gather_rows, gather_rows_with_gradient, local_rows, rank, world_size
 from fastssl.methods import METHODS
 from fastssl.methods.queue_method import momentum_rows
 from fastssl.models.norm import averaged_statistics, convert_to_sync
-from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join, part
+from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, fork_ranks, join, part
 from tests.fastssl.small_methods import a_batch
 
 RANKS = 2
@@ -109,10 +108,11 @@ def a_rank(of_rank, store, results):
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     arguments = (str(folder / "store"), str(folder / "results"))
-    torch.multiprocessing.spawn(a_rank, arguments, nprocs=RANKS)
+    fork_ranks(a_rank, arguments, RANKS)
     return folder / "results"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_equal_one(two_ranks, variant):
     expected = run_of(variant)
@@ -120,6 +120,7 @@ def test_two_ranks_equal_one(two_ranks, variant):
         assert_same_run(torch.load(f"{two_ranks}{of_rank}")[variant], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", norm_layers())
 def test_synchronized_batch_norm_is_that_of_the_whole_batch(two_ranks, kind):
     expected = normalization(kind)
@@ -127,6 +128,7 @@ def test_synchronized_batch_norm_is_that_of_the_whole_batch(two_ranks, kind):
         torch.testing.assert_close(torch.load(f"{two_ranks}norm{of_rank}")[kind], expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_gathered_rows_and_their_gradient(two_ranks):
     expected = torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 10])
     for of_rank in range(RANKS):
@@ -138,6 +140,7 @@ def test_gathered_rows_and_their_gradient(two_ranks):
         assert torch.equal(gradient, 3 * torch.arange(12.0).view(6, 2)[3 * of_rank : 3 * of_rank + 3])
 
 
+@pytest.mark.slow
 def test_shuffled_keys_share_batch_norm_with_their_queries_by_chance_alone(two_ranks):
     first, second = (torch.load(f"{two_ranks}shuffle{of_rank}") for of_rank in range(RANKS))
     assert first[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.nn.functional import normalize
 
 import fastssl_kernels
@@ -16,7 +15,7 @@ from fastssl.methods.sharded import sharded_read
 from fastssl.methods.shared_options import ShardableQueueConfig
 from fastssl.models.queue import KeyQueue, gather_state, queue_hash
 from fastssl_kernels import queue_read
-from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, join
+from tests.fastssl.rank_runs import a_method, a_run, assert_same_run, fork_ranks, join
 from tests.fastssl.small_methods import QUEUE, SHARDABLE, build
 
 WORLDS = (2, 4)
@@ -87,7 +86,7 @@ def a_process(rank, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    torch.multiprocessing.spawn(a_process, (str(folder),), nprocs=4)
+    fork_ranks(a_process, (str(folder),), 4)
     return folder
 
 
@@ -188,5 +187,5 @@ def test_unusable_options_are_refused():
     with_a_queue = {name for name, method in METHODS.items() if issubclass(method.Config, ShardableQueueConfig)}
     assert set(SHARDABLE) < with_a_queue
     for name in with_a_queue - set(SHARDABLE):
-        with pytest.raises(ConfigError, match=f"--method.shard-queue was given with {name}, .*mixco, .*mocov1"):
+        with pytest.raises(ConfigError, match=f"--method.shard-queue was given with {name}, .*mixco, mocov1, mocov2"):
             METHODS[name].Config(shard_queue=True)

@@ -12,7 +12,7 @@ from fastssl_kernels.rows import Rows
 
 @pytest.fixture(autouse=True)
 def small_on_a_cpu(monkeypatch):
-    """Seconds instead of a minute, and no interpreter."""
+    """Seconds instead of a minute, without the interpreter."""
     monkeypatch.setattr(verify, "CPU_SHAPE", (17, 200, 128))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
@@ -35,7 +35,7 @@ def test_every_dtype_of_one_loss(capsys):
     assert main(["verify", "info_nce", "--device", "cpu"]) == 0
     *rows, last = (line for line in lines(capsys) if "pass" in line[-1])
     assert [row[1] for row in rows] == ["float64", "float32", "bfloat16", "float16"]
-    # The same code in float32, with products rounded to 8 bits: what the last but two columns tell.
+    # The column `plain`: the same code with products rounded to 8 bits
     assert float(rows[2][5]) > 100 * float(rows[1][5])
     assert " ".join(last) == "all 4 passed"
 
@@ -89,7 +89,7 @@ def test_the_caption_names_device_and_versions(capsys):
     assert "17 x 200 x 128" in printed
 
 
-def test_bad_arguments_are_told_in_a_sentence(capsys, monkeypatch):
+def test_bad_arguments_are_reported_in_a_sentence(capsys, monkeypatch):
     assert main(["verify", "infonce"]) == 2
     assert "did you mean 'info_nce'?" in capsys.readouterr().err
     assert main(["verify", "--dtype", "float8"]) == 2

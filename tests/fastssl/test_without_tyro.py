@@ -2,83 +2,91 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
 HIDDEN = """
-import sys
+import contextlib, io, json, sys
 sys.modules["tyro"] = sys.modules["rich"] = None
 from fastssl.cli import main
-code = main(sys.argv[1:])
+ended = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    ended.append((code, out.getvalue(), err.getvalue()))
 assert not [name for name in sys.modules if name.startswith(("tyro.", "rich."))]
-sys.exit(code)
+print(json.dumps(ended))
 """
 TINY = "--train.batch-size 32 --data.pictures 300 --model.width 0.25 --train.device cpu"
 
 
-def fastssl(arguments: str, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", HIDDEN, *arguments.split(), *more]
+class Ended(NamedTuple):
+    """What a command returned and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def fastssl(*commands: str, profiled: bool = False) -> list[Ended]:
+    """Run commands one after the other in one process; where one is profiled, torch's profiler writes to stderr."""
+    script = [sys.executable, "-c", HIDDEN, json.dumps([command.split() for command in commands])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # Compiling would take a minute
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert profiled or done.stderr == ""
+    return [Ended(*ended) for ended in json.loads(done.stdout)]
 
 
-def test_verify_prints_its_table():
-    run = fastssl("verify info_nce --dtype float32 --device cpu")
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+BAD = {
+    "pretrain --train.stepz 3": "did you mean '--train.steps'?",
+    "pretrain --train.steps 0": "--train.steps 0 was given; it must be at least 1",
+    "bench step --steps x": '--steps "x" was given; it must be an integer',
+}
+
+
+def test_verify_prints_its_table_and_bad_options_are_one_sentence():
+    verified, *refused = fastssl("verify info_nce --dtype float32 --device cpu", *BAD)
+    assert (verified.code, verified.err) == (0, "")
+    lines = verified.out.splitlines()
     assert lines[0].split() == ["loss", "dtype", "backend", "error:", "plain:", "limit:", "layout"]
     assert any(line.split()[:3] == ["info_nce", "float32", "blockwise"] and line.endswith("pass") for line in lines)
     assert "passed" in lines[-1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("pretrain --train.stepz 3", "did you mean '--train.steps'?"),
-        ("pretrain --train.steps 0", "--train.steps 0 was given; it must be at least 1"),
-        ("bench step --steps x", '--steps "x" was given; it must be an integer'),
-    ],
-)
-def test_bad_options_are_one_sentence(arguments, words):
-    run = fastssl(arguments)
-    assert run.returncode == 2
-    assert words in run.stderr
-    assert len(run.stderr.splitlines()) == 1
+    for ended, words in zip(refused, BAD.values(), strict=True):
+        assert ended.code == 2
+        assert words in ended.err
+        assert len(ended.err.splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_a_run_trains_resumes_and_is_evaluated(tmp_path):
-    folder = str(tmp_path / "run")
-    run = fastssl(f"pretrain --train.steps 3 {TINY}", "--run.dir", folder)
-    assert run.returncode == 0, run.stderr
-    assert "step 3/3  loss " in run.stdout
-    assert "encoder after training " in run.stdout
-    for command in ("resume", "eval knn", "report"):
-        run = fastssl(command, folder)
-        assert (run.returncode, run.stderr) == (0, "")
-    assert "step 3/3  loss " in (tmp_path / "run" / "console.log").read_text()
+    folder = tmp_path / "run"
+    others = [f"{command} {folder}" for command in ("resume", "eval knn", "report")]
+    trained, *later = fastssl(f"pretrain --train.steps 3 {TINY} --run.dir {folder}", *others)
+    assert trained.code == 0, trained.err
+    assert "step 3/3  loss " in trained.out
+    assert "encoder after training " in trained.out
+    assert [(ended.code, ended.err) for ended in later] == [(0, "")] * 3
+    assert "step 3/3  loss " in (folder / "console.log").read_text()
 
 
 @pytest.mark.slow
-def test_doctor_and_a_benchmark_print(tmp_path):
-    run = fastssl("doctor")
-    assert run.returncode == 0, run.stderr
-    assert "loss backends on cpu" in run.stdout
-    file = tmp_path / "input.json"
-    run = fastssl(
-        "bench input quickstart --images 16 --batch-size 8 --seconds 0.2 --repeats 1 --pipelines resident --device cpu",
-        *("--json", str(file)),
+def test_doctor_and_the_benchmarks_print(tmp_path):
+    numbers = tmp_path / "input.json"
+    doctor, bench_input, bench_step = fastssl(
+        "doctor",
+        "bench input quickstart --images 16 --batch-size 8 --seconds 0.2 --repeats 1 --pipelines resident --device cpu "
+        f"--json {numbers}",
+        "bench step quickstart --batch-size 16 --steps 2 --repeats 2 --device cpu",
+        profiled=True,
     )
-    assert run.returncode == 0, run.stderr
-    assert file.exists()
-    assert any(line.startswith("fastssl resident  ") for line in run.stdout.splitlines())
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_the_step_prints():
-    run = fastssl("bench step quickstart --batch-size 16 --steps 2 --repeats 2 --device cpu")
-    assert run.returncode == 0, run.stderr
-    assert any(line.startswith("supervised encoder  ") for line in run.stdout.splitlines())
+    assert [doctor.code, bench_input.code, bench_step.code] == [0, 0, 0], (doctor.err, bench_input.err, bench_step.err)
+    assert "loss backends on cpu" in doctor.out
+    assert numbers.exists()
+    assert any(line.startswith("fastssl resident  ") for line in bench_input.out.splitlines())
+    assert any(line.startswith("supervised encoder  ") for line in bench_step.out.splitlines())

@@ -1,4 +1,4 @@
-"""How many workers a run takes where --data.workers does not say."""
+"""Default number of workers."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def test_workers_follow_the_cores_of_a_process(monkeypatch, cores, ranks, for_gp
     ]
 
 
-def test_a_system_that_binds_no_process_to_cores_counts_all(monkeypatch):
+def test_without_cpu_affinity_all_cores_count(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 9)
     assert worker_count(DataConfig(), GPU) == 8
 
 
-def test_a_number_of_processes_that_is_none_is_one_sentence(monkeypatch):
+def test_an_invalid_number_of_processes_is_one_sentence(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "all")
     with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE is 'all' in the environment; it must be an integer"):
         worker_count(DataConfig(), CPU)
 
 
 @pytest.mark.parametrize("workers", [None, 0, 7])
-def test_configurations_with_and_without_a_number_are_read_back(workers):
+def test_configurations_with_and_without_a_number_round_trip(workers):
     config = load("mocov2-cifar10")
     assert config.data.workers is None
     config = replace(config, data=replace(config.data, workers=workers))
@@ -66,7 +66,7 @@ def test_configurations_with_and_without_a_number_are_read_back(workers):
 
 
 @pytest.mark.parametrize(("workers", "count"), [(None, 1), (3, 0)])
-def test_a_gpu_tells_how_many_it_took_where_nobody_said(monkeypatch, notes, workers, count):
+def test_the_default_number_of_workers_on_a_gpu_is_logged(monkeypatch, notes, workers, count):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
     config = load("mocov2-cifar10")
     data = replace(config.data, root=None, pictures=20, workers=workers)
@@ -75,6 +75,6 @@ def test_a_gpu_tells_how_many_it_took_where_nobody_said(monkeypatch, notes, work
     assert notes.take() == []
     fake_cuda.install(monkeypatch)
     executor = input_executor(data, source, device=GPU, dtype=torch.float32)
-    told = [note for note in notes.take() if "--data.workers" in note]
-    assert told == [f"5 of 6 cores decode {source.name}; --data.workers chooses"] * count
+    messages = [note for note in notes.take() if "--data.workers" in note]
+    assert messages == [f"5 of 6 cores decode {source.name}; --data.workers chooses"] * count
     assert executor.workers == (workers or 5)

@@ -1,4 +1,4 @@
-"""A damaged or forged index cache: never trusted, never unpacked beyond its size, never blamed on the images."""
+"""A damaged or forged index cache is not used, needs no extra memory, and is never blamed on the images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.pipelines.test_shards import png, shard
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """Shards with an index, the arrays of that index, and a function that puts others there and opens the shards."""
+    """A function that changes the arrays of an index and opens its shards again, those arrays, and the file."""
     monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
     for number in range(2):
         members = {f"{i}.png": png(i, width=3 + i) for i in range(3)}
@@ -50,7 +50,7 @@ def test_the_index_of_shards_is_used(cached, monkeypatch):
 
 
 def tampered(arrays):
-    """Arrays of the right names and types, as a program could leave them that does not know what they mean."""
+    """Arrays with valid names and types, but wrong values or lengths."""
     for name, array in arrays.items():
         if name in ("checksum", "version", "key"):
             continue
@@ -66,8 +66,8 @@ def tampered(arrays):
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_tampered_index_does_no_harm(cached, sealed):
-    """Not used without its checksum; with a right one never a fault that blames the images or ends the run."""
+def test_a_forged_index_does_no_harm(cached, sealed):
+    """It is not used without a valid checksum; with one, it never blames the images or ends the run."""
     reopened, arrays, _ = cached
     cases = list(tampered(arrays))
     assert len(cases) > 60
@@ -78,7 +78,7 @@ def test_a_tampered_index_does_no_harm(cached, sealed):
             assert found == RIGHT, (name, array)
 
 
-def test_a_bomb_as_index_is_not_unpacked(cached, memory):
+def test_a_compressed_bomb_is_not_unpacked(cached, memory):
     reopened, _, file = cached
     assert reopened(np.savez_compressed, widths=np.zeros(10**8, np.int32)) == RIGHT
     for shape in ((10**12,), (2**31, 2**31)):

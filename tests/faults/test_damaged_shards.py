@@ -1,4 +1,4 @@
-"""Shards written by others: clear labels or a sentence, damaged headers refused, in bounded memory."""
+"""Untrusted shards: clear labels or an error, damaged headers refused, in bounded memory."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_the_label_of_each_image(tmp_path, members, expected):
     ],
     ids=["two labels", "label of another", "long", "-2", "bytes", "empty"],
 )
-def test_an_unclear_label_is_a_sentence(tmp_path, members, words):
+def test_an_ambiguous_label_is_one_sentence(tmp_path, members, words):
     refused(shard(tmp_path / "a.tar", members), words)
 
 
-def test_a_name_twice_is_a_sentence(tmp_path):
+def test_a_repeated_name_is_one_sentence(tmp_path):
     for name in ("a.png", "a.cls"):
         shard(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"1"})
         with tarfile.open(tmp_path / "a.tar", "a") as archive:
@@ -103,7 +103,7 @@ def test_a_name_twice_is_a_sentence(tmp_path):
         refused(tmp_path, rf"a\.tar holds {name} twice.*--data\.root")
 
 
-def test_what_is_not_used_is_told_and_kept_with_the_index(tmp_path, notes):
+def test_unused_files_are_reported_and_kept_in_the_index(tmp_path, notes):
     shard(tmp_path / "0.tar", {"a.png": png(1), "a.json": b"{}", "b.WEBM": b"", "c.webm": b"", "README": b""})
     shard(tmp_path / "1.tar", {"d.png": png(1), "d.json": b"{}"})
     with tarfile.open(tmp_path / "1.tar", "a") as archive:
@@ -118,7 +118,7 @@ def test_what_is_not_used_is_told_and_kept_with_the_index(tmp_path, notes):
     for _ in range(2):
         open_source(tmp_path)
         assert notes.take() == expected
-    os.utime(tmp_path / "0.tar", ns=(1, 1))  # That one alone is scanned again
+    os.utime(tmp_path / "0.tar", ns=(1, 1))  # Only this one is scanned again
     open_source(tmp_path)
     assert notes.take() == expected
 
@@ -184,10 +184,10 @@ def test_a_sparse_member_of_gnu_tar_is_refused(tmp_path):
     refused(tmp_path, r"a\.png is sparse; make the shard again without sparse files")
 
 
-def test_chains_of_headers_are_no_recursion(tmp_path):
+def test_chains_of_headers_do_not_recurse(tmp_path):
     link = header("L", 6, b"L") + padded(b"a.png\0")
     (tmp_path / "a.tar").write_bytes(link * 5000 + header("x", 3) + padded(b"abc") + bytes(1024))
-    message = refused(tmp_path, "none of the 1 images")  # It is no image, but it is called as the last header says
+    message = refused(tmp_path, "none of the 1 images")  # It is not an image, but has the name in the last header
     assert "a.tar/a.png" in message
 
 
@@ -201,7 +201,7 @@ def test_a_member_of_gigabytes_is_one_unreadable_image(tmp_path, memory):
     assert "b.png cannot be read (it has 6442450944 bytes and at most 1073741824 are allowed)" in source.defects[1]
 
 
-def test_a_label_of_gigabytes_is_a_sentence(tmp_path, memory):
+def test_a_label_of_gigabytes_is_one_sentence(tmp_path, memory):
     with (tmp_path / "a.tar").open("wb") as file:
         first = png(1)
         file.write(header("a.png", len(first)) + padded(first) + header("a.cls", 6 * GIB))
@@ -209,7 +209,7 @@ def test_a_label_of_gigabytes_is_a_sentence(tmp_path, memory):
     refused(tmp_path, r"a\.cls holds more than 64 bytes")
 
 
-def test_a_shard_that_is_no_regular_file_is_a_sentence(tmp_path):
+def test_a_shard_that_is_not_a_regular_file_is_one_sentence(tmp_path):
     shard(tmp_path / "good.tar", {"a.png": png(1)})
     bad = tmp_path / "bad.tar"
     for make, words in (
@@ -226,7 +226,7 @@ def test_a_shard_that_is_no_regular_file_is_a_sentence(tmp_path):
 
 
 def test_damaged_shards_are_refused_or_read(tmp_path):
-    """Cuts and flips at random: a sentence, or as many images as there are, all of which can be asked for."""
+    """Random cuts and bit flips give an error, or a listing whose images can all be read."""
     rng = random.Random(0)
     members = {f"d/{i}.png": png(i) for i in range(6)} | {"n" * 150 + ".png": png(7)}
     members = {f"k/{name}": content for name, content in members.items()}

@@ -74,6 +74,7 @@ def stopped_and_resumed(commands, folder, seed, signum):
     return stops
 
 
+@pytest.mark.slow
 def test_the_log_of_a_stopped_run_equals_that_of_an_uninterrupted_one(commands, alone, tmp_path):
     stops = stopped_and_resumed(commands, tmp_path / "run", 0, signal.SIGTERM)
     assert any(step % 5 for step in stops)  # Between two log lines
@@ -82,8 +83,11 @@ def test_the_log_of_a_stopped_run_equals_that_of_an_uninterrupted_one(commands, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("seed", "signum"),
+    [(1, signal.SIGTERM), (2, signal.SIGKILL), (3, signal.SIGKILL)],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_the_log_is_the_same_wherever_a_run_is_stopped(commands, alone, tmp_path, seed, signum):
     stopped_and_resumed(commands, tmp_path / "run", seed, signum)
     assert_same(final_state(tmp_path / "run"), final_state(alone))
@@ -107,7 +111,7 @@ def process_of(folder, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("between_s", [0.0, 0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("between_s", [0.0, 0.2, 0.9])
 def test_a_second_signal_within_a_second_is_ignored(tmp_path, between_s):
     process = process_of(tmp_path / "run")
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A run goes on from its own checkpoints, with its own options and images, and with nothing else."""
+"""A run resumes only from its own checkpoints, with its own options and images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from fastssl.cli import main
 from fastssl.commands.pretrain import parse
@@ -19,7 +18,7 @@ from tests.faults.runs import PICTURES, TINY, contents, image_folder, refusal, t
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """A run of 4 steps whose configuration asks for 8 with a schedule that allows it; not to be changed."""
+    """A finished run of 4 steps with a schedule that allows more; tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "ours"
     assert train(folder, "--optim.schedule", "step") == 0
     return folder
@@ -32,14 +31,14 @@ def run(ours, tmp_path):
 
 
 def edit(run, option, value):
-    """Change an option in config.json as somebody with an editor would."""
+    """Change an option in config.json, like a user with an editor."""
     values = json.loads((run / "config.json").read_text())
     section, _, name = option.rpartition(".")
     (values[section] if section else values)[name] = value
     (run / "config.json").write_text(json.dumps(values))
 
 
-# What another run has, and the words of the refusal.
+# Options of another run, and words in the refusal.
 FOREIGN = {
     "seed": (["--seed", "7"], ["--seed is 0", "was 7"]),
     "rate": (["--optim.lr", "0.5"], ["--optim.lr is", "was 0.5"]),
@@ -132,7 +131,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("forgery", FORGED)
-def test_a_checkpoint_with_a_right_checksum_that_does_not_fit_is_one_sentence(run, capsys, forgery):
+def test_a_forged_checkpoint_with_a_valid_checksum_is_one_sentence(run, capsys, forgery):
     change, words = FORGED[forgery]
     path = run / "checkpoints" / "step_000000004.pt"
     state = checkpoint.load(path)
@@ -144,7 +143,7 @@ def test_a_checkpoint_with_a_right_checksum_that_does_not_fit_is_one_sentence(ru
 
 
 @pytest.mark.parametrize("step", [-1, 10**12, True, "4", None])
-def test_a_step_that_a_checkpoint_cannot_have_makes_it_a_damaged_one(ours, run, step):
+def test_an_impossible_step_makes_a_checkpoint_damaged(ours, run, step):
     path = run / "checkpoints" / "step_000000004.pt"
     state = {**checkpoint.load(path), "step": step}
     with path.open("wb") as file:
@@ -190,7 +189,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("change", HARMLESS)
-def test_harmless_edits_are_taken_and_told(ours, run, change):
+def test_harmless_edits_are_accepted_and_logged(ours, run, change):
     option, value = HARMLESS[change]
     edit(run, option, value)
     (run / "checkpoints" / "step_000000004.pt").unlink()
@@ -200,11 +199,11 @@ def test_harmless_edits_are_taken_and_told(ours, run, change):
         f"--{option.replace('_', '-')} is {value} from here on and was "
         f"{facts_of_options(parse([*TINY, *PICTURES]))[option]} before"
     ]
-    if option != "data.pipeline":  # Whose pixels differ in their last bits
+    if option != "data.pipeline":  # Its pixels differ in their last bits
         assert_same(final_state(run)["method"], final_state(ours)["method"])
 
 
-def test_a_run_may_become_longer_where_its_schedule_says_the_same_about_what_is_done(run, tmp_path):
+def test_a_run_may_become_longer_if_its_past_schedule_is_the_same(run, tmp_path):
     edit(run, "train.steps", 7)
     assert main(["resume", str(run)]) == 0
     assert train(tmp_path / "long", "--optim.schedule", "step", steps=7) == 0
@@ -222,7 +221,7 @@ def test_a_cosine_run_of_another_length_is_refused(tmp_path, capsys, schedule):
         assert word in error
 
 
-def test_a_run_cannot_become_shorter_than_it_is(run, capsys):
+def test_a_run_cannot_become_shorter_than_its_past(run, capsys):
     edit(run, "train.steps", 3)
     assert "completed 4 steps" in refusal(capsys, ["resume", str(run)])
 
@@ -236,7 +235,7 @@ def test_nothing_is_bound_before_the_first_checkpoint(run):
 
 @pytest.fixture
 def on_images(tmp_path):
-    """A run on class folders, and these."""
+    """A run on class folders, and the folder of these."""
     data = image_folder(tmp_path / "data")
     assert train(tmp_path / "run", data=["--data.root", str(data)], preset="mocov2-cifar10", steps=2) == 0
     edit(tmp_path / "run", "train.steps", 2)
@@ -266,7 +265,7 @@ def another_size(data):
 
 
 @pytest.mark.parametrize("change", [fewer, more, another_name, another_class, another_size])
-def test_a_run_does_not_go_on_with_other_images(on_images, capsys, change):
+def test_a_run_does_not_resume_with_other_images(on_images, capsys, change):
     run, data = on_images
     change(data)
     before = contents(run)
@@ -284,7 +283,7 @@ def test_images_that_moved_are_the_same_images(on_images):
     assert f"--data.root is {moved} from here on" in (run / "console.log").read_text()
 
 
-def test_an_evaluation_tells_that_images_are_missing(on_images, capsys):
+def test_an_evaluation_reports_missing_images(on_images, capsys):
     run, data = on_images
     assert main(["eval", "knn", str(run)]) == 0
     assert "note" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Ranks with different options, images or weights end with a sentence instead of training something else."""
+"""Ranks with different options, images or weights end with an error instead of training something else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from fastssl.commands.pretrain import parse
 from fastssl.errors import TrainingError
@@ -17,12 +16,12 @@ from fastssl.train.identity import weights_hash
 from fastssl.train.step import TrainStep
 from fastssl.train.trainer import Trainer
 from tests.fastssl.commands import commands_into
-from tests.fastssl.rank_runs import join
+from tests.fastssl.rank_runs import fork_ranks, join
 from tests.fastssl.small_methods import build
 from tests.faults.runs import PICTURES, TINY, image_folder
 from tests.faults.test_identity import another_name, another_size, fewer
 
-# Ranks: what the second one has of its own.
+# Options of the second rank only.
 DIFFERENT_RANKS = {
     "rate": ["--optim.lr", "0.5"],
     "temperature": ["--method.temperature", "0.9"],
@@ -52,6 +51,7 @@ def run_ranks(commands, first, second):
     return commands.exit_codes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", [*DIFFERENT_RANKS, "method"])
 def test_ranks_with_other_options_end_with_a_sentence(commands, tmp_path, difference):
     arguments = [*TINY, *PICTURES, *RANKS, "--run.dir", str(tmp_path / "run")]
@@ -64,6 +64,7 @@ def test_ranks_with_other_options_end_with_a_sentence(commands, tmp_path, differ
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [fewer, another_size, another_name])
 def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change):
     image_folder(tmp_path / "a")
@@ -75,7 +76,8 @@ def test_ranks_with_other_images_end_with_a_sentence(commands, tmp_path, change)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_what_a_machine_may_have_of_its_own_may_differ_among_ranks(commands, tmp_path):
+@pytest.mark.slow
+def test_ranks_may_differ_in_what_belongs_to_a_machine(commands, tmp_path):
     for name in "ab":
         image_folder(tmp_path / name)
     both = ["mocov2-cifar10", *TINY, *RANKS]
@@ -85,7 +87,7 @@ def test_what_a_machine_may_have_of_its_own_may_differ_among_ranks(commands, tmp
 
 
 @pytest.mark.parametrize("name", ["mocov2", "smog"])
-def test_the_hash_sees_one_bit_of_every_weight_and_no_statistics(name):
+def test_the_hash_depends_on_every_weight_and_no_statistics(name):
     method = build(name, splits=2)
     before = weights_hash(method)
     assert weights_hash(method) == before
@@ -115,12 +117,12 @@ def a_rank_whose_weights_drift(number, store, folder):
     trainer = Trainer(parse([*TINY, *PICTURES, *RANKS]), Path(folder), NoteQueue())
     with pytest.raises(TrainingError, match="the weights of the processes differ after step 1"):
         trainer.train()
-    # Not `destroy_process_group`: both have had enough
+    # Skip `destroy_process_group`, which could wait for the other rank
     os._exit(0)
 
 
 @pytest.mark.slow
-def test_weights_that_drift_apart_end_the_run(tmp_path):
+def test_diverging_weights_end_the_run(tmp_path):
     (tmp_path / "run").mkdir()
     arguments = (str(tmp_path / "store"), str(tmp_path / "run"))
-    torch.multiprocessing.spawn(a_rank_whose_weights_drift, arguments, nprocs=2)
+    fork_ranks(a_rank_whose_weights_drift, arguments, 2)

@@ -16,7 +16,7 @@ from fastssl.train import checkpoint
 from tests.fastssl.commands import commands_into
 from tests.fastssl.test_runs import assert_same
 
-KILLS, STEPS = 50, 160
+KILLS, STEPS = 16, 60  # half of the kills aim at the write of a checkpoint, half at any time from the start on
 RUN = (
     f"--train.steps {STEPS} --train.batch-size 8 --train.checkpoint-every 1 --train.log-every 1 --train.device cpu "
     "--data.pictures 80 --data.pipeline resident --data.workers 0 --model.width 0.0625 --model.splits 2 "
@@ -109,13 +109,13 @@ def history(folder):
 
 
 @pytest.mark.slow
-def test_a_run_killed_fifty_times_ends_with_the_same_weights(commands, tmp_path):
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(commands, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     start_s = undisturbed(commands, alone)
     counts = kill_again_and_again(commands, killed, start_s)
     print(f"{dict(counts)}; {newest(killed)} of {STEPS} steps done by then")
     assert counts["SIGKILL"] == counts["SIGTERM"] == KILLS // 2
-    assert min(counts["SIGKILL in a write"], counts["SIGTERM in a write"], counts["exit code 75"]) >= 5
+    assert min(counts["SIGKILL in a write"], counts["SIGTERM in a write"], counts["exit code 75"]) >= 2
     assert 0 < newest(killed) < STEPS
     assert commands.run(["resume", str(killed)]) == [0]
 

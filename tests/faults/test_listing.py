@@ -1,4 +1,4 @@
-"""Listings hide nothing: links that lead round, special files, names of all kinds, and lists of them."""
+"""Listings hide nothing: circular links, special files, names of all kinds, and lists of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def refusal(root: Path, **options) -> str:
         ("bird/b", "{elsewhere}"),
     ],
 )
-def test_a_folder_that_is_reached_in_two_ways_is_refused(root, tmp_path, link, target):
+def test_a_folder_reached_on_two_paths_is_refused(root, tmp_path, link, target):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "9.png").write_bytes(png(9))
@@ -71,13 +71,13 @@ def test_a_folder_that_is_reached_in_two_ways_is_refused(root, tmp_path, link, t
     (root / link).parent.mkdir(parents=True, exist_ok=True)
     (root / link).symlink_to(target.format(elsewhere=elsewhere))
     for labeled in (True, False):
-        told = refusal(root, labeled=labeled)
-        assert re.search(r"a link makes (\S+) and (\S+) one folder, (\S+), so its images would count twice", told)
-        assert "--data.root" in told if labeled else "--data.unlabeled" in told
-        assert f"/{link}" in told
+        message = refusal(root, labeled=labeled)
+        assert re.search(r"a link makes (\S+) and (\S+) one folder, (\S+), so its images would count twice", message)
+        assert "--data.root" in message if labeled else "--data.unlabeled" in message
+        assert f"/{link}" in message
 
 
-def test_two_links_to_one_another_end(root):
+def test_two_links_to_each_other_end(root):
     for one, other in (("bird", "cat"), ("cat", "bird")):
         (root / one / "other").symlink_to(f"../{other}")
     assert "one folder" in refusal(root)
@@ -97,7 +97,7 @@ def test_links_to_folders_and_images_elsewhere_are_followed(root, tmp_path):
 
 
 @pytest.mark.parametrize("link", ["zdead", "cat/dead", "loop"])
-def test_a_link_that_leads_nowhere_is_no_class_left_out(root, link):
+def test_a_dangling_link_is_not_silently_left_out(root, link):
     (root / link).symlink_to(link if link == "loop" else "/nonexistent")
     assert re.search(rf"{link} is a link to .*, which cannot be reached.*--data\.root", refusal(root))
 
@@ -118,12 +118,12 @@ def test_files_that_are_no_images_are_counted(root):
     assert flat.ignored == ((".txt", 2),)
 
 
-def test_an_empty_class_says_how_to_go_on(root):
+def test_an_empty_class_is_explained(root):
     (root / "dog").mkdir()
-    told = refusal(root)
-    assert "class folder" in told
-    assert "dog holds no image file" in told
-    assert "remove the folder, or name the images and their classes in a list file as --data.root" in told
+    message = refusal(root)
+    assert "class folder" in message
+    assert "dog holds no image file" in message
+    assert "remove the folder, or name the images and their classes in a list file as --data.root" in message
 
 
 def special(path: Path, kind: str) -> None:
@@ -138,7 +138,7 @@ def special(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "dead", "self", "terminal"])
-def test_special_files_called_images_are_named_and_not_waited_for(root, kind):
+def test_special_files_with_image_names_are_reported_without_blocking(root, kind):
     special(root / "bird" / "x.jpg", kind)
     source = open_source(root)
     assert len(source) == 4
@@ -148,7 +148,7 @@ def test_special_files_called_images_are_named_and_not_waited_for(root, kind):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "dead", "self", "folder"])
-def test_special_files_are_no_lists(root, tmp_path, kind):
+def test_special_files_are_not_lists(root, tmp_path, kind):
     special(tmp_path / "list", kind)
     for read in (quarantine_list, lambda path: listed_labels(ImageFolder(root), path), open_source):
         with pytest.raises(DataError, match=r"list .*--data\.") as raised:
@@ -179,7 +179,7 @@ file_names = st.binary(min_size=1, max_size=60).map(lambda raw: raw.translate(No
 
 
 def round_trips(folder: Path, given_names: set[str]) -> None:
-    """Images of these names in two classes of such names, by folder, list file, quarantine list and label list."""
+    """Images with these names in two classes with such names, by folder, list, quarantine list and label list."""
     classes = ["a", to_line(min(given_names))[:40].replace("/", "")]
     for label, name in enumerate(sorted(given_names)):
         path = folder / "data" / f"{classes[label % 2]} {label % 2}" / f"{name[:60]}.png"
@@ -235,12 +235,12 @@ def test_any_names_round_trip(some):
 def test_a_wrong_list_of_paths_is_explained(tmp_path, text, words):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "list").write_bytes(text)
-    told = refusal(tmp_path / "list")
+    message = refusal(tmp_path / "list")
     for word in [*words, "--data.root"]:
-        assert word in told
+        assert word in message
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_passed_over(tmp_path):
+def test_a_byte_order_mark_and_windows_line_ends_are_ignored(tmp_path):
     for name in ("a.png", "b c.png"):
         (tmp_path / name).write_bytes(png())
     (tmp_path / "list").write_bytes(b"\xef\xbb\xbfa.png\tcat\r\nb c.png\tdog\r\n")

@@ -153,10 +153,10 @@ def test_an_option_is_accepted_or_refused(option, values):
 def test_every_option_is_accepted_or_refused():
     tried = 0
     for preset, name in OPTIONS:
-        for word in Random(name).sample(WORDS, 3):
-            assert fine(outcome(lambda: parse([preset, name, word]))), (name, word)  # noqa: B023
-            tried += 1
-    assert tried > 200
+        word = Random(name).choice(WORDS)
+        assert fine(outcome(lambda: parse([preset, name, word]))), (name, word)  # noqa: B023
+        tried += 1
+    assert tried > 100
 
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")

@@ -1,4 +1,4 @@
-"""Few descriptors and special files: the machine is blamed for its limits, and no image file makes a reader wait."""
+"""Few descriptors and special files: a limit is reported as the machine's, and no file blocks a reader."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_no_descriptor_left_is_the_machines_fault(tmp_path, kind):
     assert source.encoded(1) == png(2)
 
 
-def test_special_files_as_images_are_unreadable_images(tmp_path):
+def test_special_files_count_as_unreadable_images(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     os.mkfifo(tmp_path / "a.png")
@@ -63,7 +63,7 @@ def test_special_files_as_images_are_unreadable_images(tmp_path):
     source = ImageFolder(tmp_path)
     assert sorted(source.name_of(i) for i in source.defects) == [f"{name}.png" for name in "abcdef"]
     assert ["it is not a regular file" in source.defects[row] for row in (3, 4)] == [True, True]
-    # What was an image when it was listed
+    # A file that was an image when it was listed
     (tmp_path / "0.png").unlink()
     os.mkfifo(tmp_path / "0.png")
     with pytest.raises(DataError, match=r"0\.png cannot be read \(it is not a regular file\)"):

@@ -1,6 +1,7 @@
-"""What the tests of the losses share: where a backend's tensors lie, and every loss's named arguments."""
+"""Fixtures of the loss tests: the device of a backend, and named arguments for every loss."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,20 @@ import torch
 
 from fastssl_kernels.parity import make_inputs
 
+# While working these stand for the others: every loss once, in float32 and with the dtypes of training
+INTERPRETED = ("test_loss_contract.py", "test_backends.py", "test_triton_launch.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the other interpreted cases slow: each takes up to a second."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and "triton" in item.name and item.path.name not in INTERPRETED:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def device(backend: str) -> str:
-    """The GPU for Triton kernels where there is one, else the CPU."""
+    """The GPU for Triton kernels if there is one, else the CPU."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The layouts in which a caller may hand a tensor over: equal values, other strides."""
+"""Layouts of a tensor argument: equal values, different strides."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def column_major(x: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Columns 3 on of a wider tensor; its other columns hold what must not be read."""
+    """Columns of a wider tensor, from the fourth on; its other columns must not be read."""
     wide = _poisoned(*x.shape[:-1], x.shape[-1] + 5, like=x)
     wide[..., 3:-2] = x
     return wide[..., 3:-2]
 
 
 def every_second_row(x: Tensor) -> Tensor:
-    """Each row but the last followed by one that must not be read."""
+    """Rows interleaved with rows that must not be read."""
     wide = _poisoned(2 * len(x), *x.shape[1:], like=x)
     wide[::2] = x
     return wide[::2]
@@ -43,12 +43,12 @@ def padded_rows(x: Tensor) -> Tensor:
 
 
 def expanded(x: Tensor) -> Tensor:
-    """The first row everywhere, with a stride of 0: not equal to `x`, whose row i it replaces by row 0."""
+    """The first row, repeated with a stride of 0: other values than `x`."""
     return x[:1].expand_as(x)
 
 
 def coarse(x: Tensor) -> Tensor:
-    """`x`, of numbers below 1, in steps of 1/64: float32 has products of such rows exactly.
+    """`x`, of values below 1, rounded to steps of 1/64: products of such rows are exact in float32.
 
     Others a matrix product may round differently from column to column (MKL and OpenBLAS do, on AMD), so that equal
     columns need not tie.
@@ -57,7 +57,7 @@ def coarse(x: Tensor) -> Tensor:
 
 
 def lone(x: Tensor) -> Tensor:
-    """The first row alone, with a stride that no second row needs."""
+    """Only the first row, with an arbitrary row stride."""
     return _poisoned(x.numel() + 99, like=x).as_strided((1, *x.shape[1:]), (7, *_strides(x)[1:])).copy_(x[:1])
 
 
@@ -66,7 +66,7 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _poisoned(*shape: int, like: Tensor) -> Tensor:
-    """NaN, or numbers that are no label and no row."""
+    """NaN, or integers that are neither labels nor indices."""
     wrong = torch.nan if like.is_floating_point() else -99
     return torch.full(shape, wrong, dtype=like.dtype, device=like.device)
 

@@ -1,4 +1,4 @@
-"""The kernels compile for real GPUs, also where there is none, and keep their tiles in registers."""
+"""The kernels compile for real GPUs, even without one, and keep their tiles in registers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton import knobs
 
 from fastssl_kernels import aot, sass, triton
 from fastssl_kernels.triton.configuration import argument_type
@@ -25,7 +26,7 @@ slow = pytest.mark.slow
 
 
 def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: this one may interpret kernels, and that cannot be undone."""
+    """Run the command in a new process: this one may interpret kernels, which cannot be undone."""
     command = [sys.executable, "-m", "fastssl_kernels.aot", *arguments]
     return subprocess.run(command, env=environment() | changes, capture_output=True, text=True)
 
@@ -43,9 +44,8 @@ if __name__ == "__main__":
     configurations = list(aot.configurations())
     names = [configuration.kernel.__name__ for configuration in configurations]
     places = {name: names.index(name) for name in names}
-    products = ("read_kernel", "moment_gradient_kernel", "nearest_kernel")
     tasks = [(place, "sm_90") for place in places.values()]
-    tasks += [(places[name], target) for name in products for target in TARGETS if target != "sm_90"]
+    tasks += [(places["read_kernel"], target) for target in TARGETS if target != "sm_90"]
     free = next(
         place for place, each in enumerate(configurations)
         if names[place] == "read_kernel" and not each.constants["ONLINE"] and not each.constants["ACCURACY"]
@@ -57,7 +57,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def usages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every kernel once for sm_90, the reads for all targets; `.ci/tools` compiles all configurations for all."""
+    """Every kernel once for sm_90, the reads for all targets; `.ci/tools` compiles everything for all targets."""
     script = tmp_path_factory.mktemp("aot") / "sample.py"
     script.write_text(SAMPLE.replace("TARGETS", repr(TARGETS)))
     done = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True)
@@ -66,7 +66,7 @@ def usages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def every_kernel() -> dict[str, Any]:
-    """By name, from all modules."""
+    """All kernels of all modules, by name."""
     modules = pkgutil.iter_modules(triton.__path__, f"{triton.__name__}.")
     found = [vars(importlib.import_module(module.name)) for module in modules]
     return {name: kernel for names in found for name, kernel in names.items() if name.endswith("_kernel")}
@@ -104,7 +104,7 @@ def test_no_limit_is_broken(usages: list[dict[str, Any]]) -> None:
 
 
 @slow
-def test_wide_products_have_instructions_of_their_own_on_newer_gpus(usages: list[dict[str, Any]]) -> None:
+def test_wide_products_use_the_tensor_cores_of_newer_gpus(usages: list[dict[str, Any]]) -> None:
     expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
     reads = [use for use in usages if use["kernel"] == "read_kernel" and use["config"].startswith("bf16 C=128 full")]
     assert {(usage["target"], *usage["tensor_cores"]) for usage in reads} == set(expected.items())
@@ -122,13 +122,23 @@ def test_unshifted_reads_take_no_maximum(usages: list[dict[str, Any]]) -> None:
 
 
 @slow
-def test_exit_code_says_whether_limits_hold() -> None:
+def test_exit_code_of_kernels_within_the_limits() -> None:
     assert run("--kernel", "gray_sum_kernel", "--targets", "sm_90").returncode == 0
-    code = "from fastssl_kernels import aot; aot.SHARED_BYTES['sm_90'] = -1; aot.compile_all = lambda tasks: [BROKEN]\n"
-    broken = "aot.Usage('k', 'c', 'sm_90', {}, 1, 0, 0, 0, 0, {}, 0, None)"
-    code = code.replace("BROKEN", broken) + "raise SystemExit(aot.main(['--targets', 'sm_90']))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert (done.returncode, "shared memory" in done.stderr) == (1, True)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that compiles kernels, in which none of them is touched."""
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_exit_code_of_a_broken_limit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = aot.Usage("k", "c", "sm_90", {}, 1, 0, 0, 0, 0, {}, 0, None)
+    monkeypatch.setitem(aot.SHARED_BYTES, "sm_90", -1)
+    monkeypatch.setattr(aot, "compile_all", lambda tasks: [broken])
+    assert aot.main(["--targets", "sm_90"]) == 1
+    assert "shared memory" in capsys.readouterr().err
 
 
 def test_refuses_to_compile_interpreted_kernels() -> None:
@@ -137,6 +147,7 @@ def test_refuses_to_compile_interpreted_kernels() -> None:
     assert "unset it" in done.stderr
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -144,10 +155,11 @@ def test_refuses_to_compile_interpreted_kernels() -> None:
         (("--kernel", "read"), "'read'; it takes "),
     ],
 )
-def test_refuses_unknown_names(arguments: tuple[str, ...], sentence: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert sentence in done.stderr
+def test_refuses_unknown_names(arguments: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        aot.main(list(arguments))
+    assert refused.value.code == 2
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,15 +186,15 @@ def test_each_broken_limit_is_a_sentence(change: dict[str, Any], words: list[str
     assert [word in fault for word, fault in zip(words, faults, strict=True)] == [True] * len(words)
 
 
-def test_main_loop_is_the_one_with_the_products() -> None:
+def test_main_loop_contains_the_products() -> None:
     loop = ["MOV", "HMMA", "HMMA", "BRA 0x10"]
-    far = ["MOV", "MOV", "BRA 0x20"]  # a block moved out of the loop, which jumps back into it
+    far = ["MOV", "MOV", "BRA 0x20"]  # A block moved out of the loop that jumps back into it
     code = [(f"{at * 16:04x}", *line.partition(" ")[::2]) for at, line in enumerate(["MOV", *loop, *far, "EXIT"])]
     assert sass._main_loop(code) == len(loop)
     assert sass._main_loop([line for line in code if line[1] != "BRA"]) == 0
 
 
-def test_spills_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spills_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "cuobjdump"
     tool.write_text(
         "#!/bin/sh\ncat <<'TEXT'\n REG:40 STACK:8 SHARED:0\n"

@@ -1,4 +1,4 @@
-"""`augment` against torchvision.transforms.v2, which defines every one of its operations.
+"""`augment` against torchvision.transforms.v2, which defines all of its operations.
 
 Measured on CPU in float32, on values in [0, 1], over 384 images each: 0.8e-6 for brightness, contrast,
 saturation, 1.2e-6 for hue, 1.3e-6 for blur, 1.6e-6 for whole chains. uint8 torchvision truncates or rounds
@@ -25,7 +25,7 @@ ORDERS = torch.tensor(list(permutations(range(4))))
 
 
 def pictures(batch: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
-    """uint8 [B, H, W, 3]: a color gradient of its own for each image, and noise."""
+    """uint8 [B, H, W, 3]: a different color gradient for each image, plus noise."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.linspace(0, 1, height)[None, :, None, None]
     columns = torch.linspace(0, 1, width)[None, None, :, None]
@@ -91,14 +91,14 @@ def jitter_reference(image: Tensor, parameters: AugmentParameters, i: int) -> Te
 
 
 def reference(image: Tensor, parameters: AugmentParameters, i: int) -> Tensor:
-    """torchvision's operations one after the other on image i, [3, H, W], float in [0, 1] or uint8."""
+    """torchvision's operations in order on image i, [3, H, W], float in [0, 1] or uint8."""
     image = jitter_reference(image, parameters, i)
     if parameters.grayscale[i]:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if parameters.blur_sigma[i] > 0:
         image = tv.gaussian_blur(image, [13, 13], [parameters.blur_sigma[i].item()])
     if parameters.solarize[i]:
-        # Just under level 128, because level / 255 as a float may fall to either side of 128 / 255.
+        # Just under level 128, because level / 255 may round to either side of 128 / 255
         image = tv.solarize(image, 127.999 / 255 if image.is_floating_point() else 128)
     return tv.horizontal_flip(image) if parameters.flip[i] else image
 
@@ -182,16 +182,16 @@ def test_whole_chain_equals_torchvision(size: tuple[int, int]) -> None:
     expected = torch.stack([reference(image, parameters, i) for i, image in enumerate(unit(images))])
     expected = tv.normalize(expected, list(parameters.mean), list(parameters.std))
     difference = (augment(images, parameters, out_dtype=torch.float32) - expected).abs()
-    # Solarization jumps by one level at its threshold, where rounding decides on which side a value lies.
+    # Solarization jumps at its threshold, where rounding decides the side of a value
     on_the_jump = parameters.solarize[:, None, None, None] & ((unsolarized * 255 - 128).abs() < 2e-3)
     assert on_the_jump.float().mean() < 5e-3
     assert difference[~on_the_jump].max() <= 1e-5
 
 
-def test_uint8_torchvision_differs_by_its_rounding_only() -> None:
+def test_uint8_torchvision_differs_only_by_rounding() -> None:
     batch = 32
     parameters = replace(drawn(batch), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    # Solarization would turn a rounding error into a jump; it has a test of its own.
+    # Solarization would turn a rounding error into a jump; it has a separate test
     parameters = replace(parameters, solarize=torch.zeros_like(parameters.solarize))
     difference = error_in_levels(pictures(batch), parameters)
     # Four truncations, each amplified by up to 1.6 by later operations: measured mean 1.5, maximum 6.9.
@@ -235,7 +235,7 @@ def test_normalization() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 32, 32), (5, 17, 31), (2, 1, 9)])
-def test_result_is_channels_last_in_the_dtype_asked_for(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_result_is_channels_last_in_the_requested_dtype(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     images, parameters = pictures(*shape), drawn(shape[0])
     out = augment(images, parameters, out_dtype=dtype)
     assert out.dtype == dtype
@@ -255,11 +255,11 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
             if name not in ("mean", "std")
         }
         alone = augment(images[i : i + 1], replace(parameters, **fields), out_dtype=torch.float32)
-        # Vectorized and scalar loops may round differently.
+        # Vectorized and scalar loops may round differently
         torch.testing.assert_close(alone[0], out[i], atol=5e-6, rtol=0)
 
 
-def test_strided_input_and_input_left_alone() -> None:
+def test_strided_input_works_and_is_not_modified() -> None:
     images, parameters = pictures(6), drawn(6)
     expected = augment(images, parameters, out_dtype=torch.float32)
     planar = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -272,7 +272,7 @@ def test_strided_input_and_input_left_alone() -> None:
 
 @pytest.fixture
 def batched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, AugmentParameters], Tensor]:
-    """`augment` as it runs where the host must not read: all images at once, every operation on all of them."""
+    """`augment` as it runs where the host may not read values: every operation on all images at once."""
 
     def run(images: Tensor, parameters: AugmentParameters) -> Tensor:
         with monkeypatch.context() as patch:
@@ -287,10 +287,10 @@ def batched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, AugmentParamet
 def test_chunks_change_nothing(batched, monkeypatch, shape: tuple[int, int, int], chunk: int) -> None:
     batch = shape[0]
     parameters = replace(drawn(batch, seed=batch), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    plain = torch.arange(batch) % 5 == 0  # images that the plan leaves without jitter
+    plain = torch.arange(batch) % 5 == 0  # Images without jitter
     fields = {name: torch.where(plain, 1.0, getattr(parameters, name)) for name in ("contrast", "saturation")}
     fields |= {"brightness": torch.where(plain, 1.0, 0.7), "hue": torch.where(plain, 0.0, parameters.hue)}
-    # Solarization would turn a rounding error into a jump; the test below has it.
+    # Solarization would turn a rounding error into a jump; the next test covers it
     parameters = replace(parameters, **fields, solarize=torch.zeros(batch, dtype=torch.bool))
     images = pictures(batch, *shape[1:]).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     monkeypatch.setattr(MODULE, "_CHUNK_PIXELS", chunk)
@@ -311,7 +311,7 @@ def test_chunks_change_nothing(batched, monkeypatch, shape: tuple[int, int, int]
         ("flip", True),
     ],
 )
-def test_an_operation_on_some_images_leaves_the_others_alone(batched, name: str, value: float) -> None:
+def test_an_operation_on_some_images_does_not_change_the_others(batched, name: str, value: float) -> None:
     images, parameters = pictures(7), replace(neutral(7), order=ORDERS[:7])
     chosen = torch.tensor([False, True, True, False, True, False, True])
     before = getattr(parameters, name)
@@ -330,7 +330,7 @@ def test_blur_sigma_none_is_sigma_zero(batched) -> None:
     assert torch.equal(batched(images, nobody), batched(images, parameters))
 
 
-def test_threads_side_by_side_give_the_same() -> None:
+def test_concurrent_threads_give_the_same_result() -> None:
     def run(seed: int) -> Tensor:
         return augment(pictures(40, seed=seed), drawn(40, seed), out_dtype=torch.bfloat16)
 

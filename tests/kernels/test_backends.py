@@ -1,4 +1,4 @@
-"""Which backend runs: the choice, the environment variable, what the machine allows, no silent fallback."""
+"""Which backend runs: the user's choice, the environment variable, availability; never a silent fallback."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_named_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
             run()
 
 
-def test_auto_takes_float64_and_wide_rows() -> None:
+def test_auto_accepts_float64_and_wide_rows() -> None:
     for x in (rows(3, dtype=torch.float64), rows(3, features=513)):
         assert info_nce(x, x, x, temperature=0.1).isfinite()
 

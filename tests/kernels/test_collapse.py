@@ -1,4 +1,4 @@
-"""Queues of collapsed training and worse: all entries alike, opposite, thrice the same, equal to the query."""
+"""Queues of collapsed training: entries all equal, opposite, repeated, or equal to the query."""
 
 import math
 
@@ -17,7 +17,7 @@ each_temperature = pytest.mark.parametrize("temperature", [0.01, 0.07])
 
 
 def collapsed(cosine: int) -> Inputs:
-    """Every row one vector, and the queue that vector or its opposite."""
+    """All rows equal, and every queue entry equal or opposite to them."""
     vector = F.normalize(torch.ones(1, 16, dtype=torch.float64), dim=1)  # 1/4 each: exact in any dtype
     rows = vector.expand(4, 16)
     return Inputs(
@@ -54,7 +54,7 @@ def test_collapsed_queue(
     epsilon = torch.finfo(dtype).eps
     assert result.gradients.isfinite().all()
     torch.testing.assert_close(result.values, truth.values, rtol=1e-6, atol=epsilon / temperature)
-    if loss == "update_groups":  # all groups tie: any of them may have got the rows
+    if loss == "update_groups":  # All groups tie, so any of them may have received the rows
         return
     # Terms of norm 1 / temperature cancel. The second moment of a read and the gradient of a batch are rounded to the
     # dtype, and a share of a bank's gradient is the exponential of a logit.
@@ -68,9 +68,9 @@ def test_collapsed_queue(
 
 @each_temperature
 @each_backend
-@pytest.mark.parametrize("loss", [name for name in parity.LOSSES if name != "update_groups"])  # twins tie
-def test_entries_that_stand_thrice(loss: str, backend: str, device: str, temperature: float) -> None:
-    given = make_inputs(33, 60, 48)
+@pytest.mark.parametrize("loss", [name for name in parity.LOSSES if name != "update_groups"])  # Equal entries tie
+def test_entries_that_occur_three_times(loss: str, backend: str, device: str, temperature: float) -> None:
+    given = make_inputs(17, 60, 48)
     given.queue, given.queue_labels = given.queue.repeat_interleave(3, 0), given.queue_labels.repeat_interleave(3)
     given.target *= 3
     prepared = parity.prepare(loss, given, torch.float32, device)
@@ -83,13 +83,13 @@ def test_entries_that_stand_thrice(loss: str, backend: str, device: str, tempera
 
 @each_backend
 @each_loss
-def test_queries_that_stand_in_the_queue(loss: str, backend: str, device: str) -> None:
-    """A cosine of 1 at a temperature of 0.01: exp(1 / temperature) is no float32.
+def test_queries_that_are_in_the_queue(loss: str, backend: str, device: str) -> None:
+    """A cosine of 1 at a temperature of 0.01: exp(1 / temperature) overflows float32.
 
     Logits are held to eps / temperature, of which a loss has one on either side, and shares are their exponentials.
     """
     given = make_inputs(9, 70, 64)
-    given.key = given.second_key = given.query = given.query.sign() / 8  # equal products, whoever multiplies
+    given.key = given.second_key = given.query = given.query.sign() / 8  # Equal products in any implementation
     given.queue = torch.cat([given.query, given.queue[9:]])
     prepared = parity.prepare(loss, given, torch.float32, device)
     result = parity.evaluate(loss, prepared, 0.01, backend)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the kernels run there, wait for nothing, and a CUDA graph can hold them."""
+"""GPU only: the kernels run, never wait for the device, and can be captured in a CUDA graph."""
 
 import pytest
 import torch
@@ -27,10 +27,10 @@ def inputs(loss: str, seed: int = 0) -> Inputs:
 
 
 @each_loss
-def test_waits_for_nothing(loss: str) -> None:
+def test_does_not_wait_for_the_device(loss: str) -> None:
     given = inputs(loss)
     leaves_of(loss, given)
-    values_and_gradients(loss, given)  # compiles
+    values_and_gradients(loss, given)  # Compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -40,7 +40,7 @@ def test_waits_for_nothing(loss: str) -> None:
 
 
 @each_loss
-def test_a_cuda_graph_holds_it_and_sees_the_queue_of_its_replay(loss: str) -> None:
+def test_a_cuda_graph_replays_it_on_the_current_queue(loss: str) -> None:
     given, other = inputs(loss), inputs(loss, seed=1)
     leaves_of(loss, given)
     side = torch.cuda.Stream()
@@ -62,7 +62,7 @@ def test_a_cuda_graph_holds_it_and_sees_the_queue_of_its_replay(loss: str) -> No
 
 
 @each_loss
-def test_same_bits_at_every_run(loss: str) -> None:
+def test_runs_are_bitwise_equal(loss: str) -> None:
     given = inputs(loss)
     leaves_of(loss, given)
     first, second = values_and_gradients(loss, given), values_and_gradients(loss, given)

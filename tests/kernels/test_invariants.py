@@ -1,4 +1,4 @@
-"""What the definitions of the losses imply: relations among them, limits, symmetries."""
+"""Properties that follow from the definitions: relations between losses, limits, symmetries."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +18,7 @@ T = 0.1
 
 @pytest.fixture(params=["reference", "blockwise", "triton"])
 def given(request: pytest.FixtureRequest) -> Iterator[Inputs]:
-    """Inputs of a backend that the test then runs on: in float64, or float32 where it takes no float64."""
+    """Inputs, and the backend that the test runs on: float64, or float32 on Triton."""
     triton = request.param == "triton"
     device = "cuda" if triton and torch.cuda.is_available() else "cpu"
     with use_backend(request.param):
@@ -113,7 +113,7 @@ def test_soft_cross_entropy_is_at_least_the_teachers_entropy(given: Inputs) -> N
     assert (rows > -(probability * probability.log()).sum(1)).all()
 
 
-def test_equal_teachers_are_as_one(given: Inputs) -> None:
+def test_equal_teachers_equal_one_teacher(given: Inputs) -> None:
     options = {"temperature": T, "teacher_temperature": T / 2}
     expected = run(fk.soft_cross_entropy, given.query, given.key, given.queue, **options)
     three = given.key.expand(3, *given.key.shape)
@@ -200,7 +200,7 @@ def test_a_momentum_may_be_a_tensor(given: Inputs) -> None:
 
 def test_the_sums_of_groups_do_not_depend_on_the_block(given: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fk.update_groups(given.query, given.queue, momentum=0.7)[0]
-    monkeypatch.setattr("fastssl_kernels.groups._MASK_ELEMENTS", 4 * 70)  # 4 rows at a time, then 4, then 1
+    monkeypatch.setattr("fastssl_kernels.groups._MASK_ELEMENTS", 4 * 70)  # 4 rows, then 4, then 1
     assert_same(fk.update_groups(given.query, given.queue, momentum=0.7)[:1], (expected,))
 
 
@@ -226,7 +226,7 @@ def test_nt_xent_of_one_row_is_info_nce_with_the_rest_as_negatives(given: Inputs
         assert_same((rows[9 * i : 9 * i + 1],), (expected,))
 
 
-def test_nt_xent_with_every_label_unknown_has_no_labels(given: Inputs) -> None:
+def test_nt_xent_with_every_label_unknown_equals_nt_xent_without_labels(given: Inputs) -> None:
     unknown = {"labels": torch.full_like(given.query_labels, -1)}
     expected = run(fk.nt_xent, given.query, given.key, temperature=T)
     assert_same(run(fk.nt_xent, given.query, given.key, temperature=T, **unknown), expected)
@@ -252,7 +252,7 @@ def test_info_nce_is_a_queue_read_with_the_own_key(given: Inputs) -> None:
 
 @pytest.mark.parametrize("loss", ["info_nce", "unicon", "sup_con", "unmix"])
 def test_keys_count_only_through_their_own_logit(given: Inputs, loss: str) -> None:
-    """A key of the present batch is no negative: turned about its query, it leaves every loss as it is."""
+    """A key of the batch is not a negative: rotating it about its query changes no loss."""
     generator = torch.Generator().manual_seed(2)
 
     def turn(key: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def test_the_gradient_is_orthogonal_to_rows_before_normalization(given: Inputs, 
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
-def test_groups_move_to_the_rows_that_a_caller_assigned_to_them(backend: str) -> None:
+def test_groups_move_to_the_rows_that_the_caller_assigned(backend: str) -> None:
     given = make_inputs(9, 5, 16).to(torch.float32, torch.float32)
     chosen = torch.arange(9) % 3
     with use_backend(backend):
@@ -291,7 +291,7 @@ def test_groups_move_to_the_rows_that_a_caller_assigned_to_them(backend: str) ->
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
-def test_assignments_that_no_group_can_have(backend: str) -> None:
+def test_invalid_assignments_are_refused(backend: str) -> None:
     given = make_inputs(9, 5, 16).to(torch.float32, torch.float32)
     for wrong, error, words in (
         (torch.full((9,), 5), IndexError, "assignment holds 5; it must hold indices into groups, from 0 to 4"),

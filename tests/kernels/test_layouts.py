@@ -1,6 +1,6 @@
 """Every tensor argument of every public function in every layout, against the reference in float64.
 
-A loss has to have the same rows, and its gradient the same numbers, wherever in memory its arguments lie.
+Rows and gradients do not depend on the memory layout of the arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.kernels.test_augment import drawn, pictures
 
 Arguments = Callable[..., dict[str, Any]]
 
-# Function -> its tensors that get a gradient, and then all its others.
+# Function -> its tensors that get a gradient, then all others
 TENSORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "queue_read": (("query",), ("bank",)),
     "info_nce": (("query",), ("key", "queue")),
@@ -37,20 +37,20 @@ TENSORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nt_xent": (("first", "second"), ("labels",)),
 }
 CASES = [(name, argument) for name, (leaves, others) in TENSORS.items() for argument in (*leaves, *others)]
-LIMITS = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-6, 5e-5)}  # of values and of gradients, relative
+LIMITS = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-6, 5e-5)}  # Of values and gradients, relative
 
 each_argument = pytest.mark.parametrize(("name", "argument"), CASES)
 each_backend = pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
 
 
 def each_layout(*more: str) -> pytest.MarkDecorator:
-    """All layouts on the torch backends; of the interpreter, which is slow, one."""
+    """All layouts on the torch backends; only one on the interpreter, which is slow."""
     cases = [(backend, name) for backend in ("reference", "blockwise") for name in (*layouts.SAME_VALUES, *more)]
     return pytest.mark.parametrize(("backend", "layout"), [*cases, ("triton", (*more, "column_major")[0])])
 
 
 def prepared(name: str, arguments: Arguments, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments in which every tensor that a function takes is one; two teachers, two targets."""
+    """Arguments with a tensor wherever a function accepts one; two teachers, two targets."""
     given = arguments(name, device)
     if "teacher" in given:
         given["teacher"] = torch.stack([given["teacher"], given["teacher"].flip(0)])
@@ -62,7 +62,7 @@ def prepared(name: str, arguments: Arguments, device: str, dtype: torch.dtype) -
 
 
 def evaluate(name: str, given: dict[str, Any], upstream: Callable[[Tensor], Tensor] = torch.Tensor.contiguous) -> Any:
-    """Values and gradients, each in one float64 vector; gradients arrive in the layout `upstream` gives them."""
+    """Values and gradients, each as one float64 vector; upstream gradients have the layout of `upstream`."""
     leaves = [given[leaf].detach().requires_grad_() for leaf in TENSORS[name][0]]
     outputs = getattr(fk, name)(**given | dict(zip(TENSORS[name][0], leaves, strict=True)))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -77,7 +77,7 @@ def evaluate(name: str, given: dict[str, Any], upstream: Callable[[Tensor], Tens
 
 
 def assert_right(name: str, given: dict[str, Any], backend: str, **options: Any) -> None:
-    """As the reference says of the same numbers, contiguous and in float64."""
+    """Compare with the reference on the same values, contiguous and in float64."""
     double = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in given.items()}
     plain = {key: x.contiguous() if isinstance(x, Tensor) else x for key, x in double.items()}
     with use_backend("reference"):
@@ -86,7 +86,7 @@ def assert_right(name: str, given: dict[str, Any], backend: str, **options: Any)
         found = evaluate(name, given, **options)
     dtype = next(x.dtype for x in given.values() if isinstance(x, Tensor) and x.is_floating_point())
     for got, wanted, limit in zip(found, expected, LIMITS[dtype], strict=True):
-        # Where rows are equal or alone a loss may be 0: its error is that of logits, whose scale is 10.
+        # With equal or single rows a loss may be 0: its error is then that of the logits, whose scale is 10
         assert (got - wanted).norm() <= limit * wanted.norm().clamp_min(2)
 
 
@@ -116,7 +116,7 @@ def test_expanded_rows_of_each_argument(
     for dtype in dtypes(backend):
         given = prepared(name, arguments, device, dtype)
         if name in ("bank_cross_entropy", "nearest_entry", "update_groups") and argument in ("bank", "groups"):
-            # Equal entries all tie, and the first is taken: that takes exact products.
+            # All entries tie and the first must win, which needs exact products
             rows = next(iter(TENSORS[name][0] + TENSORS[name][1]))
             given[rows], given[argument] = layouts.coarse(given[rows]), layouts.coarse(given[argument])
         given[argument] = layouts.expanded(given[argument])
@@ -127,13 +127,13 @@ def test_expanded_rows_of_each_argument(
 @each_layout("lone")
 @pytest.mark.parametrize("name", TENSORS)
 def test_one_row_in_every_layout(name: str, layout: str, backend: str, device: str, arguments: Arguments) -> None:
-    """All arguments at once, in shapes whose axes of size 1 leave a stride free."""
+    """All arguments at once, with axes of size 1, whose strides are arbitrary."""
     change = layouts.lone if layout == "lone" else layouts.SAME_VALUES[layout]
     for dtype in dtypes(backend):
         given = prepared(name, arguments, device, dtype)
         for argument in (*TENSORS[name][0], *TENSORS[name][1]):
             x = given[argument]
-            of_rows = argument in ("teacher", "target")  # whose rows are the second axis
+            of_rows = argument in ("teacher", "target")  # Their rows are the second axis
             x = x[:, :1] if of_rows else x[:1]
             x = x.clamp(max=0) if argument in ("first", "second", "target") and not x.is_floating_point() else x
             given[argument] = change(x[:1] if layout == "lone" else x)
@@ -158,7 +158,7 @@ def test_gradients_arrive_in_every_layout(
 @pytest.mark.parametrize("name", ["info_nce", "unmix"])
 @pytest.mark.parametrize("shape", [(64, 4096, 128), (1, 4096, 128), (300, 1000, 48)], ids=str)
 def test_attention_takes_a_column_major_query(name: str, shape: tuple[int, int, int]) -> None:
-    """Shapes that several threads and heads share; a garbage gradient of up to 1e37 came from here."""
+    """Shapes split over threads and heads; once a source of garbage gradients up to 1e37."""
     from fastssl_kernels import parity
 
     given = parity.make_inputs(*shape).to(torch.float32, torch.float32)
@@ -169,25 +169,25 @@ def test_attention_takes_a_column_major_query(name: str, shape: tuple[int, int, 
         assert max(errors) < 1e-5
 
 
-ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 6e-2}  # of a value or gradient, where an argument is rounded
+ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 6e-2}  # Of a value or gradient, if an argument is rounded
 
 
 @each_backend
 @each_argument
 def test_dtypes_of_each_argument(name: str, argument: str, backend: str, device: str, arguments: Arguments) -> None:
-    """One argument in 16 bits, the others in float32: as the reference says of the same rounded numbers."""
+    """One argument in 16 bits, the others in float32, against the reference on the same rounded values."""
     given = prepared(name, arguments, device, torch.float32)
     if not given[argument].is_floating_point():
         return
     for dtype, limit in ROUNDED.items():
-        # Both views of a batch have one dtype.
+        # Both views of a batch have the same dtype
         names = ("first", "second") if name == "nt_xent" else (argument,)
         mixed = given | {key: given[key].to(dtype) for key in names}
         with use_backend("reference"):
             expected = evaluate(name, {k: x.double() if _floats(x) else x for k, x in mixed.items()})
         with use_backend(backend):
             found = evaluate(name, mixed)
-        if name in ("nearest_entry", "update_groups", "mean_shift"):  # rounding may choose another entry
+        if name in ("nearest_entry", "update_groups", "mean_shift"):  # Rounding may choose another entry
             assert found[0].isfinite().all()
             continue
         for got, wanted in zip(found, expected, strict=True):
@@ -201,7 +201,7 @@ def _floats(x: Any) -> bool:
 @pytest.mark.parametrize("backend", ["blockwise", "triton"])
 @pytest.mark.parametrize("layout", layouts.SAME_VALUES)
 def test_layouts_of_augment(layout: str, backend: str, device: str) -> None:
-    """Images, and every number per image, in one layout at once."""
+    """Images and every parameter in one layout at once."""
     images, parameters = pictures(5, 9, 12), drawn(5)
     change = layouts.SAME_VALUES[layout]
     names = [key for key in AugmentParameters.__slots__ if key not in ("mean", "std")]
@@ -215,7 +215,7 @@ def test_layouts_of_augment(layout: str, backend: str, device: str) -> None:
 
 
 def _uint8(change: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """int8 holds the bytes of uint8, and the poison -99 too."""
+    """As int8, which has the bytes of uint8 and can hold the poison -99."""
     return change(images.view(torch.int8)).view(torch.uint8)
 
 

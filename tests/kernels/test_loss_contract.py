@@ -1,4 +1,4 @@
-"""What the losses promise beyond numbers: reductions, accuracy, dtypes, and sentences for what they refuse."""
+"""The contract of the losses beyond values: reductions, accuracy, dtypes and error messages."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ FUNCTIONS = list(dict.fromkeys(name.partition("+")[0] for name in parity.LOSSES)
 REDUCED = [name for name in FUNCTIONS if name not in ("queue_read", "update_groups")]
 WITH_ACCURACY = ["info_nce", "unicon", "sup_con"]
 WITH_QUEUE = [name for name in REDUCED if name not in ("bank_cross_entropy", "nt_xent")]
-DTYPES = [  # of queries and of the queue: exact, as trained, turned round, alike
+DTYPES = [  # Of queries and queue: exact, as in training, reversed, equal
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float32),
@@ -91,7 +91,7 @@ def _double(x: Any) -> Any:
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 Refusal = tuple[str, Change, type[Exception], str]
 
-# Of each function whose arguments have these names.
+# For every function with an argument of this name
 REFUSED_EVERYWHERE: list[Refusal] = [
     ("query", lambda g: {"query": g["query"][0]}, ValueError, "query has shape"),
     ("query", lambda g: {"query": g["query"][:0]}, ValueError, "query has shape"),
@@ -158,7 +158,7 @@ def test_refuses_an_unknown_reduction(loss: str, backend: str, arguments: Argume
 
 
 @pytest.mark.parametrize("loss", ["mixco", "bank_cross_entropy"])
-def test_refuses_an_index_that_is_none_on_a_cpu(loss: str, arguments: Arguments) -> None:
+def test_refuses_an_invalid_index_on_a_cpu(loss: str, arguments: Arguments) -> None:
     name = "second" if loss == "mixco" else "target"
     given = arguments(loss)
     given[name] = given[name].clone().fill_(70)

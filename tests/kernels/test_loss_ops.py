@@ -1,4 +1,4 @@
-"""The losses inside torch: compilation, autocast, fake tensors, what backward needs, and what it refuses."""
+"""The losses as torch ops: compilation, autocast, fake tensors, what backward needs and refuses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +80,7 @@ def test_autocast_changes_nothing(loss: str, backend: str, device: str) -> None:
 def test_compiles_as_one_graph(loss: str) -> None:
     given = prepare(loss)
     leaves = [getattr(given, name).requires_grad_() for name in parity.LOSSES[loss].gradients]
-    torch.compiler.reset()  # the code of the other losses counts as recompilation
+    torch.compiler.reset()  # Code of the other losses counts as recompilation
     compiled = torch.compile(lambda: total(loss, given), fullgraph=True, backend="aot_eager")
     with use_backend("blockwise"):
         value, expected = compiled(), total(loss, given)
@@ -111,7 +111,7 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(loss: str) -> None
 
 
 def _op_arguments(given: Inputs, backend: str) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Each op with arguments; a float32 query that requires grad comes first where the op has a backward."""
+    """Every op with arguments; if it has a backward, the first is a float32 query that requires grad."""
     query = given.query.clone().requires_grad_()
     pair = (query, given.key, given.queue)
     labels = (given.query_labels, given.queue_labels)

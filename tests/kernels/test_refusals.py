@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **{key: {} for key in ("queue_read", "nearest_entry", "update_groups")},
     "consistency": {"reduction": "mean", "include_positive": False},
 }
-# What no argument is, whatever it should be.
+# Never valid, for any argument
 NO_ARGUMENT: list[Any] = [[0.1, 0.2], {"a": 1}, (), b"0.1", object(), np.zeros((9, 32)), 1j, slice(3), torch.float32]
 TENSORS: list[Callable[[Tensor], Any]] = [
     lambda x: None,
@@ -83,12 +83,12 @@ def wrong_values(name: str, argument: str, value: Any) -> list[Any]:
     if not value.is_floating_point():
         wrong += [value.int(), value.float()]
     if name == "nt_xent" and argument == "labels":
-        return [x for x in NO_ARGUMENT + wrong if x is not None]  # None: there are none
+        return [x for x in NO_ARGUMENT + wrong if x is not None]  # None is valid: no labels
     return NO_ARGUMENT + wrong
 
 
 def constants(name: str) -> list[str]:
-    """The floating tensors that get no gradient."""
+    """The floating-point tensors that get no gradient."""
     return {
         "queue_read": ["bank"],
         "soft_cross_entropy": ["teacher", "queue"],
@@ -103,13 +103,11 @@ def constants(name: str) -> list[str]:
 
 @each_backend
 @each_function
-def test_every_wrong_argument_is_told_in_a_sentence_that_names_it(
-    name: str, backend: str, arguments: Arguments
-) -> None:
+def test_every_wrong_argument_raises_a_sentence_that_names_it(name: str, backend: str, arguments: Arguments) -> None:
     given = complete(name, arguments)
     for argument, value in given.items():
         for wrong in wrong_values(name, argument, value):
-            # Of two tensors that do not fit each other, either may be the one that is named.
+            # If two tensors do not match, either may be named
             named = "|".join(given) if isinstance(wrong, Tensor) else argument
             with use_backend(backend), pytest.raises((TypeError, ValueError), match=f"^({named}) ") as caught:
                 getattr(fk, name)(**given | {argument: wrong})
@@ -134,7 +132,7 @@ def test_constants_that_require_grad_are_refused(name: str, backend: str, argume
 
 @each_backend
 @each_function
-def test_index_of_no_row_is_refused(name: str, backend: str, arguments: Arguments) -> None:
+def test_an_index_outside_the_rows_is_refused(name: str, backend: str, arguments: Arguments) -> None:
     given = complete(name, arguments)
     for argument in {"first", "second", "target"} & set(given):
         if given[argument].is_floating_point():
@@ -151,7 +149,7 @@ def test_index_of_no_row_is_refused(name: str, backend: str, arguments: Argument
 
 @each_backend
 @each_function
-def test_any_real_number_is_taken(name: str, backend: str, arguments: Arguments) -> None:
+def test_any_real_number_is_accepted(name: str, backend: str, arguments: Arguments) -> None:
     given = complete(name, arguments)
     for argument in {"temperature", "teacher_temperature", "weight", "momentum"} & set(given):
         with use_backend(backend):
@@ -170,7 +168,7 @@ def test_any_real_number_is_taken(name: str, backend: str, arguments: Arguments)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("nearest_entry", "update_groups")])
-def test_losses_and_gradients_are_finite_at_either_end_of_the_temperatures(
+def test_losses_and_gradients_are_finite_at_the_extreme_temperatures(
     name: str, backend: str, dtype: torch.dtype, temperature: float, device: str, arguments: Arguments
 ) -> None:
     if backend == "triton" and dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""A loss from outside the tree is registered in one place, and parity and `fastssl verify` then judge it as ours."""
+"""A loss from outside the tree is registered in one place; parity and `fastssl verify` then treat it like ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = 0.2
 
 
 def defined(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float, reduction: str) -> Tensor:
-    """Decoupled InfoNCE (arXiv 2110.06848): the own key is no term of the denominator."""
+    """Decoupled InfoNCE (arXiv 2110.06848): the own key is not in the denominator."""
     own, logits = (query * key).sum(1) / temperature, query @ queue.to(query.dtype).T / temperature
     rows = logits.exp().sum(1).log() - own
     return rows if reduction == "none" else rows.mean()
@@ -32,7 +32,7 @@ def decoupled(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float, 
 
 
 def with_wrong_gradient(query: Tensor, key: Tensor, queue: Tensor, **options: object) -> Tensor:
-    """The right value; the gradient lacks that of the own key."""
+    """Right value, wrong gradient: that of the own key is missing."""
     wrong = (query * key).sum(1) / T
     return decoupled(query, key, queue, **options) + wrong - wrong.detach()  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What must not be hidden: NaN, labels that are none, the first of equal groups."""
+"""What must surface: NaN, invalid labels, the first of equal groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Arguments = Callable[..., dict[str, Any]]
 T = 0.2
 
 each_backend = pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
-# Tensors by what reads them: a row by its own row of the loss, a bank by all.
+# Tensors that affect their own row of the loss, and banks, which affect all rows
 ROWS = {
     "info_nce": ("query", "key"),
     "unicon": ("query", "key"),
@@ -41,7 +41,7 @@ BANKS = {
 
 
 def rows_of(name: str, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Rows of the loss, and of the gradient to the first argument."""
+    """Rows of the loss and of the gradient to the first argument."""
     lead = next(iter(given))
     given = given | {lead: given[lead].detach().clone().requires_grad_()}
     options = {} if name == "queue_read" else {"reduction": "none"}
@@ -53,7 +53,7 @@ def rows_of(name: str, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
 @each_backend
 @pytest.mark.parametrize(("name", "argument"), [(name, each) for name, rows in ROWS.items() for each in rows])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_surfaces_in_its_row(
+def test_a_non_finite_value_surfaces_in_its_row(
     name: str, argument: str, value: float, backend: str, device: str, arguments: Arguments
 ) -> None:
     given = arguments(name, device)
@@ -86,10 +86,10 @@ def test_nan_in_a_bank_surfaces_in_every_row(
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_nan_in_a_bank_surfaces_in_every_number_of_the_gradient(
+def test_nan_in_a_bank_surfaces_in_every_element_of_the_gradient(
     dtype: torch.dtype, backend: str, device: str, arguments: Arguments
 ) -> None:
-    """Also where bits of the weights are rounded as integers."""
+    """Even where the weights are rounded as integers."""
     given = arguments("info_nce", device)
     given["queue"] = given["queue"].to(dtype)
     given["queue"][5, 3] = torch.nan
@@ -136,7 +136,7 @@ def test_nan_in_groups_and_features(backend: str, device: str, arguments: Argume
 
 
 def labeled(name: str, arguments: Arguments) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Arguments with a label that is none, in each place; -2^63 is what an unknown one becomes within."""
+    """Arguments with an invalid label in each place; -2^63 is the internal value of an unknown one."""
     for argument in [key for key in arguments(name) if key.endswith("labels")]:
         for label in (-2, -100, torch.iinfo(torch.int64).min):
             given = arguments(name)
@@ -160,14 +160,14 @@ def test_a_label_below_minus_one_is_refused_in_compiled_code(name: str, argument
     for sentence, given in labeled(name, arguments):
         with use_backend("blockwise"), pytest.raises(ValueError, match=sentence):
             compiled(**given)
-    with use_backend("reference"):  # plain operations, in which nothing can be refused
+    with use_backend("reference"):  # Plain operations, which cannot refuse anything
         assert compiled(**given).isnan()
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "triton"])
 @pytest.mark.parametrize("name", ["unicon_rows", "sup_con_rows"])
-def test_where_nothing_looks_a_label_below_minus_one_is_nan(name: str, backend: str, device: str) -> None:
-    """The implementations alone, as a GPU runs them."""
+def test_a_label_below_minus_one_is_nan_where_it_is_not_checked(name: str, backend: str, device: str) -> None:
+    """The implementations without checks, as on a GPU."""
     if backend == "triton":
         from fastssl_kernels.triton import losses as module
     else:
@@ -196,7 +196,7 @@ EQUAL = [(rows, groups) for rows in (1, 2, 4, 9, 257) for groups in (1, 2, 5, 17
 @pytest.mark.parametrize("kind", ["zero", "equal", "in pairs"])
 def test_of_equal_groups_the_first_is_assigned(kind: str, backend: str, device: str) -> None:
     for rows, count in EQUAL:
-        if backend == "triton" and rows not in (1, 9):  # the interpreter is slow
+        if backend == "triton" and rows not in (1, 9):  # The interpreter is slow
             continue
         for features in (16,) if backend == "triton" else (5, 16, 128):
             query, queue = with_exact_products(rows, count, features, device)
@@ -210,7 +210,7 @@ def test_of_equal_groups_the_first_is_assigned(kind: str, backend: str, device: 
 
 
 def with_exact_products(rows: int, count: int, features: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Of whole numbers, with a mean of 0 that may be taken off; others a matrix product may round by column."""
+    """Integer values with a mean of 0: a matrix product may round others differently by column."""
     given = parity.make_inputs(rows, count, features).to(torch.float32, torch.float32, device)
     query, queue = (32 * given.query).round(), (32 * given.queue).round()
     return query, torch.cat([queue, -queue])

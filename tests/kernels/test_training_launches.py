@@ -1,6 +1,6 @@
 """Training in 16 bits runs the 16-bit kernels, and what it launches is compiled ahead of time.
 
-One step of every preset's method, launches noted and not run, as on an H100.
+One step of every preset's method; launches are recorded and not run, as on an H100.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.fastssl.small_methods import SHARDABLE
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-FIRST_ENTRY = 0x7FFFFFFF  # as `nearest_kernel` keeps it
+FIRST_ENTRY = 0x7FFFFFFF  # As stored by `nearest_kernel`
 
 # Kernels with products by preset: dtype of the bank, rows x entries x features of a tile, how float32 is multiplied.
 IN_16_BITS = {
@@ -46,7 +46,7 @@ IN_16_BITS = {
     ],
     "ressl-imagenet": ["read_kernel bf16 32x32x512"],
     "msvq-imagenet": ["read_kernel bf16 128x64x128"],
-    # its groups have a gradient, so they stay exact where the loss reads them
+    # The groups have a gradient, so the loss reads them in float32
     "smog-imagenet": [
         "bank_gradient_kernel fp32 32x32x128 tf32x3",
         "nearest_kernel bf16 128x32x128",
@@ -57,7 +57,7 @@ SMOG_WITHOUT_GRADIENT = ["nearest_kernel bf16 128x32x128", "read_kernel bf16 128
 
 
 class Averages(Encoder):
-    """The least that a method can learn with."""
+    """The smallest encoder that a method can train."""
 
     feature_dim = 8
 
@@ -78,11 +78,11 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launches(preset: str, precision: str, **options: Any) -> list[Configuration]:
-    """What a step at the end of an epoch compiles: forward, backward and what follows."""
+    """Configurations compiled by a step at the end of an epoch: forward, backward and `after_step`."""
     config, dtype = load(preset), DTYPES[precision]
     method_config = replace(config.method, **options)
     if preset.startswith("smog"):
-        method_config = replace(method_config, bank_size=3500)  # enough for its groups
+        method_config = replace(method_config, bank_size=3500)  # Enough for its groups
     views = tuple(replace(view, size=4) for view in config.views)
     method = METHODS[method_config.name](Averages(), method_config, views, dtype)
     count = config.train.batch_size
@@ -136,7 +136,7 @@ def test_groups_without_gradient_are_read_in_bf16() -> None:
     assert with_products(launches("smog-imagenet", "bf16", groups_gradient=False)) == SMOG_WITHOUT_GRADIENT
 
 
-def test_a_float32_queue_would_be_seen() -> None:
+def test_a_float32_queue_would_be_detected() -> None:
     assert with_products(launches("mocov2-cifar10", "fp32")) == ["read_kernel fp32 32x32x128 tf32x3"]
     assert with_products(launches("mocov2-cifar10", "tf32")) == ["read_kernel fp32 32x32x128 tf32"]
 
@@ -146,8 +146,13 @@ def compiled() -> set[Any]:
     return {configuration.key for configuration in aot.configurations()}
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("preset", PRESETS)
+# Every preset as it is trained, and one of each method in the other precisions
+BY_METHOD = {load(preset).method.name: preset for preset in sorted(PRESETS, reverse=True)}
+TRAINED = [(preset, "bf16") for preset in PRESETS]
+TRAINED += [(preset, precision) for preset in BY_METHOD.values() for precision in DTYPES if precision != "bf16"]
+
+
+@pytest.mark.parametrize(("preset", "precision"), TRAINED)
 def test_what_training_launches_is_compiled_ahead_of_time(preset: str, precision: str, compiled: set[Any]) -> None:
     found = launches(preset, precision)
     assert [each for each in found if each.key not in compiled] == []

@@ -20,8 +20,8 @@ from tests.kernels.test_augment import ORDERS, drawn, neutral, pictures
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = [(32, 32), (17, 31), (224, 40), (1, 1), (2, 9), (6, 7)]
-LIMITS = {torch.float32: 5e-4, torch.bfloat16: 0.7, torch.float16: 0.25}  # levels
-UNROUNDED = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # results are levels
+LIMITS = {torch.float32: 5e-4, torch.bfloat16: 0.7, torch.float16: 0.25}  # Levels
+UNROUNDED = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # Results are levels
 
 
 def triton_augment(images: Tensor, parameters: AugmentParameters, out_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,7 +47,7 @@ def levels(normalized: Tensor, parameters: AugmentParameters) -> Tensor:
 
 
 def worst(images: Tensor, parameters: AugmentParameters, dtype: torch.dtype = torch.float32) -> float:
-    """The largest difference in levels, where solarization does not jump: within a rounding of its threshold."""
+    """The largest difference in levels, except within rounding of the solarization threshold, where it jumps."""
     result = levels(triton_augment(images, parameters, dtype), parameters)
     expected = levels(reference(images, parameters), parameters)
     plain = replace(parameters, solarize=torch.zeros_like(parameters.solarize))
@@ -59,7 +59,7 @@ def worst(images: Tensor, parameters: AugmentParameters, dtype: torch.dtype = to
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_triton_chains(size: tuple[int, int]) -> None:
-    batch = 2 if size[0] > 100 else 8  # the interpreter takes a second for each large image
+    batch = 2 if size[0] > 100 else 8  # The interpreter takes a second per large image
     assert worst(pictures(batch, *size), drawn(batch)) < LIMITS[torch.float32]
 
 
@@ -83,8 +83,8 @@ def test_triton_single_operation(name: str, low: float, high: float, limit: floa
     assert worst(pictures(9, 20, 44), parameters) < limit
 
 
-def test_triton_contrast_takes_the_mean_of_an_image_of_many_programs() -> None:
-    images, parameters = pictures(4, 61, 59), drawn(4)  # 4 programs, the last one not full
+def test_triton_contrast_uses_the_mean_of_an_image_of_several_programs() -> None:
+    images, parameters = pictures(4, 61, 59), drawn(4)  # 4 programs, the last one partial
     order = torch.tensor([[1, 0, 2, 3], [0, 1, 2, 3], [3, 0, 1, 2], [2, 3, 0, 1]])
     parameters = replace(parameters, order=order, blur_sigma=torch.zeros(4))
     assert worst(images, parameters) < LIMITS[torch.float32]
@@ -108,7 +108,7 @@ def test_triton_neutral_parameters_change_no_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton_blur_leaves_an_even_color(dtype: torch.dtype) -> None:
+def test_triton_blur_does_not_change_a_uniform_color(dtype: torch.dtype) -> None:
     images = torch.tensor([255, 100, 3], dtype=torch.uint8).expand(8, 13, 40, 3)
     parameters = replace(neutral(8), blur_sigma=torch.linspace(0.1, 2, 8), **UNROUNDED)
     expected = images.permute(0, 3, 1, 2).float()
@@ -145,7 +145,7 @@ def test_triton_image_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
         assert torch.equal(triton_augment(images[i : i + 1], alone, dtype)[0], together[i])
 
 
-def test_triton_takes_any_strides_and_leaves_its_input_alone() -> None:
+def test_triton_accepts_any_strides_and_does_not_modify_its_input() -> None:
     images, parameters = pictures(6, 12, 20), drawn(6)
     expected = triton_augment(images, parameters)
     planar = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -179,9 +179,7 @@ def test_triton_views_of_a_training_batch(views: tuple[Tensor, AugmentParameters
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton_augment_has_the_same_bits_at_every_run(
-    views: tuple[Tensor, AugmentParameters], dtype: torch.dtype
-) -> None:
+def test_triton_augment_runs_are_bitwise_equal(views: tuple[Tensor, AugmentParameters], dtype: torch.dtype) -> None:
     first = triton_augment(*views, dtype)
     for _ in range(3):
         assert torch.equal(triton_augment(*views, dtype), first)
@@ -189,11 +187,11 @@ def test_triton_augment_has_the_same_bits_at_every_run(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("blurred", [True, False])
-def test_triton_augment_waits_for_nothing(views: tuple[Tensor, AugmentParameters], blurred: bool) -> None:
+def test_triton_augment_does_not_wait_for_the_device(views: tuple[Tensor, AugmentParameters], blurred: bool) -> None:
     images, parameters = views
     if not blurred:
         parameters = replace(parameters, blur_sigma=None)
-    triton_augment(images, parameters, torch.bfloat16)  # compiles
+    triton_augment(images, parameters, torch.bfloat16)  # Compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

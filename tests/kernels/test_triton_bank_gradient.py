@@ -55,7 +55,7 @@ def group_arguments(
     temperature: float = 0.1,
     scale: float = 1.0,
 ) -> tuple:
-    """As backward of `bank_cross_entropy` calls it, with upstream gradients about as large as `scale`."""
+    """Called as in the backward of `bank_cross_entropy`, with upstream gradients of about `scale`."""
     rows, entries, features, targets = shape
     given = parity.make_inputs(rows, entries, features).to(dtype, bank_dtype or dtype)
     lse = (given.query.double() @ given.queue.double().T / temperature).logsumexp(1).float()
@@ -66,7 +66,7 @@ def group_arguments(
 
 
 def batch_arguments(rows: int, features: int, dtype: torch.dtype, temperature: float) -> tuple:
-    """As backward of `nt_xent` with labels calls it."""
+    """Called as in the backward of `nt_xent` with labels."""
     batch = parity.make_inputs(rows, 1, features).query.to(dtype)
     labels = torch.arange(rows) // 2
     logits = batch.double() @ batch.double().T / temperature
@@ -89,7 +89,7 @@ def test_triton_bank_gradient_is_the_formula(shape: tuple[int, int, int, int], d
 def test_triton_bank_gradient_without_the_own_row(rows: int, dtype: torch.dtype) -> None:
     arguments = batch_arguments(rows, 48, dtype, temperature=0.1)
     expected = truth(*arguments)
-    if rows == 2:  # the only other row is the positive, with a softmax of 1
+    if rows == 2:  # The only other row is the positive, with a softmax of 1
         assert gradient(*arguments).norm() < TOLERANCES[dtype] / 0.1
     else:
         assert error(gradient(*arguments), expected) < TOLERANCES[dtype]
@@ -100,7 +100,7 @@ def test_triton_bank_gradient_where_the_own_logit_overflows() -> None:
     arguments = batch_arguments(70, 16, torch.float32, temperature=0.004)
     own = torch.exp2((arguments[0].square().sum(1) / 0.004 - arguments[4]) * 1.4427)
     assert own.isinf().any()
-    # Logits of 250 carry errors of 1e-5 themselves.
+    # Logits of 250 have errors of 1e-5 themselves
     assert error(gradient(*arguments), truth(*arguments)) < 1e-4
 
 
@@ -116,7 +116,7 @@ def test_triton_bank_gradient_is_that_of_autograd() -> None:
 @pytest.mark.parametrize(
     ("dtype", "bank_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), DTYPES[1:]]
 )
-def test_triton_bank_gradient_of_two_dtypes_is_taken_in_float32(dtype: torch.dtype, bank_dtype: torch.dtype) -> None:
+def test_triton_bank_gradient_of_two_dtypes_is_computed_in_float32(dtype: torch.dtype, bank_dtype: torch.dtype) -> None:
     arguments = group_arguments((40, 70, 48, 2), dtype, bank_dtype)
     assert error(gradient(*arguments), truth(*arguments)) < 1e-5
 
@@ -134,7 +134,7 @@ def test_triton_bank_gradient_of_a_constant_is_zero(dtype: torch.dtype) -> None:
     assert torch.equal(gradient(*arguments), torch.zeros(70, 48))
 
 
-def test_triton_bank_gradient_takes_any_strides() -> None:
+def test_triton_bank_gradient_accepts_any_strides() -> None:
     rows, bank, row_labels, bank_labels, *rest = arguments = group_arguments((40, 70, 48, 2), torch.float32)
     wide = torch.cat([bank, bank], 1)
     strided = rows.T.contiguous().T, wide[:, :48], row_labels.T.contiguous().T, bank_labels, *rest

@@ -18,7 +18,7 @@ from fastssl_kernels.triton.consistency import consistency_rows, queue_read_grad
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VARIANTS = ["consistency", "consistency+positive"]
-# rows, entries, features, temperature; 0.01 needs a running maximum
+# Rows, entries, features, temperature; 0.01 needs a running maximum
 CASES = [(5, 130, 16, 0.04), (5, 130, 16, 0.01), (20, 200, 128, 0.07), (3, 37, 5, 1.0), (9, 65, 130, 0.2)]
 
 
@@ -29,7 +29,7 @@ def inputs(rows: int, entries: int, features: int, dtype: torch.dtype) -> parity
 def consistency_errors(given: parity.Inputs, temperature: float, loss: str) -> parity.Errors:
     truth = parity.evaluate(loss, given.to(torch.float64, torch.float64), temperature, "reference")
     rows = consistency_rows(given.query, given.key, given.queue, temperature, loss.endswith("positive"))
-    # As `evaluate` weights the rows.
+    # The weights of `evaluate`
     weights = torch.randn(len(given.query), generator=torch.Generator().manual_seed(17), dtype=torch.float64)
     gradient = rows.gradient.double().cpu() * weights[:, None]
     return parity.errors(parity.Result(rows.loss.double().cpu(), gradient.flatten()), truth)
@@ -62,7 +62,7 @@ def test_triton_consistency_matches_float64(loss: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton_consistency_takes_wide_rows(dtype: torch.dtype) -> None:
+def test_triton_consistency_accepts_wide_rows(dtype: torch.dtype) -> None:
     given, limits = inputs(2, 40, 512, dtype), parity.tolerances("consistency", dtype)
     error = consistency_errors(given, 0.2, "consistency")
     assert error.loss <= limits.loss
@@ -71,8 +71,8 @@ def test_triton_consistency_takes_wide_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("loss", VARIANTS)
-def test_triton_consistency_takes_the_rounding_of_the_rows_off_the_loss(loss: str) -> None:
-    # Uncorrected the error is about 1e-3.
+def test_triton_consistency_corrects_the_loss_for_the_rounding_of_the_rows(loss: str) -> None:
+    # Without correction the error is about 1e-3
     assert consistency_errors(inputs(20, 200, 128, torch.bfloat16), 0.07, loss).loss < 2e-5
 
 
@@ -127,7 +127,7 @@ def test_triton_consistency_does_not_depend_on_the_splits(monkeypatch: pytest.Mo
     assert torch.equal(again.gradient, whole.gradient)
 
 
-def test_triton_consistency_takes_any_strides_and_16_bit_rows() -> None:
+def test_triton_consistency_accepts_any_strides_and_16_bit_rows() -> None:
     given = inputs(5, 70, 24, torch.bfloat16).to(torch.bfloat16, torch.bfloat16, DEVICE)
     expected = consistency_rows(given.query, given.key, given.queue, 0.1, False)
     wide = torch.full((70, 40), float("nan"), dtype=torch.bfloat16, device=DEVICE)
@@ -153,7 +153,7 @@ def test_triton_queue_read_gradient_of_one_output(dtype: torch.dtype) -> None:
     given = inputs(5, 130, 16, dtype)
     lse, mean = upstream(given)
     assert read_gradient_error(given, lse, 0 * mean, 0.1) <= parity.tolerances("queue_read", dtype).gradient
-    # Of the mean alone it is a difference of nearly equal terms, as CO2's is.
+    # For the mean alone it is a difference of nearly equal terms, as in CO2
     assert read_gradient_error(given, 0 * lse, mean, 0.1) <= parity.tolerances("consistency", dtype).gradient
 
 
@@ -171,7 +171,7 @@ def test_triton_queue_read_gradient_scales_with_its_upstream(factor: float) -> N
     torch.testing.assert_close(scaled / factor, once, rtol=1e-6, atol=1e-6)
 
 
-def test_triton_queue_read_gradient_takes_any_strides() -> None:
+def test_triton_queue_read_gradient_accepts_any_strides() -> None:
     given = inputs(5, 40, 16, torch.float32)
     lse, mean = (x.float() for x in upstream(given))
     expected = queue_read_gradient(given.query, given.queue, lse, mean, 0.1)

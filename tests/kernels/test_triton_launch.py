@@ -1,4 +1,4 @@
-"""How the Triton reads are cut: splits fill a GPU, cover the bank, and change no result."""
+"""Partitioning of the Triton reads: splits fill a GPU, cover the bank and change no result."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 from fastssl_kernels import parity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PROCESSORS = (108, 132, 148)  # of an A100, an H100 and a B200
+PROCESSORS = (108, 132, 148)  # Of an A100, an H100 and a B200
 ROWS = (64, 128, 256, 384, 512, 1024, 1568, 2048, 4096, 8192)
 ENTRIES = (4096, 16384, 65536, 100_000, 131_072, 262_144)
 
@@ -23,7 +23,7 @@ def test_triton_splits_keep_a_gpu_busy(labeled: bool, features: int, processors:
     for rows, entries in itertools.product(ROWS, ENTRIES):
         blocks, count = -(-rows // tiles.rows), -(-entries // tiles.entries)
         splits = choose_splits(blocks, count, processors)
-        if blocks * count >= 8 * processors:  # with less, no cut fills a GPU: programs need a few tiles each
+        if blocks * count >= 8 * processors:  # With less no partition fills a GPU: programs need a few tiles each
             assert wave_efficiency(blocks, count, splits, processors) >= 0.85, (rows, entries, splits)
 
 
@@ -32,7 +32,7 @@ def test_triton_wave_efficiency_counts_idle_processors() -> None:
 
     assert wave_efficiency(row_blocks=132, tiles=10, splits=1, processors=132) == 1
     assert wave_efficiency(row_blocks=133, tiles=10, splits=1, processors=132) == 133 / 264
-    # Ten tiles in four splits are three a program, and one program has a single tile.
+    # Ten tiles in four splits make three per program and one in the last
     assert wave_efficiency(row_blocks=1, tiles=10, splits=4, processors=4) == 10 / 12
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastssl_kernels import parity
 from tests.kernels.layouts import coarse
 
-SHAPES = {  # rows, entries, features, count
+SHAPES = {  # Rows, entries, features, count
     "one": (1, 1, 5, 1),
     "fewer entries than a tile": (3, 20, 16, 5),
     "every entry": (2, 11, 48, 11),
@@ -25,7 +25,7 @@ def find(rows: Tensor, bank: Tensor, count: int) -> Tensor:
 
 
 def truth(rows: Tensor, bank: Tensor, count: int) -> Tensor:
-    """Of equal entries the earlier first."""
+    """The nearest entries by sorting; of equal entries the earlier first."""
     similarity = rows.to(bank.dtype).double() @ bank.double().T
     return similarity.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
@@ -56,15 +56,15 @@ def test_triton_nearest_of_equal_entries_is_the_earlier(count: int) -> None:
     assert torch.equal(find(torch.zeros_like(given.query), bank, count), torch.arange(count).expand(5, count))
 
 
-def test_triton_nearest_beyond_one_read() -> None:
+def test_triton_nearest_of_more_than_one_pass() -> None:
     given = parity.make_inputs(3, 45, 16).to(torch.float32, torch.float32)
     assert torch.equal(find(given.query, given.queue, 45), truth(given.query, given.queue, 45))
     query, repeated = coarse(given.query), coarse(given.queue)[torch.arange(90) % 7]
     assert torch.equal(find(query, repeated, 40), truth(query, repeated, 40))
 
 
-def test_triton_nearest_of_nan_exists_and_leaves_other_rows_alone() -> None:
-    # Fewer than a tile: the interpreter has no maximum of NaN alone.
+def test_triton_nearest_of_nan_is_a_valid_index_and_does_not_change_other_rows() -> None:
+    # Fewer than a tile: the interpreter cannot take a maximum of only NaN
     given = parity.make_inputs(3, 30, 16).to(torch.float32, torch.float32)
     expected = truth(given.query, given.queue, 20)
     given.query[1] = torch.nan
@@ -79,7 +79,7 @@ def test_triton_nearest_of_negative_similarities() -> None:
     assert torch.equal(find(given.query, bank, 6), truth(given.query, bank, 6))
 
 
-def test_triton_nearest_takes_any_strides() -> None:
+def test_triton_nearest_accepts_any_strides() -> None:
     given = parity.make_inputs(20, 70, 48).to(torch.float32, torch.bfloat16)
     wide = torch.cat([given.queue, given.queue], 1)
     expected = truth(given.query, given.queue, 3)

@@ -1,4 +1,4 @@
-"""A GPU that is none: its tensors lie on the CPU, and what would be queued on its CUDA streams is written down."""
+"""Fake GPU: its tensors are on the CPU, and operations queued on its CUDA streams are only recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda", 0)
 
 @dataclass(eq=False)
 class Stream:
-    """Logs what is queued on it: ("copy", whether the host waits for it), ("record", event), ("wait", event)."""
+    """Logs its operations: ("copy", whether the host waits for it), ("record", event), ("wait", event)."""
 
     name: str
     log: list[tuple[Any, ...]] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Stream:
 
 
 class Event:
-    """Knows the stream that it was recorded on, and whether the host waited for it."""
+    """Remembers the stream it was recorded on, and whether the host waited for it."""
 
     def __init__(self, **options: Any) -> None:
         self.stream: Stream | None = None
@@ -45,7 +45,7 @@ class Event:
 
 
 class FakeCuda:
-    """`streams`: those that were made. `kept`: for each `record_stream` the memory, the stream and the thread.
+    """`streams`: created streams. `kept`: for each `record_stream` the memory, the stream and the thread.
 
     `pinned`: addresses of memory that was asked for as pinned. `consumer`: the stream of every thread that sets none.
     `turns_s`: how long a thread may keep the interpreter, each time that this was set.
@@ -71,7 +71,7 @@ class FakeCuda:
 
 
 def install(patch: pytest.MonkeyPatch) -> FakeCuda:
-    """Put the fake in torch's place; a tensor "on" it is a copy on the CPU."""
+    """Replace torch.cuda by the fake; a tensor "on" it is a copy on the CPU."""
     fake = FakeCuda()
     real_to, real_empty = torch.Tensor.to, torch.empty
 

@@ -1,4 +1,4 @@
-"""Pictures for the tests of executors."""
+"""Image files for the tests of executors."""
 
 from __future__ import annotations
 

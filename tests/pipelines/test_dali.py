@@ -1,4 +1,4 @@
-"""What is DALI's alone: the graph that a GPU runs, regions, and files that only Pillow reads."""
+"""The DALI executor: the pipeline of a GPU, regions, and files that only Pillow reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastssl_pipelines.executors.dali_graph import Decoder, region_of, within
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> ImageFolder:
-    """24 JPEG and PNG files, no two of one size."""
+    """24 JPEG and PNG files of different sizes."""
     root = tmp_path_factory.mktemp("images")
     for number in range(24):
         path = root / f"{number:02}.{'png' if number % 3 else 'jpg'}"
@@ -38,7 +38,7 @@ def encoded(source: ImageFolder, ids) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("decode", ["cpu", "cpu-region"])
 @pytest.mark.parametrize("view", [ENLARGED, REDUCED, ViewSpec(size=24, center_crop=0.875)])
-def test_the_cut_and_resize_of_a_gpu_are_torchvisions_within_one_level_but_for_the_border(folder, view, decode):
+def test_gpu_crops_are_within_one_level_of_torchvisions_except_at_the_border(folder, view, decode):
     plan = plan_of(folder, view, view).batch(0, 0, 24)
     decoder = Decoder((view.size, view.size), 24, threads=2, device=None, decode=decode)
     outputs = decoder.run(encoded(folder, plan.ids), [each.boxes for each in plan.views])
@@ -47,7 +47,7 @@ def test_the_cut_and_resize_of_a_gpu_are_torchvisions_within_one_level_but_for_t
         levels = (torch.from_dlpack(output.as_tensor()).int() - wanted.int()).abs()
         margin = view.size // 8
         assert levels[:, margin:-margin, margin:-margin].max() <= 1
-        # Where a box is made smaller, DALI repeats its border pixel and torchvision narrows the filter
+        # For a downscaled box, DALI repeats its border pixel and torchvision narrows the filter
         assert levels.max() <= 12
         assert levels.float().mean() < 0.4
 
@@ -73,7 +73,7 @@ def test_a_file_that_only_pillow_reads_is_used(tmp_path):
     Image.open(paths[5]).save(tmp_path / "005.png")
     paths[5].unlink()
     content = (tmp_path / "005.png").read_bytes()
-    (tmp_path / "005.png").write_bytes(content[:-6])  # Its end mark is cut
+    (tmp_path / "005.png").write_bytes(content[:-6])  # Without its end marker
     source = ImageFolder(tmp_path)
     steps = TrainSampler(plan_of(source), batch_size=20)
     executor = build_executor("dali", source, workers=2, **NORMALIZATION)
@@ -83,7 +83,7 @@ def test_a_file_that_only_pillow_reads_is_used(tmp_path):
     assert_the_crops_of_torchvision(executor)
 
 
-def test_a_file_that_dali_alone_refuses_is_used(monkeypatch, tmp_path):
+def test_a_file_that_only_dali_refuses_is_used(monkeypatch, tmp_path):
     paths = save_photos(tmp_path, 40)
     source = ImageFolder(tmp_path)
     refused = paths[5].read_bytes()
@@ -100,7 +100,7 @@ def test_a_file_that_dali_alone_refuses_is_used(monkeypatch, tmp_path):
     assert executor.unreadable == {}
 
 
-def test_an_error_that_is_about_no_file_reaches_the_user(monkeypatch, folder):
+def test_an_error_unrelated_to_a_file_reaches_the_user(monkeypatch, folder):
     run = Decoder.run
 
     def broken(self, encoded, boxes):
@@ -129,7 +129,7 @@ def test_two_streams_at_once_do_not_mix(folder):
             assert torch.equal(batch.views[0], expected[batch.step].views[0])
 
 
-def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder, notes):
+def test_auto_chooses_the_fastest_decoder_and_logs_it(monkeypatch, folder, notes):
     seconds = {"gpu": 0.02, "gpu-region": 0.004, "cpu": 0.03, "cpu-region": 0.03}
     clock = [100.0]
 
@@ -149,7 +149,7 @@ def test_auto_takes_the_fastest_way_and_says_so(monkeypatch, folder, notes):
     assert "auto takes gpu-region; images/s with 3 threads: gpu 1200, gpu-region 6000, cpu 800, cpu-region 800" in note
 
 
-def test_decoding_on_a_gpu_that_is_not_there_is_refused(folder):
+def test_decoding_on_a_missing_gpu_is_refused(folder):
     with pytest.raises(DataError, match=r"--data\.decode gpu was given with device cpu"):
         build_executor("dali", folder, decode="gpu", **NORMALIZATION)
 
@@ -168,7 +168,7 @@ def test_files_that_make_dali_crash_do_not_reach_it(tmp_path):
 
 
 class SlowDecoder:
-    """Decodes nothing; `at_once` has for each run how many others were under way, `decodes` how those made decode."""
+    """Decodes nothing; `at_once`: other runs in progress at each run, `decodes`: decoder of each instance."""
 
     at_once: list[int]
     decodes: list[str]
@@ -188,7 +188,7 @@ class SlowDecoder:
 
 @pytest.fixture
 def slow(monkeypatch, folder):
-    """An executor for a fake GPU and the class of its decoders."""
+    """Executor for a fake GPU, and the class of its decoders."""
     fake_cuda.install(monkeypatch)
     decoder = type("SlowDecoder", (SlowDecoder,), {"at_once": [], "decodes": []})
     monkeypatch.setattr(dali, "Decoder", decoder)
@@ -197,10 +197,10 @@ def slow(monkeypatch, folder):
     return build_executor("dali", folder, device=fake_cuda.DEVICE, workers=2, **NORMALIZATION), decoder
 
 
-def test_auto_measures_once_and_nothing_else_is_decoded_meanwhile(slow, folder, notes):
+def test_auto_measures_once_while_nothing_else_is_decoded(slow, folder, notes):
     executor, decoder = slow
     steps = TrainSampler(plan_of(folder), batch_size=8)
-    with ThreadPoolExecutor(2) as consumers:  # As an evaluation beside the training
+    with ThreadPoolExecutor(2) as consumers:  # Like training and evaluation at the same time
         batches = consumers.map(lambda first: len(list(executor.stream(steps, first, first + 4))), (0, 4))
         assert list(batches) == [4, 4]
     assert decoder.decodes[:4] == list(dali.DECODES)
@@ -225,9 +225,9 @@ def test_auto_measures_before_other_batches_are_read(slow, folder, monkeypatch):
     assert len(decode_then) == 7  # The first batch is decoded twice
 
 
-def test_a_decoder_is_taken_by_one_thread_alone(slow, folder):
+def test_a_decoder_is_used_by_one_thread_at_a_time(slow, folder):
     class SlowList(list):
-        """Gives other threads the time that a pop is about to take."""
+        """Switches threads just before a pop."""
 
         def pop(self, at):
             time.sleep(0.02)
@@ -244,8 +244,8 @@ def test_a_decoder_is_taken_by_one_thread_alone(slow, folder):
     assert executor._idle == []
 
 
-def test_what_is_fed_is_kept_while_dali_may_read_it(monkeypatch, folder):
-    """DALI makes no copies of its own: nobody else holds the arrays that `run` makes."""
+def test_inputs_are_kept_while_dali_may_read_them(monkeypatch, folder):
+    """DALI makes no copies, so the decoder must keep the arrays that `run` makes alive."""
     decoder = Decoder((24,), 8, threads=1, device=None, decode="cpu-region")
     plan = plan_of(folder, REDUCED).batch(0, 0, 8)
     fed = []
@@ -266,7 +266,7 @@ def test_what_is_fed_is_kept_while_dali_may_read_it(monkeypatch, folder):
 
 
 def test_feeding_copies_nothing(monkeypatch, folder):
-    """256 files of 95 KB took 9 ms to copy and more, in which no other thread of the interpreter ran."""
+    """Copying 256 files of 95 KB took 9 ms and more, during which no other Python thread could run."""
     decoder = Decoder((24,), 8, threads=1, device=None, decode="cpu")
     plan = plan_of(folder, REDUCED).batch(0, 0, 8)
     files, (boxes,) = encoded(folder, plan.ids), (view.boxes for view in plan.views)

@@ -1,4 +1,4 @@
-"""Formats, modes and EXIF orientations: every pipeline sees the same upright pixels, and Pillow says nothing."""
+"""Formats, modes and EXIF orientations: every pipeline has the same upright pixels, and Pillow prints nothing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ TURNED = {
 
 
 def upright(content: bytes) -> np.ndarray:
-    """By Pillow alone."""
+    """Upright pixels according to Pillow."""
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
 
 
@@ -73,7 +73,7 @@ def test_an_orientation_is_applied_to_size_and_pixels(kind, orientation, tmp_pat
     source = ImageFolder(tmp_path)
     assert (source.heights[0], source.widths[0]) == expected.shape[:2]
     np.testing.assert_array_equal(source.pixels(0), expected)
-    # Not by Pillow: the corner that EXIF calls the first row and column
+    # Independent of Pillow: the corner that EXIF defines as the first row and column
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
     stored = np.asarray(Image.open(io.BytesIO(TURNED[kind](1))).convert("RGB"))
     np.testing.assert_array_equal(expected[corner[orientation]], stored[0, 0])
@@ -81,7 +81,7 @@ def test_an_orientation_is_applied_to_size_and_pixels(kind, orientation, tmp_pat
 
 @pytest.mark.parametrize("name", EXECUTORS)
 @pytest.mark.parametrize("pixels", [STORED, STORED[:, :24]], ids=["oblong", "square"])
-def test_every_executor_has_the_upright_picture(name, pixels, tmp_path):
+def test_every_executor_returns_the_upright_image(name, pixels, tmp_path):
     if reason := available_executors()[name]:
         pytest.skip(reason)
     for orientation in range(1, 9):
@@ -102,7 +102,7 @@ def test_every_executor_has_the_upright_picture(name, pixels, tmp_path):
 
 
 @pytest.mark.parametrize("name", EXECUTORS)
-def test_exif_behind_the_pixels_of_a_png_is_passed_over_by_all(name, tmp_path):
+def test_exif_after_the_pixels_of_a_png_is_ignored_by_all(name, tmp_path):
     if reason := available_executors()[name]:
         pytest.skip(reason)
     content = encoded("PNG", STORED[:, :24], exif=exif(3))
@@ -118,7 +118,7 @@ def test_exif_behind_the_pixels_of_a_png_is_passed_over_by_all(name, tmp_path):
 
 
 @pytest.mark.parametrize("value", [0, 9, 77])
-def test_an_orientation_that_is_none_changes_nothing(value):
+def test_an_invalid_orientation_changes_nothing(value):
     with open_image(encoded("PNG", exif=exif(value))) as image:
         assert orientation_of(image) == 1
         np.testing.assert_array_equal(decode(image), STORED)
@@ -133,7 +133,7 @@ def test_an_orientation_that_is_none_changes_nothing(value):
     ],
     ids=["PNG", "JPEG", "WebP"],
 )
-def test_damaged_metadata_do_not_lose_the_image(content):
+def test_an_image_with_damaged_metadata_is_used(content):
     with open_image(content) as image:
         assert upright_size(image) == (40, 24)
         assert decode(image).shape == (24, 40, 3)
@@ -153,7 +153,7 @@ FIRST, SECOND = Image.fromarray(STORED).quantize(), Image.fromarray(255 - STORED
 
 
 def tiff(order: str, bits: int, strip: bytes, *, photometric: int = 1) -> bytes:
-    """One strip of gray as Pillow reads and does not write it; `order`: "<" or ">"."""
+    """TIFF file with one strip of gray, which Pillow reads but cannot write; `order`: "<" or ">"."""
     tags = {256: 40, 257: 24, 258: bits, 259: 1, 262: photometric, 273: 200, 277: 1, 278: 24, 279: len(strip)}
     entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
     header = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags)) + entries + bytes(4)
@@ -161,7 +161,7 @@ def tiff(order: str, bits: int, strip: bytes, *, photometric: int = 1) -> bytes:
 
 
 def packed_12_bits(levels: np.ndarray) -> bytes:
-    """Two pixels in three bytes."""
+    """Pack two 12-bit pixels into three bytes."""
     digits = "".join(f"{level:03x}" for level in levels.ravel().tolist())
     return bytes.fromhex(digits)
 
@@ -209,7 +209,7 @@ def test_every_executor_decodes_every_format(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
-def test_numbers_without_a_range_are_told_and_not_guessed(dtype, tmp_path):
+def test_pixel_types_without_a_fixed_range_are_refused(dtype, tmp_path):
     (tmp_path / "measured.tif").write_bytes(encoded("TIFF", gray(1000, dtype)))
     (tmp_path / "good.png").write_bytes(encoded("PNG"))
     source = ImageFolder(tmp_path)
@@ -218,7 +218,7 @@ def test_numbers_without_a_range_are_told_and_not_guessed(dtype, tmp_path):
         source.pixels(1)
 
 
-def test_a_header_that_is_not_whole_tells_no_other_size(tmp_path):
+def test_an_incomplete_header_gives_no_wrong_size(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (170, 250, 3), dtype=np.uint8)
     for format in ("WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG", "PNG"):
         options = {"quality": 100} if format in ("WEBP", "JPEG") else {}
@@ -254,7 +254,7 @@ def test_damaged_files_of_all_formats_are_decoded_or_refused():
     assert 20 < decoded < len(contents) * 20
 
 
-def test_nothing_that_pillow_finds_odd_reaches_the_console(tmp_path):
+def test_warnings_of_pillow_do_not_reach_the_console(tmp_path):
     odd = {
         "see-through.png": encoded("PNG", PALETTE, transparency=bytes(range(16))),
         "bomb.png": encoded("PNG", Image.new("1", (10_000, 9_000))),

@@ -43,7 +43,7 @@ def build(name: str, source: Source, workers: int = 0, **options) -> Executor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> ImageFolder:
-    """24 JPEG and PNG files of two classes, no two of one size."""
+    """24 JPEG and PNG files of two classes and different sizes."""
     root = tmp_path_factory.mktemp("images")
     for number in range(24):
         path = root / f"class{number % 2}" / f"{number:02}.{'png' if number % 3 else 'jpg'}"
@@ -72,7 +72,7 @@ def test_pixels_are_those_of_torchvision(request, name, kind, view):
     assert crops.dtype == torch.uint8
     assert crops.shape == expected.shape == (len(source), view.size, view.size, 3)
     levels = difference(crops, expected)
-    # On a CPU, all resize with torchvision's function, and dali decodes like PIL
+    # On a CPU, all executors resize like torchvision, and DALI decodes like PIL
     assert levels.max() == 0
 
 
@@ -84,7 +84,7 @@ def test_a_whole_image_at_its_own_size_is_unchanged(name, small):
 
 
 @pytest.mark.parametrize("name", ["resident", "dali"])
-def test_every_kind_of_file_is_decoded_alike(name, tmp_path):
+def test_every_format_is_decoded_the_same_way(name, tmp_path):
     image = Image.fromarray(photo(48, 48, 0))
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -206,7 +206,7 @@ def test_crops_stay_intact_while_later_ones_are_made(name, small):
 
 @pytest.fixture
 def broken(tmp_path) -> ImageFolder:
-    """16 images, of which number 11 has a good header and no end."""
+    """16 images; the file of index 11 has a good header and is cut."""
     for number in range(16):
         Image.fromarray(photo(40, 50, number)).save(tmp_path / f"{number:02}.jpg")
     content = (tmp_path / "11.jpg").read_bytes()
@@ -215,7 +215,7 @@ def broken(tmp_path) -> ImageFolder:
 
 
 @pytest.mark.parametrize("name", ["torchvision", "dali"])
-def test_a_truncated_file_is_named_and_earlier_batches_still_come(name, broken):
+def test_a_truncated_file_is_named_and_earlier_batches_still_arrive(name, broken):
     executor = build(name, broken)
     steps = EvaluationSampler(plan_of(broken, shuffle=False), batch_size=4)
     stream = executor.stream(steps, 0, len(steps))
@@ -235,7 +235,7 @@ def test_worker_processes_give_the_same_batches(monkeypatch, name, small):
     monkeypatch.setattr("fastssl_pipelines.executors.resident._WORTH_PROCESSES", 3)
     steps = TrainSampler(plan_of(small), batch_size=16)
     in_process = list(build(name, small).stream(steps, 1, 15))
-    # All are kept, so that memory that is used again would show
+    # Keep all batches, to notice reused memory
     for one, other in zip(in_process, list(build(name, small, workers=2).stream(steps, 1, 15)), strict=True):
         assert (one.step, one.ids.tolist()) == (other.step, other.ids.tolist())
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
@@ -250,7 +250,7 @@ def test_a_worker_process_gives_the_same_error(broken):
 
 @pytest.mark.parametrize(("name", "workers"), [("resident", 0), ("torchvision", 0), ("torchvision", 1), ("dali", 1)])
 def test_a_stream_stops_with_its_consumer(name, workers, small):
-    before = threading.enumerate()  # Other tests leave stuck threads behind, on purpose
+    before = threading.enumerate()  # Some tests leave stuck threads behind on purpose
     executor = build(name, small, workers=workers)
     stream = executor.stream(TrainSampler(plan_of(small), batch_size=4), 0, 10**9)
     assert next(stream).step == 0
@@ -260,7 +260,7 @@ def test_a_stream_stops_with_its_consumer(name, workers, small):
     ]
 
 
-def test_a_stream_prepares_no_more_than_it_was_told(small):
+def test_a_stream_prepares_no_more_than_its_prefetch(small):
     asked = []
 
     class Watched(TrainSampler):
@@ -298,7 +298,7 @@ def test_the_interpreter_exits_with_an_open_stream(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
-def test_a_misspelt_pipeline_is_refused(small):
+def test_a_misspelled_pipeline_is_refused(small):
     with pytest.raises(DataError, match=r"jax .*--data\.pipeline is auto, dali, torchvision, resident"):
         build_executor("jax", small, **NORMALIZATION)
 
@@ -329,20 +329,17 @@ def test_a_negative_number_of_workers_is_refused(small):
 
 
 @pytest.mark.parametrize(("room", "taken"), [(7, 3), (6, 2), (4, 1), (2, 0)])
-def test_as_many_workers_decode_as_share_memory_for_their_batches(monkeypatch, folder, room, taken):
-    """Each has two batches under way, and one more is being copied."""
+def test_the_shared_memory_limits_the_number_of_workers(monkeypatch, notes, folder, room, taken):
+    """Each has two batches in progress, and one more is being copied."""
     plan = plan_of(folder, REDUCED).batch(0, 0, 8)
-    free_bytes = 2 * room * 8 * 16 * 16 * 3  # Half of which may be taken
+    free_bytes = 2 * room * 8 * 16 * 16 * 3  # Half of it may be used
     monkeypatch.setattr(workers.os, "statvfs", lambda path: SimpleNamespace(f_bavail=free_bytes, f_frsize=1))
     asked = []
     monkeypatch.setattr(workers, "_views_of_processes", lambda *given: asked.append((len(given[2]), given[3])) or ())
-    said = []
-    views = workers.views_of(
-        [plan], lambda plan: (), None, workers=3, own_memory=False, processes=[], turns=None, say=said.append
-    )
+    views = workers.views_of([plan], lambda plan: (), None, workers=3, own_memory=False, processes=[], turns=None)
     assert len(list(views)) == (taken == 0)
     assert asked == ([(2 * taken + 1, taken)] if taken else [])
     who = {3: [], 0: ["in this process, by one thread"]}.get(taken, [f"by {taken} of 3 workers"])
-    assert [sentence.partition("so images are decoded ")[2] for sentence in said] == [
+    assert [sentence.partition("so images are decoded ")[2] for sentence in notes.take()] == [
         f"{words}; lower --data.workers" for words in who
     ]

@@ -11,7 +11,7 @@ from fastssl_pipelines.errors import MachineError
 from fastssl_pipelines.files import new_file, open_regular, open_to_append, read_file, read_text, write_atomic
 
 
-def test_reads_a_regular_file_also_through_a_link(tmp_path):
+def test_a_regular_file_is_read_also_through_a_link(tmp_path):
     (tmp_path / "a").write_bytes(b"content")
     (tmp_path / "link").symlink_to("a")
     for name in ("a", "link"):
@@ -19,7 +19,7 @@ def test_reads_a_regular_file_also_through_a_link(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "link to a device", "folder", "socket"])
-def test_refuses_what_is_no_regular_file_at_once(tmp_path, kind):
+def test_other_than_regular_files_are_refused_at_once(tmp_path, kind):
     path = tmp_path / "x"
     if kind == "fifo":
         os.mkfifo(path)
@@ -39,7 +39,7 @@ def test_refuses_what_is_no_regular_file_at_once(tmp_path, kind):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_refuses_a_file_beyond_the_limit_without_reading_it(tmp_path):
+def test_a_file_beyond_the_limit_is_refused_without_reading_it(tmp_path):
     with (tmp_path / "giant").open("wb") as file:
         file.truncate(2**42)  # Sparse
     with pytest.raises(OSError, match="at most 1000 are allowed") as error:
@@ -74,7 +74,7 @@ def test_bytes_that_are_not_utf8_survive_reading_as_text(tmp_path):
     assert os.fsencode(read_text(tmp_path / "list")) == b"caf\xe9.jpg\n"
 
 
-def test_links_where_files_are_written_lose_their_place_and_not_their_target(tmp_path):
+def test_a_write_replaces_a_link_and_not_its_target(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     for name in ("out", "out.tmp", "new"):
@@ -102,7 +102,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out"]
 
 
-def test_appending_makes_the_file_and_goes_on_behind_its_end(tmp_path):
+def test_appending_creates_the_file_or_continues_at_its_end(tmp_path):
     for part in (b"one", b"two"):
         with open_to_append(tmp_path / "log") as file:
             file.write(part)

@@ -1,4 +1,4 @@
-"""The input on a real GPU: the CPU's pixels, beside a busy consumer, and nobody waits for anybody else's work."""
+"""The input on a real GPU: the CPU's pixels, intact next to a busy consumer, and without needless waits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 STEPS = 40
 SIZES = (48, 64)
 VIEWS = tuple(ViewSpec(size=size, blur=0.5, solarize=0.2) for size in SIZES)
-MEAN_LEVELS = 1.0  # Of an image; on a CPU the resize and the graph of a GPU were within 0.47 after augmentation
+MEAN_LEVELS = 1.0  # Per image; the GPU's resize and pipeline, run on a CPU, were within 0.47 after augmentation
 PIPELINES = [("resident", 2), ("torchvision", 0), ("torchvision", 2), ("dali", 2)]
 
 
@@ -58,7 +58,7 @@ def busy(milliseconds: float) -> None:
 
 
 def assert_the_same(found: Batch, wanted: Batch) -> None:
-    """`found` is on the host already."""
+    """`found` is already on the host."""
     assert found.step == wanted.step
     assert torch.equal(found.ids, wanted.ids)
     assert torch.equal(found.labels, wanted.labels)
@@ -82,7 +82,7 @@ def test_pixels_are_those_of_a_cpu(images, expected, name, workers):
 
 @pytest.mark.parametrize("consumer", ["slow", "fast"])
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
-def test_batches_are_whole_beside_a_consumer_of_any_speed(images, expected, name, workers, consumer):
+def test_batches_are_intact_with_a_consumer_of_any_speed(images, expected, name, workers, consumer):
     """The consumer's stream copies each batch late, when the host has let go of it long ago: memory that the input
     uses again too early, and a batch that is read before it is finished, would show.
     """
@@ -104,7 +104,7 @@ def test_batches_are_whole_beside_a_consumer_of_any_speed(images, expected, name
 
 
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
-def test_a_consumer_on_a_stream_of_its_own_gets_whole_batches(images, expected, name, workers):
+def test_a_consumer_on_another_stream_gets_intact_batches(images, expected, name, workers):
     with torch.cuda.stream(torch.cuda.Stream()):
         for batch, wanted in zip(
             build(name, images, "cuda", workers).stream(steps_of(images), 0, STEPS), expected, strict=True
@@ -114,10 +114,10 @@ def test_a_consumer_on_a_stream_of_its_own_gets_whole_batches(images, expected, 
 
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
 def test_no_thread_waits_for_the_stream_that_trains(images, name, workers):
-    """The consumer's stream has seconds of work before it, and the input prepares its batches all the same."""
+    """The input prepares batches while the consumer's stream has seconds of work queued."""
     executor = build(name, images, "cuda", workers, prefetch=HOST_AHEAD)
     stream = executor.stream(steps_of(images), 0, STEPS)
-    next(stream)  # Kernels are compiled, memory is there
+    next(stream)  # Compiles kernels and allocates memory
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -136,7 +136,7 @@ def test_no_thread_waits_for_the_stream_that_trains(images, name, workers):
 
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
 def test_two_streams_at_once_do_not_mix(images, expected, name, workers):
-    """As an evaluation beside the prefetch of the training."""
+    """Like an evaluation during the prefetch of training."""
     executor, steps = build(name, images, "cuda", workers), steps_of(images)
     half = STEPS // 2
     pairs = zip(executor.stream(steps, 0, half), executor.stream(steps, half, STEPS), strict=True)
@@ -156,7 +156,7 @@ def test_memory_does_not_grow_with_the_length_of_a_stream(images, name, workers)
         for _ in executor.stream(steps, 0, length):
             busy(3)
         torch.cuda.synchronize()
-        # What was freed and waits for the consumer's stream counts as well
+        # Includes freed memory that waits for the consumer's stream
         peaks.append(torch.cuda.memory_stats()["active_bytes.all.peak"])
     batch_bytes = 32 * 3 * sum(size**2 for size in SIZES) * 4
     assert peaks[1] <= peaks[0] + 2 * batch_bytes
@@ -171,7 +171,7 @@ def test_images_in_host_memory_give_the_same_batches(monkeypatch, images, expect
         assert_the_same(on_host(batch), wanted)
 
 
-def test_the_last_batch_of_an_evaluation_is_whole(images):
+def test_the_last_batch_of_an_evaluation_is_complete(images):
     steps = EvaluationSampler(plan_of(images, *VIEWS, shuffle=False), batch_size=36)
     wanted = list(build("torchvision", images, "cpu", 0).stream(steps, 0, len(steps)))
     for name, workers in PIPELINES:
@@ -182,8 +182,8 @@ def test_the_last_batch_of_an_evaluation_is_whole(images):
                 assert_the_same(on_host(batch), other)
 
 
-def test_arrays_come_over_as_they_are_also_when_they_are_changed_at_once():
-    """The buffer of pinned memory is not used again while a copy from it has not been made."""
+def test_arrays_arrive_unchanged_even_if_modified_right_after():
+    """The buffer of pinned memory is not reused before the copy from it is complete."""
     device = torch.device("cuda", torch.cuda.current_device())
     rng = np.random.default_rng(0)
     sent, found = [], []
@@ -200,7 +200,7 @@ def test_arrays_come_over_as_they_are_also_when_they_are_changed_at_once():
             assert tensor.data_ptr() % ALIGNED_BYTES == 0
 
 
-def test_small_images_that_are_resident_are_those_of_a_cpu_over_many_batches():
+def test_small_resident_images_match_a_cpu_over_many_batches():
     images = np.stack([photo(32, 32, seed) for seed in range(512)])
     source = ArraySource("small", images, np.arange(512) % 4, ("a", "b", "c", "d"))
     steps = TrainSampler(plan_of(source, ViewSpec(size=32), ViewSpec(size=32)), batch_size=128)

@@ -25,7 +25,7 @@ JPEG, PNG = encoded("JPEG"), encoded("PNG")
     [JPEG, encoded("JPEG", progressive=True), encoded("JPEG", exif=b"Exif\0\0" + bytes(99)), PNG, JPEG[:-50]],
     ids=["jpeg", "progressive", "exif", "png", "cut pixels"],
 )
-def test_what_is_put_together_as_it_should_be(content):
+def test_well_formed_files(content):
     assert well_formed(content, 50, 40)
     assert not well_formed(content, 40, 50)
 
@@ -46,12 +46,12 @@ def test_what_is_put_together_as_it_should_be(content):
         *(PNG[:8], PNG[:60], PNG[:-6], PNG[: len(PNG) // 2], PNG[:8] + b"hello" * 99, encoded("GIF"), encoded("BMP")),
     ],
 )
-def test_what_is_not(content):
+def test_malformed_files(content):
     assert not well_formed(content, 50, 40)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_turned_picture_is_not_and_one_that_says_upright_is(kind):
+def test_a_rotated_image_is_not_well_formed_and_an_upright_one_is(kind):
     exif = Image.Exif()
     for orientation in range(1, 9):
         exif[0x0112] = orientation
@@ -60,7 +60,7 @@ def test_a_turned_picture_is_not_and_one_that_says_upright_is(kind):
             assert well_formed(content, *size) == (orientation == 1 and size == (50, 40))
 
 
-def test_a_png_of_16_bits_is_not():
+def test_a_png_of_16_bits_is_not_well_formed():
     file = io.BytesIO()
     Image.fromarray(photo(40, 50, 0)[:, :, 0].astype("uint16") * 257).save(file, "PNG")
     assert not well_formed(file.getvalue(), 50, 40)

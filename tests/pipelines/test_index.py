@@ -1,4 +1,4 @@
-"""The index: what is read at a start, what comes from the cache, and what a cache may not do."""
+"""The index: what a start reads, what the cache provides, and what a bad cache cannot do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def headers(monkeypatch):
-    """The names of the images whose headers were read since the list was last cleared."""
+    """Names of the images whose headers were read since the list was last cleared."""
     read, size = [], index._size
     monkeypatch.setattr(index, "_size", lambda listing, row: (read.append(listing.names[row]), size(listing, row))[1])
     return read
@@ -85,7 +85,7 @@ def test_only_what_changed_is_read_again(root, headers):
     assert (facts(ImageFolder(root)), headers) == (facts(changed), [])
 
 
-def test_a_change_of_the_size_alone_counts(root, headers):
+def test_a_change_of_only_the_size_is_noticed(root, headers):
     ImageFolder(root)
     headers.clear()
     path = root / "class0" / "0.png"
@@ -97,7 +97,7 @@ def test_a_change_of_the_size_alone_counts(root, headers):
     assert headers == ["class0/0.png"]
 
 
-def test_labeled_and_unlabeled_have_indices_of_their_own(root, cache, headers):
+def test_labeled_and_unlabeled_have_separate_indices(root, cache, headers):
     labeled, unlabeled = ImageFolder(root), ImageFolder(root, labeled=False)
     assert len(list(cache.iterdir())) == 2
     headers.clear()
@@ -114,7 +114,7 @@ def test_images_that_could_not_be_read_are_tried_again(root, headers):
     assert headers == ["class0/x.png"]
 
 
-def test_a_size_behind_a_long_header_is_found(tmp_path, cache):
+def test_a_size_after_a_long_header_is_found(tmp_path, cache):
     image = Image.fromarray(np.zeros((9, 8, 3), np.uint8))
     image.save(tmp_path / "profile.jpg", icc_profile=bytes(200_000))
     source = ImageFolder(tmp_path)
@@ -258,7 +258,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert index.cache_folder() == tmp_path / ".cache" / "fastssl"
 
 
-def test_progress_tells_what_is_read(root, monkeypatch):
+def test_progress_reports_what_is_read(root, monkeypatch):
     monkeypatch.setattr(index, "CHUNK", 4)
     calls = []
     ImageFolder(root, progress=lambda *call: calls.append(call))

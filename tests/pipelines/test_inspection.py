@@ -38,7 +38,7 @@ def kinds(encoded: bytes, name: str) -> list[DefectKind]:
 
 
 def rgb16() -> bytes:
-    """A PNG of 16 bits and three channels, which Pillow reads but does not write: the 8-bit one with its depth set."""
+    """16-bit RGB PNG, which Pillow reads but cannot write: an 8-bit one with its bit depth changed."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -112,7 +112,7 @@ def test_another_format_is_named(format):
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_numbers_without_a_range_are_told(mode):
+def test_pixel_types_without_a_fixed_range_are_another_format(mode):
     (defect,) = inspect(encode("TIFF", Image.new(mode, (8, 8))), "b.tif")
     assert defect.kind is DefectKind.OTHER_FORMAT
     assert "8 or 16 bits per channel" in defect.detail
@@ -133,7 +133,7 @@ def test_other_files_that_end_early_are_unusable(format):
     assert kind in (DefectKind.TRUNCATED, DefectKind.CORRUPT)
 
 
-def test_what_is_no_picture_is_told():
+def test_a_file_that_is_not_an_image_is_another_format():
     (defect,) = inspect(b"<html>404 Not Found</html>", "b.jpg")
     assert (defect.kind, defect.detail) == (DefectKind.OTHER_FORMAT, "not an image format that Pillow knows")
 
@@ -215,14 +215,14 @@ def test_one_file_in_two_classes_is_mislabeled_with_all_its_copies(tmp_path):
     }
 
 
-def test_copies_within_a_class_and_without_classes_are_no_defect(tmp_path):
+def test_copies_within_a_class_or_without_classes_are_not_a_defect(tmp_path):
     assert found(write(tmp_path / "one", {"a/1.jpg": JPEG, "a/2.jpg": JPEG, "b/1.jpg": PNG})) == [
         (0, "b/1.jpg", DefectKind.WRONG_SUFFIX)
     ]
     assert found(write(tmp_path / "flat", {"1.jpg": JPEG, "2.jpg": JPEG})) == []
 
 
-def test_files_that_are_unusable_for_one_reason_are_not_mislabeled_too(tmp_path):
+def test_unusable_files_are_not_also_mislabeled(tmp_path):
     assert found(write(tmp_path, {"a/1.jpg": b"", "b/1.jpg": b""})) == [
         (0, "a/1.jpg", DefectKind.ZERO_SIZE),
         (0, "b/1.jpg", DefectKind.ZERO_SIZE),
@@ -239,12 +239,12 @@ def test_classes_are_compared_by_name_across_listings(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", [b"P0CMYK 2 2 255 ", b"PyP 2 2 255 ", b"P1\n2 2\n", b"P2\n2 2 255\n"])
-def test_what_pillow_takes_for_a_ppm_file_is_one_here(prefix):
+def test_every_ppm_prefix_of_pillow_is_accepted(prefix):
     values = b"1 0 1 0" if prefix[1:2] in b"12" else bytes(16)
     assert kinds(prefix + values, "b.ppm") == ([DefectKind.CMYK] if b"CMYK" in prefix else [])
 
 
-def test_pictures_behind_the_first_may_be_broken():
+def test_frames_after_the_first_may_be_broken():
     content = encode("GIF", FRAMES[0], save_all=True, append_images=FRAMES[1:])
     second = content.rindex(b"!\xf9")
     assert kinds(content[:second] + b"\0" + content[second:], "b.gif") in ([], [DefectKind.ANIMATED])
@@ -272,7 +272,7 @@ def test_images_in_tar_shards_are_inspected(tmp_path):
 def test_findings_keep_the_order_and_progress_ends_at_the_number_of_images(tmp_path):
     files = {f"a/{number:03d}.jpg": b"" if number % 7 == 0 else jpeg(number % 256) for number in range(100)}
     done = []
-    findings = inspect_all([write(tmp_path, files)], workers=3, progress=lambda *told: done.append(told))
+    findings = inspect_all([write(tmp_path, files)], workers=3, progress=lambda *arguments: done.append(arguments))
     assert [finding.name for finding in findings] == [f"a/{number:03d}.jpg" for number in range(0, 100, 7)]
     assert done == sorted(done)
     assert done[-1] == ("reading images", 100, 100)

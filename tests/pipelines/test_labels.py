@@ -1,4 +1,4 @@
-"""Partial labels: unlabeled images behind the labeled ones, and lists of names."""
+"""Partial labels: unlabeled images after the labeled ones, and label lists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save(path, pixels) -> None:
 
 @pytest.fixture
 def joint(tmp_path) -> JointSource:
-    """Rows 0 to 3 are cat, cat, dog, dog; 4 to 6 come from a folder whose class folders do not count."""
+    """Rows 0 to 3 are cat, cat, dog, dog; 4 to 6 come from an unlabeled folder with class folders."""
     for number, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png", "dog/3.png")):
         save(tmp_path / "labeled" / name, picture(8, 8, number))
     for number, name in enumerate(("1.png", "bird/9.png", "cat/2.png")):
@@ -69,8 +69,8 @@ def test_a_subset_of_a_joint_source(joint):
 
 
 @pytest.mark.parametrize("pipeline", ["dali", "torchvision", "resident"])
-def test_every_executor_takes_a_joint_source(joint, pipeline):
-    source = pickle.loads(pickle.dumps(joint))  # As worker processes get it
+def test_every_executor_accepts_a_joint_source(joint, pipeline):
+    source = pickle.loads(pickle.dumps(joint))  # As in worker processes
     plan = SamplePlan(
         widths=source.widths,
         heights=source.heights,

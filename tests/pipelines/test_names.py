@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastssl_pipelines.names import from_line, printable, to_line
 
-# Whatever a POSIX file system takes: bytes but NUL and the slash.
+# All names that POSIX allows: bytes except NUL and the slash.
 file_names = st.binary(min_size=1, max_size=40).map(lambda raw: os.fsdecode(raw.translate(None, b"\0/") or b"x"))
 
 
@@ -55,7 +55,7 @@ def test_a_list_gives_back_every_name(name):
     assert from_line(os.fsdecode(os.fsencode(line))) == name
 
 
-def test_a_name_that_only_looks_like_json_is_taken_as_it_is():
+def test_a_name_that_only_looks_like_json_is_unchanged():
     assert from_line('"half.jpg\n') == '"half.jpg'
     assert from_line('"a".jpg') == '"a".jpg'
     assert from_line(json.dumps("x\ny")) == "x\ny"

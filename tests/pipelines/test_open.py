@@ -1,4 +1,4 @@
-"""What lies at a path decides how it is read; list files; every source gives the same on any number of ranks."""
+"""Opening sources of every kind, list files, and the same images on any number of ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(path, value=0, height=6, width=5):
 
 @pytest.fixture
 def root(tmp_path):
-    """Class folders cat and dog with four images of different sizes, and the same in a shard and by lists."""
+    """Class folders cat and dog with four images of different sizes, and the same in a shard and in lists."""
     names = ["cat/1.png", "cat/2 b.png", "dog/1.png", "dog/deep/3.png"]
     for value, name in enumerate(names):
         write(tmp_path / "folders" / name, value, 20 + 5 * value, 44 - 3 * value)
@@ -75,7 +75,7 @@ def test_every_kind_is_recognized(root, path, kind, classes):
 
 
 @pytest.mark.parametrize("path", ["folders", "shard.tar", "tabs.txt", "caffe.txt"])
-def test_every_kind_can_be_taken_without_labels(root, path):
+def test_every_kind_can_be_opened_without_labels(root, path):
     for source in (open_source(root / path, labeled=False), list_images(root / path, labeled=False)):
         assert (source.labels.tolist(), source.classes, source.option) == ([-1] * 4, (), "--data.unlabeled")
 
@@ -167,12 +167,12 @@ def many(root):
 
 
 def crops_by_id(source, world_size, first_step=0):
-    """For every step of two epochs, global batch 4: the ids in order, and the uint8 crops of all ranks in order."""
+    """Ids and uint8 crops of all ranks in order, for every step of two epochs with global batch 4."""
     result = []
     for step in range(first_step, 6):
         ids, crops = [], []
         for rank in range(world_size):
-            # Every rank and every restart has a copy of its own, as another process
+            # Every rank and every restart has its own copy, like another process
             executor = build_executor(
                 "torchvision", pickle.loads(pickle.dumps(source)), mean=(0, 0, 0), std=(1, 1, 1), workers=0
             )

@@ -19,7 +19,7 @@ def files():
 
 
 def spectrum_slope(gray: np.ndarray) -> float:
-    """The exponent of a power law through the amplitudes of the central square, from three waves to 0.35 a pixel."""
+    """Exponent of a power law fit to the amplitudes of the central square, from 3 waves to 0.35 per pixel."""
     side = min(gray.shape)
     top, left = (length - side for length in gray.shape)
     square = gray[top // 2 :, left // 2 :][:side, :side]
@@ -60,7 +60,7 @@ def test_color_channels_are_correlated_but_not_equal(files):
     assert (correlation < 0.99).all()
 
 
-def test_a_file_is_a_function_of_seed_and_number(files):
+def test_a_file_is_a_function_of_seed_and_index(files):
     assert photograph(7, seed=0) == files[7]
     assert photograph(7, seed=1) != files[7]
     assert len(set(files)) == len(files)

@@ -1,4 +1,4 @@
-"""The table of the README: how far each executor's pixels are from Pillow's own crop and resize, in gray levels."""
+"""Table in the README: differences of each executor's pixels from Pillow's crop and resize, in gray levels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def crops_of(name: str, source: ImageFolder) -> tuple[torch.Tensor, ...]:
     executor = build_executor(name.split()[0], source, workers=0, **NORMALIZATION)
     if not name.endswith("GPU"):
         return executor.crops(plan)
-    # What a GPU runs, on a CPU
+    # The code for a GPU, run on a CPU
     if name.startswith("resident"):
         return _crops_in_batches(executor._images.transpose(2, 3).contiguous(), torch.device("cpu"), plan)
     from fastssl_pipelines.executors.dali_graph import Decoder

@@ -63,7 +63,7 @@ def test_shapes_and_dtypes_are_the_contract():
             assert values.shape == ((5, 4) if name in ("boxes", "order") else (5,)), name
 
 
-def test_a_sub_range_has_the_numbers_of_the_whole():
+def test_a_sub_range_has_the_values_of_the_whole():
     whole = make_plan().batch(3, 0, 100)
     assert_equal(make_plan().batch(3, 0, 100), whole)
     for start, stop in [(0, 1), (17, 60), (99, 100), (40, 40)]:
@@ -77,14 +77,14 @@ def test_the_cached_order_cannot_be_changed_through_a_batch():
     np.testing.assert_array_equal(plan.batch(0, 0, 10).ids, before)
 
 
-def test_seed_epoch_position_and_view_all_change_the_numbers():
+def test_seed_epoch_position_and_view_all_change_the_values():
     plan = make_plan(views=(STRONG, STRONG))
     batches = [plan.batch(0, 0, 50), plan.batch(1, 0, 50), plan.batch(0, 50, 100)]
     batches.append(make_plan(views=(STRONG, STRONG), seed=1).batch(0, 0, 50))
     drawn = [view.brightness for batch in batches for view in batch.views]
     for number, one in enumerate(drawn):
         for other in drawn[:number]:
-            assert np.mean(one == other) < 0.3  # Neutral values coincide, drawn ones do not
+            assert np.mean(one == other) < 0.3  # Neutral values may coincide, drawn ones do not
     assert len({tuple(batch.ids) for batch in batches}) == len(batches)
 
 
@@ -118,7 +118,7 @@ def test_odd_steps_take_the_odd_views():
         assert_equal(replace(ours[step], views=ours[step].views[1:]), replace(usual[step], views=usual[step].views[1:]))
 
 
-def test_changing_one_augmentation_leaves_the_other_numbers_alone():
+def test_changing_one_augmentation_leaves_the_other_values_alone():
     plain = make_plan(views=(replace(STRONG, blur=0.0, solarize=0.0),)).batch(0, 0, 100).views[0]
     strong = make_plan(views=(STRONG,)).batch(0, 0, 100).views[0]
     for name, values in arrays(plain).items():
@@ -252,7 +252,7 @@ def test_probabilities_and_ranges_are_those_of_the_spec():
         assert share.max() <= 1 + 1e-6
 
 
-def test_numbers_of_a_view_are_independent():
+def test_values_of_a_view_are_independent():
     n = 20_000
     view = make_plan(n, width=4000, height=4000, views=(replace(STRONG, jitter_probability=1.0),)).batch(0, 0, n)
     numbers = [values.reshape(n, -1).astype(float) for values in arrays(view.views[0]).values()]
@@ -288,8 +288,8 @@ def test_a_center_view_is_neutral():
     assert view.order.tolist() == [[0, 1, 2, 3]] * 3
 
 
-def test_golden_numbers():
-    """The plan is part of every run's identity: when this fails, old runs can no longer be resumed."""
+def test_golden_values_of_a_plan():
+    """The plan determines every run: if this fails, old runs cannot be resumed."""
     batch = make_plan(1000, width=500, height=375).batch(3, 0, 1000)
     view = batch.views[1]
     assert batch.ids[:8].tolist() == GOLDEN["ids"]

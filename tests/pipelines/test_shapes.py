@@ -24,8 +24,8 @@ def test_pictures_have_the_promised_shape_and_balance():
     assert counts.max() - counts.min() <= 1
 
 
-def test_color_and_position_do_not_tell_the_class():
-    """The class means of color differ no more than means of random groups do: within 5 standard errors."""
+def test_color_and_position_do_not_reveal_the_class():
+    """Mean colors of the classes differ no more than those of random groups: within 5 standard errors."""
     images, labels = draw_pictures(2400, seed=3)
     color = images.reshape(len(images), -1, 3).mean(1)
     means = np.stack([color[labels == c].mean(0) for c in range(len(CLASSES))])
@@ -33,7 +33,7 @@ def test_color_and_position_do_not_tell_the_class():
     assert (np.abs(means - color.mean(0)) < 5 * standard_error).all()
 
 
-def test_the_source_hands_out_the_pictures():
+def test_the_source_returns_the_pictures():
     source = picture_source(24, seed=5)
     images, labels = draw_pictures(24, seed=5)
     assert np.array_equal(source.labels, labels)

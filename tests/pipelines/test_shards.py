@@ -1,4 +1,4 @@
-"""Tar shards: what is an image there, where its label comes from, and what becomes of a damaged shard."""
+"""Tar shards: their images, the origin of labels, and damaged shards."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def test_a_compressed_shard_is_refused(tmp_path, name, alone):
     if not alone:
         shard(tmp_path / "b.tar", {"a.png": png(1)})
     for root in (tmp_path, tmp_path / name):
-        with pytest.raises(DataError, match=rf"{re.escape(name)} .*compressed.*--data\.root.*decompress"):
+        with pytest.raises(DataError, match=rf"{re.escape(name)} .*compressed.*decompress.*--data\.root"):
             open_source(root)
 
 
 @pytest.mark.parametrize("beside", ["cat/1.png", "1.png"])
-def test_shards_beside_images_are_refused(tmp_path, beside):
+def test_shards_next_to_images_are_refused(tmp_path, beside):
     shard(tmp_path / "cat.tar", {"a.png": png(1)})
     (tmp_path / beside).parent.mkdir(exist_ok=True)
     (tmp_path / beside).write_bytes(png(1))
@@ -139,7 +139,7 @@ def test_a_shard_cut_anywhere_is_refused(webdataset):
     content = path.read_bytes()
     with tarfile.open(path) as archive:
         end = [member.offset_data + member.size for member in archive][-1]
-    end += -end % 512  # The end mark
+    end += -end % 512  # The end marker
     cuts = [*range(0, end, 256), end - 1, end, end + 100]
     for cut in cuts:
         path.write_bytes(content[:cut])
@@ -172,7 +172,7 @@ def test_a_shard_that_shrinks_after_the_index_is_named(webdataset):
     assert (source.pixels(0) == 0).all()
 
 
-def test_a_shard_that_goes_after_the_index_is_named(webdataset):
+def test_a_shard_that_disappears_after_the_index_is_named(webdataset):
     source = open_source(webdataset)
     (webdataset / "part-1.tar").unlink()
     again = pickle.loads(pickle.dumps(source))
@@ -215,7 +215,7 @@ def test_a_mixture_is_found_where_one_shard_changed(webdataset):
         open_source(webdataset)
 
 
-def test_unreadable_images_in_a_shard_keep_their_numbers(tmp_path):
+def test_unreadable_images_in_a_shard_keep_their_indices(tmp_path):
     members = {"a/1.png": png(1), "a/2.png": b"", "a/3.png": b"no image", "b/4.png": png(4)}
     source = open_source(shard(tmp_path / "one.tar", members))
     assert (source.labels.tolist(), list(source.defects)) == ([0, 0, 0, 1], [1, 2])

@@ -1,4 +1,4 @@
-"""Sources: what counts as an image, its size, its label, and what the user is told about a broken one."""
+"""Sources: which files are images, their sizes and labels, and the messages about broken ones."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_wrong_root_is_explained(tmp_path, make, message):
 
 @pytest.fixture
 def with_garbage(tmp_path) -> ImageFolder:
-    """Numbers 1 and 2 of four images have no readable header."""
+    """Indices 1 and 2 of four images have no readable header."""
     for name in ("a/0.png", "b/3.png"):
         save(tmp_path / name, picture(4, 5))
     (tmp_path / "a" / "1.jpg").write_bytes(b"hello" * 50)
@@ -90,14 +90,16 @@ def with_garbage(tmp_path) -> ImageFolder:
     return ImageFolder(tmp_path)
 
 
-def test_files_without_a_readable_header_keep_their_numbers(with_garbage):
+def test_files_without_a_readable_header_keep_their_indices(with_garbage):
     assert with_garbage.labels.tolist() == [0, 0, 0, 1]
     assert with_garbage.widths.tolist() == [5, 0, 0, 5]
     assert with_garbage.heights.tolist() == [4, 0, 0, 4]
     assert list(with_garbage.defects) == [1, 2]
     for number, name in ((1, "1.jpg"), (2, "2.jpg")):
         for read in (with_garbage.pixels, with_garbage.encoded):
-            with pytest.raises(DataError, match=rf"{name} cannot be read .*none of JPEG, PNG.*--data\.root") as raised:
+            with pytest.raises(
+                DataError, match=rf"{name} cannot be read .*not one of JPEG, PNG.*--data\.root"
+            ) as raised:
                 read(number)
             assert str(raised.value) == with_garbage.defects[number]
             assert "\n" not in str(raised.value)
@@ -122,7 +124,7 @@ def test_a_data_set_without_any_readable_image_is_refused(tmp_path):
         ImageFolder(tmp_path)
 
 
-def test_a_file_that_breaks_or_goes_after_the_scan_is_named(tmp_path):
+def test_a_file_that_breaks_or_disappears_after_the_scan_is_named(tmp_path):
     for name in ("cut.jpg", "gone.jpg"):
         save(tmp_path / name, picture(40, 40))
     source = ImageFolder(tmp_path)
@@ -161,7 +163,7 @@ def test_an_array_source_encodes_without_loss():
 def test_an_array_source_refuses_other_arrays():
     with pytest.raises(ValueError, match=r"uint8 \[n, H, W, 3\]"):
         ArraySource("wrong", np.zeros((2, 3, 4, 4), np.float32), np.zeros(2, int), ())
-    with pytest.raises(ValueError, match="2 images came with 3 labels"):
+    with pytest.raises(ValueError, match="2 images were given with 3 labels"):
         ArraySource("wrong", np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, int), ())
 
 

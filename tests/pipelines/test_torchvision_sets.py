@@ -1,4 +1,4 @@
-"""Data sets by name, from small files in the formats of the official ones."""
+"""torchvision's data sets, from small files in the official formats."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""From the CUDA stream of the input to the one that trains: nobody waits too long and no memory is reused too early.
+"""From the input's CUDA stream to the one that trains: no wait is too long and no memory is reused too early.
 
-The GPU is a fake one, which writes down what is queued where; what a real one makes of it is in test_gpu_input.py.
+The GPU is a fake that records the operations on its streams; test_gpu_input.py uses a real one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.pipelines import fake_cuda
 from tests.pipelines.photos import NORMALIZATION, photo, plan_of
 
 BATCHES = 9
-COPIES_AT_MOST = 4  # A batch: pixels in host memory, ids and boxes, numbers of all views, labels and ids
+COPIES_AT_MOST = 4  # Per batch: pixels in host memory, ids and boxes, values of all views, labels and ids
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def executor_on(device: torch.device | str, name: str, source, monkeypatch, **op
 
 
 def decodes_with_torchvision(source, monkeypatch) -> None:
-    """DALI's decoder needs a real GPU; this one has the plan, and torchvision's crops of it."""
+    """Replaces DALI's decoder, which needs a real GPU: returns torchvision's crops of the plan."""
     from fastssl_pipelines.executors import dali
 
     crops = build_executor("torchvision", source, workers=0, **NORMALIZATION).crops
@@ -68,13 +68,13 @@ PIPELINES = [("resident", 1), ("torchvision", 0), ("torchvision", 2), ("dali", 2
 
 
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
-def test_batches_are_made_on_a_stream_of_their_own_and_handed_over_by_events(monkeypatch, cuda, source, name, workers):
+def test_batches_are_made_on_a_separate_stream_and_handed_over_by_events(monkeypatch, cuda, source, name, workers):
     steps = steps_of(source)
     executor = executor_on(fake_cuda.DEVICE, name, source, monkeypatch, workers=workers)
     cuda.consumer.log.clear()
     taken = []
     for batch in executor.stream(steps, 0, BATCHES):
-        # The consumer's stream has been told to wait before anything can be queued on it
+        # The consumer's stream waits before anything can be queued on it
         assert cuda.consumer.log[-1] == ("wait", batch.ready)
         kept = cuda.kept[-4:]
         tensors = (*batch.views, batch.labels, batch.ids)
@@ -85,14 +85,14 @@ def test_batches_are_made_on_a_stream_of_their_own_and_handed_over_by_events(mon
     (own,) = cuda.streams
     assert {batch.ready.stream for batch in taken} == {own}
     assert ("copy", True) not in own.log
-    assert {kind for kind, *_ in cuda.consumer.log} == {"wait", "record"}  # Nothing of the input is queued there
+    assert {kind for kind, *_ in cuda.consumer.log} == {"wait", "record"}  # The input queues nothing there
     assert 0 < own.log.count(("copy", False)) <= COPIES_AT_MOST * BATCHES
-    assert own.log[-1] == ("record", taken[-1].ready)  # Behind all that was queued for the batch
+    assert own.log[-1] == ("record", taken[-1].ready)  # After everything queued for the batch
 
 
 @pytest.mark.parametrize(("name", "workers"), PIPELINES)
 def test_batches_for_a_gpu_are_those_for_a_cpu(monkeypatch, cuda, source, name, workers):
-    """Also when all are kept, so that memory that is used again would show."""
+    """All batches are kept, to notice reused memory."""
     steps = steps_of(source)
     expected = list(executor_on("cpu", "torchvision", source, monkeypatch, workers=0).stream(steps, 0, BATCHES))
     found = list(executor_on(fake_cuda.DEVICE, name, source, monkeypatch, workers=workers).stream(steps, 0, BATCHES))
@@ -102,21 +102,23 @@ def test_batches_for_a_gpu_are_those_for_a_cpu(monkeypatch, cuda, source, name, 
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.labels, other.labels)
         for view, wanted in zip(one.views, other.views, strict=True):
-            if name == "resident":  # Its resize is two matrix products, and colors make a level more of it
+            if (
+                name == "resident"
+            ):  # Its resize uses matrix products, and color augmentation amplifies a difference of one level
                 assert (view - wanted).abs().mean() < one_level
             else:
                 assert torch.equal(view, wanted)
 
 
-def test_a_batch_that_is_made_here_is_copied_from_pinned_memory_on_the_current_stream(monkeypatch, cuda, source):
+def test_a_single_batch_is_copied_from_pinned_memory_on_the_current_stream(monkeypatch, cuda, source):
     executor = executor_on(fake_cuda.DEVICE, "torchvision", source, monkeypatch, workers=0)
     batch = executor.batch(steps_of(source)[0], 0)
-    assert cuda.consumer.log == [("copy", False)] * 3  # Pixels, numbers of the views, labels and ids
+    assert cuda.consumer.log == [("copy", False)] * 3  # Pixels, values of the views, labels and ids
     assert batch.ready is None
 
 
 def test_the_host_stays_few_batches_ahead_of_the_device(monkeypatch, cuda, source):
-    """It waits for its own stream alone, for the oldest batch, and never for the input's."""
+    """It waits only for its own stream and the oldest batch, never for the input's stream."""
     waited = []
     monkeypatch.setattr(fake_cuda.Event, "synchronize", lambda event: waited.append(event))
     stream = executor_on(fake_cuda.DEVICE, "resident", source, monkeypatch).stream(steps_of(source), 0, BATCHES)
@@ -127,7 +129,7 @@ def test_the_host_stays_few_batches_ahead_of_the_device(monkeypatch, cuda, sourc
 
 
 def test_dali_writes_over_crops_when_the_input_has_read_them(monkeypatch, cuda, source):
-    """Its wait is for the stream that augments, not for the one that trains."""
+    """It waits for the stream that augments, not for the one that trains."""
     executor = executor_on(fake_cuda.DEVICE, "dali", source, monkeypatch, workers=2)
     waited = []
     monkeypatch.setattr(fake_cuda.Event, "synchronize", lambda event: waited.append(event))
@@ -135,18 +137,18 @@ def test_dali_writes_over_crops_when_the_input_has_read_them(monkeypatch, cuda, 
         pass
     (own,) = cuda.streams
     assert {event.stream for event in waited} == {own, cuda.consumer}
-    assert [event.stream for event in waited].count(own) == BATCHES  # The last at the end
+    assert [event.stream for event in waited].count(own) == BATCHES  # The last one at the end
 
 
 def test_two_streams_of_an_executor_share_its_cuda_stream(monkeypatch, cuda, source):
-    """The allocator keeps memory for each CUDA stream, so a new one for each evaluation would take more and more."""
+    """The allocator keeps memory per CUDA stream, so a new stream for each evaluation would need more and more."""
     executor = executor_on(fake_cuda.DEVICE, "resident", source, monkeypatch)
     streams = {batch.ready.stream for _ in range(2) for batch in executor.stream(steps_of(source), 0, 2)}
     assert streams == set(cuda.streams)
     assert len(streams) == 1
 
 
-def test_threads_take_short_turns_beside_a_gpu_and_the_usual_ones_beside_a_cpu(monkeypatch, cuda, source):
+def test_the_switch_interval_is_short_with_a_gpu_only(monkeypatch, cuda, source):
     monkeypatch.setattr(sys, "getswitchinterval", lambda: 5e-3)
     next(executor_on("cpu", "resident", source, monkeypatch).stream(steps_of(source), 0, 1))
     assert cuda.turns_s == []
@@ -154,7 +156,7 @@ def test_threads_take_short_turns_beside_a_gpu_and_the_usual_ones_beside_a_cpu(m
     assert cuda.turns_s == [TURN_S]
 
 
-def test_taking_a_batch_that_was_made_here_does_nothing():
+def test_taking_a_single_batch_does_nothing():
     tensor = torch.zeros(2)
     Batch(views=(tensor,), labels=tensor, ids=tensor, step=0).take()
 
@@ -169,7 +171,7 @@ ARRAYS = (
 )
 
 
-def test_many_arrays_come_to_a_device_in_one_copy(cuda):
+def test_many_arrays_are_moved_to_a_device_in_one_copy(cuda):
     tensors = to_device([*ARRAYS, torch.arange(6)], fake_cuda.DEVICE)
     for tensor, array in zip(tensors, (*ARRAYS, np.arange(6)), strict=True):
         assert tensor.dtype == torch.from_numpy(array).dtype
@@ -186,7 +188,7 @@ def test_nothing_is_copied_for_a_cpu():
 
 
 class Launches(TorchDispatchMode):
-    """Counts what a GPU has to launch: all operations that are no views of others and no empty memory."""
+    """Counts kernel launches: all operations except views and empty allocations."""
 
     count = 0
 
@@ -196,8 +198,8 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_views_are_made_of_resident_images_without_looking_at_the_device_and_in_few_launches(monkeypatch, source):
-    """With tensors that have no values: whoever asks for one, or for a shape that depends on them, gets an error."""
+def test_views_of_resident_images_need_no_synchronization_and_few_launches(monkeypatch, source):
+    """With fake tensors: reading a value, or a shape that depends on values, raises an error."""
 
     def on_the_device(arrays, device):
         return [torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device) for array in arrays]

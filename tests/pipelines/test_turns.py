@@ -1,4 +1,4 @@
-"""Input workers beside a step that takes all cores: they begin when a batch is waited for, and never wait long."""
+"""Workers next to a step on all cores: they start when the consumer waits for a batch, and never wait long."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def of(monkeypatch, workers, threads=4):
 
 
 def waiting(turns):
-    """A thread that waits as a worker does, and whether it still waits."""
+    """Start a thread that waits like a worker; returns it with a check whether it still waits."""
     worker = threading.Thread(target=turns.wait, daemon=True)
     worker.start()
     worker.join(0.2)
     return worker, worker.is_alive()
 
 
-def test_workers_begin_at_will_before_anyone_has_waited(monkeypatch):
+def test_workers_start_at_will_before_the_consumer_waits(monkeypatch):
     turns = of(monkeypatch, 1)
     assert [waiting(turns)[1] for _ in range(3)] == [False] * 3
 
 
-def test_each_worker_begins_once_for_a_wait_however_often_there_was_one(monkeypatch):
+def test_each_worker_starts_once_per_wait(monkeypatch):
     turns = of(monkeypatch, 2)
     turns.give()
     turns.give()
@@ -53,7 +53,7 @@ def test_each_worker_begins_once_for_a_wait_however_often_there_was_one(monkeypa
     assert not worker.is_alive()
 
 
-def test_workers_that_wait_at_the_end_of_a_stream_go_on(monkeypatch):
+def test_waiting_workers_continue_at_the_end_of_a_stream(monkeypatch):
     turns = of(monkeypatch, 1)
     turns.give()
     turns.wait()
@@ -65,7 +65,7 @@ def test_workers_that_wait_at_the_end_of_a_stream_go_on(monkeypatch):
     assert not waiting(turns)[1]
 
 
-def test_a_step_that_leaves_a_core_holds_up_nobody(monkeypatch):
+def test_a_step_that_leaves_a_core_free_holds_up_no_worker(monkeypatch):
     turns = of(monkeypatch, 1, threads=3)
     turns.give()
     assert [waiting(turns)[1] for _ in range(3)] == [False] * 3
@@ -80,15 +80,15 @@ def test_a_worker_is_held_for_half_a_second_and_no_longer(monkeypatch):
 
 
 def test_a_stream_gives_turns_while_it_waits_and_ends_them_with_its_consumer(monkeypatch):
-    told = []
+    calls = []
     for name in ("give", "end"):
         real = getattr(Turns, name)
-        monkeypatch.setattr(Turns, name, lambda self, name=name, real=real: (told.append(name), real(self)))
+        monkeypatch.setattr(Turns, name, lambda self, name=name, real=real: (calls.append(name), real(self)))
     source = ArraySource("black", np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, int), ("a",))
     executor = build_executor("torchvision", source, workers=1, **NORMALIZATION)
     stream = executor.stream(TrainSampler(plan_of(source), batch_size=4), 0, 10**9)
     for _ in range(20):
         next(stream)
-    assert "give" in told
+    assert "give" in calls
     stream.close()
-    assert told[-1] == "end"
+    assert calls[-1] == "end"

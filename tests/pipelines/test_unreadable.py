@@ -1,4 +1,4 @@
-"""Unreadable images: the next in plan order takes the place, the same for every executor, and not for many."""
+"""Unreadable images: the next in plan order replaces them, for every executor, unless there are many."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build(name: str, source: ImageFolder, workers: int = 0, **options) -> Execut
 
 @pytest.fixture
 def folder(tmp_path) -> ImageFolder:
-    """240 images, of which one has a good header and no end and another went after the index was made."""
+    """240 images; one is cut after a good header, another was deleted after the index was built."""
     paths = save_photos(tmp_path, COUNT)
     content = paths[CUT].read_bytes()
     paths[CUT].write_bytes(content[: len(content) * 2 // 3])
@@ -46,7 +46,7 @@ def masked(*bad: int) -> np.ndarray:
     return mask
 
 
-def test_the_next_image_in_plan_order_stands_in_with_the_numbers_of_the_position(folder):
+def test_the_next_image_in_plan_order_replaces_it_with_the_values_of_the_position(folder):
     plan = plan_of(folder)
     order = plan.batch(0, 0, COUNT).ids
     bad = order[[3, 4, COUNT - 1]]
@@ -58,7 +58,7 @@ def test_the_next_image_in_plan_order_stands_in_with_the_numbers_of_the_position
     np.testing.assert_array_equal(batch.views[0].hue, plan.batch(0, 0, COUNT).views[0].hue)
 
 
-def test_boxes_are_those_of_the_image_that_stands_in(tmp_path):
+def test_boxes_are_those_of_the_replacement(tmp_path):
     save_photos(tmp_path, 1, height=400, width=500)
     small = tmp_path / "small"
     small.mkdir()
@@ -72,7 +72,7 @@ def test_boxes_are_those_of_the_image_that_stands_in(tmp_path):
     assert (boxes[:, 1] + boxes[:, 3] <= 12).all()
 
 
-def test_ranks_and_restarts_agree_on_the_image_that_stands_in(folder):
+def test_ranks_and_restarts_agree_on_the_replacement(folder):
     steps, mask = TrainSampler(plan_of(folder), batch_size=40), masked(CUT, GONE)
     for step in range(12):
         one = steps.at(step, mask)
@@ -86,7 +86,7 @@ def test_ranks_and_restarts_agree_on_the_image_that_stands_in(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_training_goes_on_and_says_what_was_replaced(name, workers, folder, notes):
+def test_training_continues_and_logs_what_was_replaced(name, workers, folder, notes):
     executor = build(name, folder, workers=workers)
     steps = TrainSampler(plan_of(folder), batch_size=40)
     batches = list(executor.stream(steps, 0, 12))
@@ -101,7 +101,7 @@ def test_training_goes_on_and_says_what_was_replaced(name, workers, folder, note
 
 
 @pytest.mark.parametrize("name", ["resident", "dali"])
-def test_all_executors_put_the_same_pixels_there(name, folder):
+def test_all_executors_use_the_same_replacement(name, folder):
     steps = TrainSampler(plan_of(folder), batch_size=40)
     found = zip(build(name, folder).stream(steps, 0, 6), build("torchvision", folder).stream(steps, 0, 6), strict=True)
     for batch, expected in found:

@@ -92,11 +92,18 @@ def _recorded() -> Iterator[dict[str, Launches]]:
         yield found
 
 
-def of_encoder(name: str, *, size: int, norm: str, batch: int = 256) -> dict[str, Launches]:
-    """Launches of an encoder in bf16 on square images, with the small-image stem up to 64 pixels."""
+def of_encoder(
+    name: str, *, size: int, norm: str, batch: int = 256, blocks: tuple[int, ...] = ()
+) -> dict[str, Launches]:
+    """Launches of an encoder in bf16 on square images, with the small-image stem up to 64 pixels.
+
+    `blocks`: the number of blocks to keep of each stage of a ResNet; empty keeps all.
+    """
     stem = "small" if size <= 64 else "imagenet"
     with compiling():
         encoder = build_encoder(name, stem=stem, norm_layer=norm_layer(norm, _SPLITS))
+        for index, kept in enumerate(blocks, start=1):
+            setattr(encoder, f"layer{index}", getattr(encoder, f"layer{index}")[:kept])
         encoder = encoder.to(DEVICE).to(memory_format=torch.channels_last)
         shape = (batch, 3, size, size)
         images = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE, memory_format=torch.channels_last)

@@ -20,7 +20,13 @@ from tests.preflight.fake_cuda import DEVICE, Event, Ops, Waits, fake_cuda
 from tests.preflight.recipes import DTYPES, IMAGENET, SMALL, batch_on_gpu, recipe
 
 END = 99  # The last step of an epoch, with enough images for SMoG's groups
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in IMAGENET]
+# fp16 adds the loss scale: one method with SGD, one with groups, one with two key encoders, and one ResNet-50
+IN_FP16 = ("mocov2", "smog", "msvq")
+STEPS = [*((name, "bf16") for name in SMALL), *((name, "fp16") for name in IN_FP16)]
+STEPS += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (*((name, "bf16") for name in IMAGENET), ("mocov2-imagenet", "fp16"))
+]
 
 
 # Ops after backward: gradient norm, optimizer, momentum update and queue. SMoG has two banks, and groups.
@@ -28,8 +34,7 @@ LATE = {"bf16": 12, "fp16": 21}
 LATE_SMOG = {"bf16": 16, "fp16": 25}
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("name", [*SMALL, *SLOW])
+@pytest.mark.parametrize(("name", "precision"), STEPS)
 def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last two steps of an epoch, after which SMoG recomputes its groups."""
     config = recipe(name, precision)

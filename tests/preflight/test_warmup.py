@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+import triton
 
 from fastssl_kernels import aot
 from tests.preflight import warmup
@@ -34,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_every_launch_function_compiles(results: list[dict[str, Any]]) -> None:
     assert [result for result in results if result["error"]] == []
-    assert len(results) == len(TARGETS) * len(list(warmup.training_cases()))
+    assert len(results) == len(warmup.training_tasks(list(TARGETS)))
     assert all(result["kernels"] for result in results)
 
 
@@ -58,13 +59,26 @@ def test_a_kernel_too_large_for_a_target_fails() -> None:
     assert done.stdout.startswith("OutOfResources: out of resource: shared memory"), done.stderr
 
 
-def test_the_command_refuses_impossible_settings() -> None:
-    done = run(TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "unset it" in done.stderr
-    done = run("--targets", "sm_70")
-    assert done.returncode == 2
-    assert "'sm_70'; it takes sm_80, sm_90, sm_100, sm_120" in done.stderr
+@pytest.mark.parametrize(
+    ("interpret", "arguments", "sentence"),
+    [
+        (True, [], "unset it"),
+        (False, ["--targets", "sm_70"], "'sm_70'; it takes sm_80, sm_90, sm_100, sm_120"),
+    ],
+)
+def test_the_command_refuses_impossible_settings(
+    interpret: bool,
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+    monkeypatch.setattr(sys, "argv", ["warmup", *arguments])
+    with pytest.raises(SystemExit) as refused:
+        warmup.main()
+    assert refused.value.code == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_the_driver_is_restored() -> None:

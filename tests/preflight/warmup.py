@@ -134,6 +134,13 @@ def training_cases() -> Iterator[Case]:
         yield Case(function, "fp32", TRAINING)
 
 
+def training_tasks(targets: list[str]) -> list[tuple[Case, str]]:
+    """Each case with each target; sizes of 1, whose tiles fit everywhere, with the first alone."""
+    return [
+        (case, target) for target in targets for case in training_cases() if case.size != ONE or target == targets[0]
+    ]
+
+
 def every_case() -> Iterator[Case]:
     """All functions, dtypes, sizes and temperatures, training cases first."""
     cases = [
@@ -189,13 +196,13 @@ def main() -> int:
     for target in targets:
         if target not in SHARED_BYTES:
             parser.error(f"--targets names {target!r}; it takes {', '.join(SHARED_BYTES)}, separated by commas")
-    cases = list(every_case() if given.all else training_cases())
-    print(f"Triton {triton.__version__}, torch {torch.__version__}, {len(cases)} cases on {given.targets}", flush=True)
+    tasks = [(case, target) for target in targets for case in every_case()] if given.all else training_tasks(targets)
+    print(f"Triton {triton.__version__}, torch {torch.__version__}, {len(tasks)} cases on {given.targets}", flush=True)
     results = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # So that everything is compiled now
         with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
-            for result in pool.imap(_launch, [(case, target) for target in targets for case in cases]):
+            for result in pool.imap(_launch, tasks):
                 results.append(result)
                 largest = max(result.kernels.values(), default=0) / 1024
                 line = result.error or f"{len(result.kernels)} kernels, at most {largest:.0f} KiB shared"

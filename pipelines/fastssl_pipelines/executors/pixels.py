@@ -78,15 +78,15 @@ class Augmentation:
     def __call__(self, plan: BatchPlan, crops: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Augment uint8 crops [B, size, size, 3] on `device` to views [B, 3, size, size], channels_last."""
         return tuple(
-            augment(crop, numbers, out_dtype=self.dtype)
-            for crop, numbers in zip(crops, self._parameters(plan.views), strict=True)
+            augment(crop, parameters, out_dtype=self.dtype)
+            for crop, parameters in zip(crops, self._parameters(plan.views), strict=True)
         )
 
     def _parameters(self, views: Sequence[ViewPlan]) -> Iterator[AugmentParameters]:
         """Parameters of each view, moved to the device in one copy."""
         copied = iter(to_device([getattr(view, name) for view in views for name in _PER_IMAGE], self.device))
         for view in views:
-            numbers: dict[str, Any] = dict(zip(_PER_IMAGE, copied, strict=False))
+            values: dict[str, Any] = dict(zip(_PER_IMAGE, copied, strict=False))
             if not view.blur_sigma.any():
-                numbers["blur_sigma"] = None  # Saves a kernel launch
-            yield AugmentParameters(**numbers, mean=self.mean, std=self.std)
+                values["blur_sigma"] = None  # Saves a kernel launch
+            yield AugmentParameters(**values, mean=self.mean, std=self.std)

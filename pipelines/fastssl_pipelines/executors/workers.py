@@ -64,7 +64,7 @@ def views_of(
         _log.warning(f"{lack}, so images are decoded {who}; lower --data.workers")
         workers = fewer[-1] if fewer else 0
     if not workers:
-        yield from map(raised, map(load, plans))
+        yield from map(_unwrap, map(load, plans))
         return
     slots = [_empty_views(first, augmentation) for _ in range(_slots(workers))]
     yield from _views_of_processes(plans, load, slots, workers, own_memory, processes, turns)
@@ -89,7 +89,7 @@ def lack_of_shared_memory(needed_bytes: int) -> str:
     )
 
 
-def raised(loaded: _Loaded) -> Views | dict[int, str]:
+def _unwrap(loaded: _Loaded) -> Views | dict[int, str]:
     """Raise what was loaded if it is an error, else return it."""
     if isinstance(loaded, Exception):
         raise loaded
@@ -126,7 +126,7 @@ def _views_of_processes(
     try:
         while (loaded := _next_of(loading, own)) is not None:
             if isinstance(loaded, (dict, Exception)):
-                yield cast("dict[int, str]", raised(loaded))
+                yield cast("dict[int, str]", _unwrap(loaded))
             else:
                 slot, rows = loaded
                 yield tuple(view[:rows].clone() if own_memory else view[:rows] for view in slots[slot])

@@ -72,7 +72,7 @@ class Source(ABC):
 def broken_image(name: str, error: Exception, option: str) -> DataError:
     """DataError for an image called `name` for which Pillow raised `error`."""
     unknown = isinstance(error, UnidentifiedImageError)  # Its message shows the address of an object
-    reason = f"it is none of {', '.join(FORMATS)}" if unknown else " ".join(str(error).split())
+    reason = f"it is not one of {', '.join(FORMATS)}" if unknown else " ".join(str(error).split())
     return DataError(f"{name} cannot be read as an image ({reason}); remove or replace it in {option}")
 
 
@@ -96,7 +96,9 @@ class ArraySource(Source):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images are {images.dtype} {images.shape}; they must be uint8 [n, H, W, 3]")
         if len(labels) != len(images):
-            raise ValueError(f"{len(images)} images came with {len(labels)} labels; they must be as many")
+            raise ValueError(
+                f"{len(images)} images were given with {len(labels)} labels; there must be one label per image"
+            )
         self.name = name
         self.labels = np.asarray(labels, dtype=np.int64)
         outside = self.labels[(self.labels < -1) | (self.labels >= len(classes))]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.files import raise_if_of_the_machine
+from fastssl_pipelines.files import raise_if_machine_error
 from fastssl_pipelines.names import from_line, numbered_lines
 from fastssl_pipelines.sources.index import IndexedSource
 from fastssl_pipelines.sources.listing import (
@@ -169,7 +169,7 @@ def _contents(folder: str, option: str) -> _Contents:
         with os.scandir(folder) as entries:
             shown = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
-        raise_if_of_the_machine(error, folder)
+        raise_if_machine_error(error, folder)
         raise DataError(f"the folder {folder} cannot be read ({error.strerror}); check {option}") from None
     for entry in shown:
         if _is_folder(entry):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.files import IMAGE_AT_MOST_BYTES, open_regular, raise_if_of_the_machine, read_file, too_large
+from fastssl_pipelines.files import IMAGE_AT_MOST_BYTES, open_regular, raise_if_machine_error, read_file, too_large
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 from fastssl_pipelines.sources.tar import OpenFiles
 
@@ -118,7 +118,7 @@ class Listing:
             try:
                 return file.read(limit)
             except OSError as error:
-                raise_if_of_the_machine(error, path)
+                raise_if_machine_error(error, path)
                 raise
 
     def _stretch(self, index: int, limit: int | None) -> bytes:

@@ -23,7 +23,7 @@ def is_label(name: str) -> bool:
     return name.endswith(_LABEL_SUFFIX)
 
 
-def class_number(content: bytes, name: str, option: str) -> str:
+def class_index(content: bytes, name: str, option: str) -> str:
     """Class index in the .cls file called `name`, as a string, "" for -1; DataError for other content."""
     text = content.decode("ascii", "replace").strip()
     if text == UNKNOWN:
@@ -36,13 +36,13 @@ def class_number(content: bytes, name: str, option: str) -> str:
     return str(int(text))
 
 
-def classes_of(images: Sequence[str], numbers: dict[str, str], shard: Path, option: str) -> list[tuple[str, str]]:
-    """Origin of the class and the class, for each image; `numbers`: class index by name of the .cls file.
+def classes_of(images: Sequence[str], indices: dict[str, str], shard: Path, option: str) -> list[tuple[str, str]]:
+    """Origin of the class and the class, for each image; `indices`: class index by name of the .cls file.
 
     The class of A.B.jpg is in A.B.cls, else, as in WebDataset, in the only .cls file whose name up to the first dot is
     A. DataError if there are several.
     """
-    own = {name.removesuffix(_LABEL_SUFFIX): name for name in numbers}
+    own = {name.removesuffix(_LABEL_SUFFIX): name for name in indices}
     taken = own.keys() & {_without_suffix(image) for image in images}
     shared: dict[str, list[str]] = {}
     for stem, name in own.items():
@@ -62,7 +62,7 @@ def classes_of(images: Sequence[str], numbers: dict[str, str], shard: Path, opti
             )
         return candidates[0] if candidates else None
 
-    return [_class_of(image, numbers, label_of(image), shard) for image in images]
+    return [_class_of(image, indices, label_of(image), shard) for image in images]
 
 
 def one_source(given: Sequence[tuple[str, str]], names: PackedStrings, root: Path, option: str) -> str:
@@ -77,9 +77,9 @@ def one_source(given: Sequence[tuple[str, str]], names: PackedStrings, root: Pat
     return first
 
 
-def _class_of(image: str, numbers: dict[str, str], label: str | None, shard: Path) -> tuple[str, str]:
+def _class_of(image: str, indices: dict[str, str], label: str | None, shard: Path) -> tuple[str, str]:
     if label is not None:
-        return FROM_FILES, numbers[label]
+        return FROM_FILES, indices[label]
     if folder := posixpath.basename(posixpath.dirname(image)):
         return FROM_FOLDERS, folder
     if _WORDNET_ID.fullmatch(shard.stem):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.errors import DataError
-from fastssl_pipelines.files import open_regular, raise_if_of_the_machine
+from fastssl_pipelines.files import open_regular, raise_if_machine_error
 from fastssl_pipelines.sources.index import IndexedSource
 from fastssl_pipelines.sources.listing import (
     SUFFIXES_SHOWN,
@@ -33,7 +33,7 @@ from fastssl_pipelines.sources.packed_strings import PackedStrings
 from fastssl_pipelines.sources.shard_labels import (
     FROM_NOTHING,
     LABEL_AT_MOST_BYTES,
-    class_number,
+    class_index,
     classes_of,
     is_label,
     one_source,
@@ -159,7 +159,7 @@ def _shards_in(root: Path, option: str) -> list[str]:
 def _scan(path: Path, option: str, labeled: bool) -> _Shard:
     """Read the headers of all members and, for labels, the .cls files; DataError for a shard without its end."""
     images: dict[str, Member] = {}
-    numbers: dict[str, str] = {}
+    indices: dict[str, str] = {}
     others: list[str] = []
     try:
         with open_regular(path) as file:
@@ -171,9 +171,9 @@ def _scan(path: Path, option: str, labeled: bool) -> _Shard:
                     others.append(f"{name} link")
                 elif is_label(name):
                     if labeled:
-                        _require_new(name, numbers, path, option)
+                        _require_new(name, indices, path, option)
                         content = read_stretch(file.fileno(), member.offset, min(member.size, LABEL_AT_MOST_BYTES + 1))
-                        numbers[name] = class_number(content, f"{path}/{name}", option)
+                        indices[name] = class_index(content, f"{path}/{name}", option)
                 elif is_image(name):
                     _require_new(name, images, path, option)
                     images[name] = member
@@ -184,13 +184,13 @@ def _scan(path: Path, option: str, labeled: bool) -> _Shard:
     except ValueError as error:
         raise _damaged(path, len(images), str(error), option) from None
     except OSError as error:
-        raise_if_of_the_machine(error, path)
+        raise_if_machine_error(error, path)
         raise DataError(f"{path} cannot be read ({error.strerror}); check {option}") from None
     return _Shard(
         names=[f"{path.name}/{name}" for name in images],
         offsets=[member.offset for member in images.values()],
         lengths=[member.size for member in images.values()],
-        classes=classes_of(list(images), numbers, path, option),
+        classes=classes_of(list(images), indices, path, option),
         ignored=suffixes_of(others),
     )
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
-from fastssl_pipelines.files import descriptor_of, raise_if_of_the_machine
+from fastssl_pipelines.files import open_descriptor, raise_if_machine_error
 from fastssl_pipelines.sources.packed_strings import PackedStrings
 
 BLOCK = 512  # Bytes; a block of zeros ends a tar file
@@ -140,7 +140,7 @@ class OpenFiles:
             descriptor = self._descriptors.get(file)
             kept = descriptor is not None
             if descriptor is None:
-                descriptor = descriptor_of(path)
+                descriptor = open_descriptor(path)
                 # None is closed, as another thread may be reading from it; beyond the limit, each read opens the file.
                 kept = OpenFiles._kept < _kept_at_most()
                 if kept:
@@ -149,7 +149,7 @@ class OpenFiles:
         try:
             return read_stretch(descriptor, offset, length)
         except OSError as error:
-            raise_if_of_the_machine(error, path)
+            raise_if_machine_error(error, path)
             raise
         finally:
             if not kept:
