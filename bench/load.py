@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastssl.arguments import parse
-from fastssl.benchmark.command import require_file, write_json
+from fastssl.benchmark.harness import require_file, write_json
 from fastssl.environment import measured_on
 from fastssl.errors import TrainingError
 from fastssl.validation import Checked, Count

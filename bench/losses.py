@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastssl import plugins
 from fastssl.arguments import parse
-from fastssl.benchmark.memory import peak_bytes
+from fastssl.benchmark.harness import peak_bytes
 from fastssl.errors import ConfigError, unknown_name
 from fastssl_kernels import LOSSES, parity
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastssl.arguments import parse
-from fastssl.benchmark.command import require_file, torch_threads, wait, write_json
+from fastssl.benchmark.harness import require_file, torch_threads, wait, write_json
 from fastssl.benchmark.step_variants import as_training, synthetic_batches
 from fastssl.config import Config, ModelConfig, OptimConfig, TrainConfig
 from fastssl.device import choose_device, choose_dtype

@@ -1,6 +1,6 @@
-"""NVIDIA apex, which is never required: its fused optimizers and its group norm for channels_last tensors.
+"""Optional features of NVIDIA apex: its fused optimizers, and its group norm for channels_last tensors.
 
-The package `apex` on PyPI is another one; NVIDIA's is built from github.com/NVIDIA/apex.
+The PyPI package `apex` is unrelated; build NVIDIA's from github.com/NVIDIA/apex.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _GROUP_NORM = "apex.contrib.group_norm"
 
 
 def why_not_apex(module: str = _OPTIMIZERS) -> str | None:
-    """The reason why a module of NVIDIA apex cannot be used here; None where it can."""
+    """Why a module of NVIDIA apex cannot be used here; None if it can."""
     try:
         if importlib.util.find_spec("apex") is None:
             return "not installed"
@@ -27,16 +27,18 @@ def why_not_apex(module: str = _OPTIMIZERS) -> str | None:
 
 
 def apex_optimizer(name: str, groups: list[dict[str, Any]], option: str, **settings: Any) -> Any:
-    """FusedSGD, FusedAdam, FusedLAMB or FusedNovoGrad over parameter groups; `option` is what asked for it."""
+    """FusedSGD, FusedAdam, FusedLAMB or FusedNovoGrad over the groups; ConfigError naming `option` without apex."""
     return getattr(_required(_OPTIMIZERS, option), name)(groups, **settings)
 
 
 def apex_group_norm(groups: int, channels: int) -> Any:
-    """apex's group norm of NHWC tensors."""
+    """apex's group norm for NHWC tensors; ConfigError without apex."""
     return _required(_GROUP_NORM, "--model.norm apex-group").GroupNorm(groups, channels)
 
 
 def _required(module: str, option: str) -> Any:
     if reason := why_not_apex(module):
-        raise ConfigError(f"{option} was given and NVIDIA apex cannot be used here: {reason}; take what torch has")
+        raise ConfigError(
+            f"{option} was given and NVIDIA apex cannot be used here: {reason}; choose an option that torch provides"
+        )
     return importlib.import_module(module)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.methods import METHODS
-from fastssl.observe.progress import DelayedProgressBar
+from fastssl.observe.screen import DelayedProgressBar
 from fastssl_pipelines.labels import listed_labels, quarantine_list, without
 from fastssl_pipelines.names import printable
 from fastssl_pipelines.plan import partial_labels

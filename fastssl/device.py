@@ -1,4 +1,4 @@
-"""The device and the numbers that a run computes with, chosen from its options and from what is here."""
+"""Chooses the device and the precision of a run from its options and the hardware."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from fastssl.distributed import local_rank
 from fastssl.errors import ConfigError
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TENSOR_CORES = (7, 0)  # compute capability from which fp16 products are fast
+_TENSOR_CORES = (7, 0)  # Lowest compute capability with fast fp16 products
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The device to train on, a GPU with its number; "auto" takes CUDA where there is one, each rank its own.
+    """The device to train on, a GPU with its index; "auto" prefers CUDA, and each rank gets its own GPU.
 
-    ConfigError for a GPU that is not there.
+    ConfigError for a GPU that does not exist.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--train.device cuda was given and torch finds no GPU here; `fastssl doctor` tells more")
+        raise ConfigError("--train.device cuda was given and torch finds no GPU here; `fastssl doctor` shows details")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    number, count = local_rank(), torch.cuda.device_count()
-    if number >= count:
+    index, count = local_rank(), torch.cuda.device_count()
+    if index >= count:
         raise ConfigError(
-            f"{number + 1} processes or more were started on this machine and it has {count} GPUs; give torchrun "
+            f"at least {index + 1} processes were started on this machine, which has {count} GPUs; give torchrun "
             f"--nproc-per-node {count} or add --train.device cpu"
         )
-    return torch.device("cuda", number)
+    return torch.device("cuda", index)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 by itself; without that, bf16 is slower than fp32."""
+    """Whether the hardware supports bf16; emulated, bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The autocast dtype; float32 means no autocast. "auto": bf16, else fp16, where the device is fast in it."""
+    """The autocast dtype; float32 means no autocast. "auto" takes bf16, else fp16, if the device is fast at it."""
     if config.precision != "auto":
         return _DTYPES[config.precision]
     if has_fast_bf16(device):
@@ -51,23 +51,22 @@ def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 class Numerics(NamedTuple):
-    """What `set_numerics` chose, for the user to read."""
+    """The autocast dtype, and a description of the precision for the user."""
 
     dtype: torch.dtype
     text: str
 
 
 def set_numerics(config: TrainConfig, device: torch.device) -> Numerics:
-    """Choose the autocast dtype and set cuDNN and TF32 accordingly, for this process.
+    """Choose the autocast dtype, and configure cuDNN and TF32 accordingly for this process.
 
-    fp32 is exact: TF32 products are allowed with --train.precision tf32 alone (in autocast few are left). cuDNN times
-    its algorithms at the first step, unless --train.deterministic is on, which is needed to repeat a run bit for bit
-    on a GPU.
+    TF32 products are allowed only with --train.precision tf32. cuDNN benchmarks its algorithms at the first step unless
+    --train.deterministic is on, which bit-for-bit repeatable runs on a GPU need.
     """
     dtype = choose_dtype(config, device)
     name = f"{dtype}".removeprefix("torch.") + (" autocast" if dtype != torch.float32 else "")
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it, before its first product
     torch.use_deterministic_algorithms(config.deterministic)
     if device.type == "cpu":
         return Numerics(dtype, name)

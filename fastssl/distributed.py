@@ -1,4 +1,4 @@
-"""The ranks of a run and their rows; without a process group there is one rank and each function is the identity."""
+"""The ranks of a run and the exchange of rows; without a process group there is one rank, and every function works."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 from fastssl.errors import ConfigError, TrainingError
 
 _Value = TypeVar("_Value")
-_LONG = timedelta(days=1)  # for work of one rank that others wait for, such as an index of millions of files
-_RANKS = 2**20  # more than were ever started
+_LONG = timedelta(days=1)  # For work of one rank that others wait for, like indexing millions of files
+_RANKS = 2**20  # More than anyone starts
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def started_ranks() -> int:
-    """Number of processes that torchrun, or whoever sets its variables, started for this run."""
+    """Number of processes of this run, as set by torchrun or another launcher."""
     return _variable("WORLD_SIZE", least=1, most=_RANKS, default=1)
 
 
 def local_rank() -> int:
-    """Number of this process on its machine."""
+    """Index of this process on its machine."""
     return _variable("LOCAL_RANK", least=0, most=_RANKS - 1, default=0)
 
 
@@ -37,7 +37,7 @@ def local_ranks() -> int:
 
 
 def _variable(name: str, *, least: int, most: int, default: int) -> int:
-    """An integer of the environment; ConfigError for one that is none or not from `least` to `most`."""
+    """An integer from the environment; ConfigError unless it is an integer from `least` to `most`."""
     text = os.environ.get(name, str(default))
     if re.fullmatch("[0-9]{1,9}", text) is None or not least <= int(text) <= most:
         raise ConfigError(
@@ -48,7 +48,7 @@ def _variable(name: str, *, least: int, most: int, default: int) -> int:
 
 
 def _check_variables() -> None:
-    """Raise ConfigError for an environment in which this process would wait for others that never come."""
+    """Raise ConfigError for environment variables with which this process would wait forever for others."""
     ranks = started_ranks()
     if "WORLD_SIZE" in os.environ:
         for name in ("RANK", "LOCAL_RANK"):
@@ -67,10 +67,10 @@ def _check_variables() -> None:
 
 @contextmanager
 def joined_ranks(device: torch.device, *, timeout_s: float) -> Iterator[None]:
-    """Inside the `with` block the processes that were started together are the ranks of one run.
+    """Join the processes that were started together into one process group inside the `with` block.
 
-    NCCL carries what lies on a GPU and gloo the rest. A rank that does not answer for `timeout_s` seconds, or is gone,
-    ends the others: TrainingError where torch lets us tell it, an abort by NCCL's watchdog else.
+    NCCL exchanges GPU tensors and gloo the rest. A rank that ends, or does not answer for `timeout_s` seconds, ends the
+    others: with TrainingError if torch raises an error, else by an abort of NCCL's watchdog.
     """
     _check_variables()
     if started_ranks() == 1:
@@ -92,9 +92,9 @@ def joined_ranks(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(
             f"another process of the run ended or did not answer within --train.timeout-s {timeout_s:g} s, so "
-            f"rank {os.environ['RANK']} ends too ({reason}); see what the other said, then `fastssl resume` the run"
+            f"rank {os.environ['RANK']} ends too ({reason}); check that process's output, then `fastssl resume` the run"
         ) from None
-    # not after an error: with a rank gone, leaving would wait for it
+    # Skipped after an error, since it would wait for a rank that is gone
     dist.destroy_process_group()
 
 
@@ -108,18 +108,18 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this rank."""
+    """Index of this rank."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def cpu_group(**options: Any) -> dist.ProcessGroup:
-    """A group of all ranks that exchanges tensors on the CPU, so that none of them waits for a GPU."""
+    """A group of all ranks that exchanges tensors on the CPU, without waiting for a GPU."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", **options))
 
 
 @contextmanager
 def first_on_each_machine() -> Iterator[None]:
-    """The first rank of each machine passes the `with` block before the others enter it."""
+    """Run the `with` block on the first rank of each machine before the other ranks."""
     if world_size() == 1:
         yield
         return
@@ -132,7 +132,7 @@ def first_on_each_machine() -> Iterator[None]:
 
 
 def from_first_rank(make: Callable[[], _Value]) -> _Value:
-    """What `make` returns on the first rank, on all of them: plain types and tensors on the CPU."""
+    """Call `make` on the first rank and return its result, plain types and CPU tensors, on all ranks."""
     if world_size() == 1:
         return make()
     box = [make() if rank() == 0 else None]
@@ -141,17 +141,17 @@ def from_first_rank(make: Callable[[], _Value]) -> _Value:
 
 
 def local_rows(rows: Tensor) -> Tensor:
-    """This rank's part of rows that all ranks hold, [world_size * B, ...] to [B, ...]."""
+    """This rank's slice of rows that all ranks hold, [world_size * B, ...] to [B, ...]."""
     return rows.chunk(world_size())[rank()]
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all ranks in rank order, [B, ...] to [world_size * B, ...], as constants."""
+    """Gather the rows of all ranks in rank order, [B, ...] to [world_size * B, ...], without gradient."""
     return _gathered(rows.detach()) if world_size() > 1 else rows.detach()
 
 
 def gather_uneven_rows(rows: Tensor) -> Tensor:
-    """As `gather_rows`, of ranks that have different numbers of rows, also none."""
+    """As `gather_rows`, but ranks may have different numbers of rows, including 0."""
     if world_size() == 1:
         return rows.detach()
     counts = _gathered(torch.tensor([len(rows)], device=rows.device)).tolist()
@@ -160,19 +160,19 @@ def gather_uneven_rows(rows: Tensor) -> Tensor:
     everything = _gathered(padded)
     filled = 0
     for part, count in zip(everything.chunk(len(counts)), counts, strict=True):
-        # In place, since features of millions of images would not fit twice
+        # In place, since features of millions of images do not fit twice
         everything[filled : filled + count] = part[:count].clone()
         filled += count
     return everything[:filled]
 
 
 def gather_rows_with_gradient(rows: Tensor) -> Tensor:
-    """As `gather_rows`; each rank's rows get the sum of the gradients that all ranks have for them."""
+    """As `gather_rows`, with a gradient: each rank's rows get the sum of all ranks' gradients for them."""
     return _Gather.apply(rows) if world_size() > 1 else rows
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of the tensors that the ranks hold, on each of them."""
+    """The mean of the ranks' tensors, on every rank."""
     if world_size() == 1:
         return values
     total = values.detach().clone()

@@ -1,4 +1,4 @@
-"""What a run or a measurement depends on besides its options: versions, devices, how busy they are, the commit."""
+"""The environment of a run or measurement: versions, devices, load and commit."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ PACKAGES = (
 
 
 def devices() -> list[torch.device]:
-    """The devices that can train here, the fastest kind first."""
+    """The devices available for training, GPUs first."""
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return [*gpus, torch.device("cpu")]
 
 
 def environment() -> dict[str, str]:
-    """Versions and hardware as name and value, written into every run folder."""
+    """Versions and hardware by name, as written to every run folder."""
     facts = {"python": sys.version.split()[0], "platform": platform.platform()}
     for package in PACKAGES:
         facts[package] = installed_version(package)
@@ -58,7 +58,7 @@ def describe(device: torch.device) -> str:
 
 
 def installed_version(package: str) -> str:
-    """Of a distribution, or that it is not installed."""
+    """The version of a distribution, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -66,7 +66,7 @@ def installed_version(package: str) -> str:
 
 
 def measured_on(device: torch.device) -> dict[str, Any]:
-    """Device, processor, cores, how busy they are, versions, commit and date of a measurement."""
+    """Device, processor, cores, load, versions, commit and date of a measurement."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "processor": processor(),
@@ -79,21 +79,21 @@ def measured_on(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The model of the CPU."""
+    """The CPU model."""
     path = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else []
     return models[0] if models else platform.machine()
 
 
 def commit() -> str:
-    """With "-dirty" where files other than results differ from it; "unknown" for an installed package."""
+    """The git commit, with "-dirty" if files outside bench/results differ; "unknown" for an installed package."""
     found = output("git", "rev-parse", "HEAD")
     changed = output("git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
     return f"{found}-dirty" if changed and found != "unknown" else found
 
 
 def output(*command: str) -> str:
-    """What a program prints; "unknown" where it is not there or fails."""
+    """The output of a program; "unknown" if it is missing or fails."""
     try:
         run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""The `fastssl` program: what has to be settled before torch is loaded, and then the command line."""
+"""The `fastssl` program: settings that must precede the import of torch, then the command line."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-# By any of these a user has said how threads wait
+# If any of these is set, the user has decided how threads wait
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-_STAT = Path("/proc/stat")  # on Linux, the only system where libgomp computes for torch
+_STAT = Path("/proc/stat")  # Linux only, as is torch's use of libgomp
 _SAMPLE_S = 0.05
-_ENOUGH = 0.75  # of our cores, which have to be free of other work
+_ENOUGH = 0.75  # Of our cores; if fewer are idle, waiting threads sleep
 
 
 def command() -> NoReturn:
-    """Run the command line as the whole of a process."""
-    wait_asleep_beside_others()
+    """Run the command line and exit the process."""
+    let_waiting_threads_sleep()
     from fastssl.cli import command
 
     command()
 
 
-def wait_asleep_beside_others() -> None:
-    """Let threads that wait for others sleep where other work needs the cores; before torch is loaded.
+def let_waiting_threads_sleep() -> None:
+    """On a busy machine, let OpenMP threads sleep instead of spin while they wait; call it before torch is loaded.
 
-    By default they spin for 15 ms, which takes a core from the very thread that they wait for where a machine has other
-    work; sleeping costs up to a third on an idle one. Nothing is set where the environment says how they wait.
+    By default they spin for 15 ms, which on a busy machine takes a core from the very thread that they wait for; on an
+    idle one, sleeping costs up to a third of the speed. Changes nothing if the environment sets how threads wait.
     """
     if not any(name in os.environ for name in _WAITING) and _STAT.exists() and _free_cores() < _ENOUGH * _our_cores():
         os.environ["GOMP_SPINCOUNT"] = "0"
@@ -41,7 +41,7 @@ def _free_cores() -> float:
 
 
 def _idle_and_all_ticks() -> tuple[int, int]:
-    """Of all cores since the machine's start, in hundredths of a second."""
+    """Over all cores since boot, in hundredths of a second."""
     user, nice, system, idle, waiting, *others = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:9])
     return idle + waiting, user + nice + system + idle + waiting + sum(others)
 

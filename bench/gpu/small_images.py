@@ -15,7 +15,7 @@ import torch
 
 from bench import moco_steps, training_step
 from bench.peers import Unavailable
-from fastssl.benchmark.command import wait
+from fastssl.benchmark.harness import wait
 from fastssl.benchmark.peer_pipelines import pil_batches
 from fastssl.commands.bench_end_to_end import EndToEnd
 from fastssl.config import Config

@@ -1,4 +1,4 @@
-"""What `fastssl bench input` compares, and what it measures of each."""
+"""The input pipelines that `fastssl bench input` compares, and their measurements."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ from fastssl_pipelines.sources.base import Source
 
 @dataclass
 class Result:
-    """What was measured of one candidate, with a number for each round; `images_per_s` is empty if it does not work."""
+    """Measurements of one candidate, a value per round; `images_per_s` is empty if the candidate does not work here."""
 
     name: str
     images_per_s: list[float] = field(default_factory=list)
     start_s: list[float] = field(default_factory=list)
-    """To the first batch, from nothing."""
+    """From construction to the first batch."""
     augment_off_images_per_s: list[float] = field(default_factory=list)
     stages_ms: dict[str, list[float]] = field(default_factory=dict)
-    """Of an image, by rates.STAGES: median over the batches of a round."""
+    """Milliseconds per image for each of rates.STAGES: medians over the batches of a round."""
     notes: list[str] = field(default_factory=list)
 
 
 class Candidate(Protocol):
-    """`measure` is one round of about `seconds` for each of its numbers."""
+    """An input pipeline to measure."""
 
     result: Result
 
-    def measure(self, seconds: float) -> None: ...
+    def measure(self, seconds: float) -> None:
+        """Run one round, in which each measurement takes about `seconds`."""
 
 
 class PeerPipeline:
-    """What others would write; `batches` starts it anew."""
+    """A pipeline as written without fastssl; `batches` starts it from scratch."""
 
     def __init__(self, name: str, batches: Callable[[], Generator[Views]], workers: int, *notes: str) -> None:
         self.result = Result(name, notes=list(notes))
@@ -62,19 +63,19 @@ class PeerPipeline:
 
 
 class ExecutorVariant:
-    """An executor of fastssl, built anew in every round; where it cannot have the images, a note says why."""
+    """A fastssl executor, rebuilt in every round; if it cannot read the images, a note says why."""
 
     def __init__(self, config: Config, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         data = config.data
         self.result = Result(f"fastssl {data.pipeline}" + f" {data.decode}" * (data.pipeline == "dali"))
-        self._data, self._steps = data, train_sampler(config, source)
+        self._data, self._sampler = data, train_sampler(config, source)
         self._build: Callable[[DataConfig], Executor] = partial(
             input_executor, source=source, device=device, dtype=dtype
         )
         self._works = True
 
     def measure(self, seconds: float) -> None:
-        """One round with augmentation, one without, and the stages."""
+        """Measure with augmentation, without it, and stage by stage."""
         if self._works:
             try:
                 self._measure(seconds)
@@ -99,15 +100,15 @@ class ExecutorVariant:
         executor.augmentation = rates.NoAugmentation(**(asdict(augmentation) | {"dtype": torch.uint8}))
         result.augment_off_images_per_s.append(rates.rate(batches, group=group, seconds=seconds)[1])
         executor.augmentation = augmentation
-        # on a CPU in one thread, as only DALI has several for some of the stages
+        # On a CPU in one thread, since only DALI has several for some stages
         threaded = executor.name == "dali" and executor.device.type == "cpu"
         staged = self._build(replace(self._data, workers=0)) if threaded else executor
-        for stage, times in rates.stage_times(staged, self._steps, seconds=seconds).items():
+        for stage, times in rates.stage_times(staged, self._sampler, seconds=seconds).items():
             before_the_first_batch = stage == "decode" and executor.name == "resident"
             result.stages_ms.setdefault(stage, []).append(0.0 if before_the_first_batch else median(times))
 
     def _batches(self, executor: Executor) -> Generator[Views]:
-        with closing(executor.stream(self._steps, 0, sys.maxsize)) as stream:
+        with closing(executor.stream(self._sampler, 0, sys.maxsize)) as stream:
             for batch in stream:
                 yield batch.views
 
@@ -115,7 +116,7 @@ class ExecutorVariant:
 def candidates(
     config: Config, source: Source, root: Path, device: torch.device, dtype: torch.dtype, pipelines: Sequence[str]
 ) -> Iterator[Candidate]:
-    """The recipe of Pillow, with "dali" among the pipelines that of DALI, and the executors of these names.
+    """The Pillow peer, the DALI peer if "dali" is among `pipelines`, and the executors that `pipelines` names.
 
     `source` has the training images under `root`.
     """
@@ -137,6 +138,6 @@ def _decodes(pipeline: str, device: torch.device) -> tuple[str, ...]:
 
 
 def _files(source: Source, root: Path) -> list[Path]:
-    """The files of the images, which DALI's reader wants; [] where they are in archives or elsewhere."""
+    """The image files, for DALI's reader; [] if the images are not plain files."""
     files = [root / source.name_of(index) for index in range(len(source))]
     return files if all(path.is_file() for path in files) else []

@@ -1,4 +1,4 @@
-"""What others would write for the views of a preset: Pillow and torchvision, or DALI's own random operators."""
+"""Conventional pipelines for a preset's views: Pillow with torchvision, or DALI's own random operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastssl_pipelines.views import ViewSpec
 
 Views = tuple[Tensor, ...]
 
-_ENDLESS = 2**40  # images; a peer keeps the workers over the epochs
+_ENDLESS = 2**40  # Images in an epoch, so that workers are never restarted
 
 
 def pil_batches(config: Config, source: Source, device: torch.device) -> Generator[Views]:
@@ -32,7 +32,7 @@ def pil_batches(config: Config, source: Source, device: torch.device) -> Generat
     """
     data = config.data
     dataset = _Augmented(source, [pil_transform(view, data.mean, data.std) for view in config.views])
-    # fork would copy the locks of threads that other candidates have started
+    # A fork would copy locks held by threads of other candidates
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     loader = DataLoader(
@@ -50,7 +50,7 @@ def pil_batches(config: Config, source: Source, device: torch.device) -> Generat
 def pil_transform(
     view: ViewSpec, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> transforms.Compose:
-    """One view of a PIL image: float32 [3, size, size]. The steps are those of the official MoCo v2, in its order."""
+    """Transform of a PIL image into one view, float32 [3, size, size], in the order of the official MoCo v2 code."""
     chosen: list[Any] = [transforms.RandomResizedCrop(view.size, view.scale, view.ratio)]
     if view.jitter_probability:
         chosen.append(transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_probability))
@@ -88,8 +88,8 @@ class _Augmented(Dataset):
 def dali_batches(config: Config, files: Sequence[Path], device: torch.device) -> Generator[Views]:
     """Views [B, 3, size, size] on `device`, without end, by DALI; float16 for a GPU and float32 for a CPU.
 
-    `--data.workers` threads; each image is decoded once, on the GPU if there is one. The colors are not
-    torchvision's: the steps have a fixed order, contrast turns about 128 and hue in YIQ; solarization is left out.
+    Uses `--data.workers` threads and decodes each image once, on the GPU if there is one. Colors differ from
+    torchvision's: fixed order of operations, contrast about 128, hue in YIQ, no solarization.
     """
     from nvidia.dali import Pipeline, fn
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -104,7 +104,7 @@ def dali_batches(config: Config, files: Sequence[Path], device: torch.device) ->
         encoded, _ = fn.readers.file(files=[str(path) for path in files], random_shuffle=True)
         images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=DALIImageType.RGB)
         pipeline.set_outputs(*[_dali_view(images, view, config, on_gpu) for view in config.views])
-    names = [f"view_{number}" for number, _ in enumerate(config.views)]
+    names = [f"view_{index}" for index, _ in enumerate(config.views)]
     for (batch,) in DALIGenericIterator(pipeline, names):
         yield tuple(batch[name] for name in names)
 
@@ -131,7 +131,7 @@ def _dali_view(images: Any, view: ViewSpec, config: Config, on_gpu: bool) -> Any
     )
     if view.blur:
         sigma = fn.random.uniform(range=list(view.blur_sigma))
-        # a window of one pixel changes nothing, and 0 is one as wide as sigma needs
+        # A window of one pixel changes nothing; 0 means as wide as sigma needs
         colors = fn.gaussian_blur(colors, sigma=sigma, window_size=1 - _coin(view.blur))
     return fn.crop_mirror_normalize(
         colors,

@@ -1,4 +1,4 @@
-"""How fast an input pipeline is, and which of its stages takes how long."""
+"""Measures the throughput of an input pipeline and the time of its stages."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PLANNED_VIEWS = 512
 
 
 def rate(open_batches: Callable[[], Generator[Views]], *, group: int, seconds: float) -> tuple[float, float]:
-    """Seconds from the call to the first batch, and images/s after that for about `seconds`.
+    """Seconds from the call to the first batch, and images/s measured after that for about `seconds`.
 
-    `group`: workers that may deliver at once; batches are counted in multiples of it, lest an arrival of several
-    counts at one end of the time only. Everything that was started has ended when it returns.
+    `group`: workers that may deliver at the same time; batches are counted in multiples of it, so that a burst is not
+    half counted. All workers have ended when it returns.
     """
     started = time.perf_counter()
     with closing(open_batches()) as batches:
@@ -46,9 +46,9 @@ def rate(open_batches: Callable[[], Generator[Views]], *, group: int, seconds: f
 
 
 def stage_times(executor: Executor, steps: TrainSampler, *, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds an image of decoding, of that with cutting and resizing, and of a whole batch, for about `seconds`.
+    """Milliseconds per image of decoding, of decoding with cropping and resizing, and of a whole batch.
 
-    Each of STAGES works alone, on the same images, and the next begins when the device has finished.
+    Each of STAGES runs alone on the same images, and waits for the device. Takes about `seconds`.
     """
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
     begun = time.perf_counter()
@@ -63,7 +63,7 @@ def stage_times(executor: Executor, steps: TrainSampler, *, seconds: float) -> d
             started = time.perf_counter()
             run()
             _wait()
-            if step:  # the first allocates
+            if step:  # The first one allocates memory
                 times[stage].append(1e3 * (time.perf_counter() - started) / len(plan.ids))
         if step and time.perf_counter() - begun > seconds:
             break
@@ -71,7 +71,7 @@ def stage_times(executor: Executor, steps: TrainSampler, *, seconds: float) -> d
 
 
 def _decoding_alone(plan: BatchPlan) -> BatchPlan:
-    """The plan with two views of one pixel, at opposite ends of the part of each image that its views need."""
+    """The plan with two one-pixel views at opposite corners of the region that its views need of each image."""
     boxes = np.stack([view.boxes for view in plan.views])
     start, stop = boxes[:, :, :2].min(0), (boxes[:, :, :2] + boxes[:, :, 2:]).max(0)
     pixels = (np.concatenate([corner, np.ones_like(corner)], axis=1) for corner in (start, stop - 1))
@@ -79,14 +79,14 @@ def _decoding_alone(plan: BatchPlan) -> BatchPlan:
 
 
 class NoAugmentation(Augmentation):
-    """Hands the crops over as they are, on the device; its dtype is theirs."""
+    """Moves the crops to the device and changes nothing else."""
 
     def __call__(self, plan: BatchPlan, crops: Views) -> Views:
         return tuple(crop.to(self.device, non_blocking=True).permute(0, 3, 1, 2) for crop in crops)
 
 
 def plan_ms(config: Config, source: Source) -> float:
-    """Median milliseconds that Python takes for the plan of a batch with PLANNED_VIEWS views."""
+    """Median milliseconds to plan a batch with PLANNED_VIEWS views."""
     images = max(1, PLANNED_VIEWS // len(config.views))
     widths, heights = (np.resize(sizes, images) for sizes in (source.widths, source.heights))
     plan = SamplePlan(widths=widths, heights=heights, labels=np.zeros(images, np.int64), views=config.views, seed=0)

@@ -1,4 +1,4 @@
-"""Training steps as `fastssl bench` runs them: on random views, in several ways, and the supervised one beside them."""
+"""The training steps that `fastssl bench` measures on random views: several variants, and a supervised baseline."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastssl.benchmark.command import wait, write_trace
-from fastssl.benchmark.memory import peak_bytes
+from fastssl.benchmark.harness import peak_bytes, wait, write_trace
 from fastssl.config import Config, TrainConfig
 from fastssl.device import choose_dtype
 from fastssl.errors import TrainingError
@@ -27,8 +26,8 @@ from fastssl_pipelines.views import ViewSpec
 
 CHOSEN, SUPERVISED = "chosen", "supervised encoder"
 DIFFERENT_BATCHES, WARM_UPS = 4, 3
-CLASSES = 1000  # of the supervised step
-NO_END = 2**40  # steps of an epoch, so that no schedule gets anywhere
+CLASSES = 1000  # Of the supervised step
+NO_END = 2**40  # Steps of an epoch, so that schedules stay at their start
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Variant:
 
 
 def variants(config: Config, device: torch.device) -> list[Variant]:
-    """Each with one thing more than that before, and at last what a run of `config` takes on this device."""
+    """Variants that each add one feature to the one before, and last what a run of `config` uses on this device."""
     own = config.train
     plain = replace(own, precision="fp32", compile="off", cuda_graph=False)
     lower = replace(plain, precision="auto")
@@ -60,23 +59,24 @@ def variants(config: Config, device: torch.device) -> list[Variant]:
 
 @dataclass
 class Result:
-    """What was measured of one candidate, with a number for each round; all empty if it does not work."""
+    """Measurements of one candidate, a value per round; all empty if it does not work here."""
 
     name: str
     images_per_s: list[float] = field(default_factory=list)
     parts_ms: dict[str, list[float]] = field(default_factory=dict)
-    """Of a step, by the names of TrainStep.stopwatch."""
+    """Milliseconds per step, by the names of TrainStep.stopwatch."""
     losses: list[float] = field(default_factory=list)
-    """Of the last step of each round; every round begins with the same weights, queue and batches."""
+    """The loss of the last step of each round; every round starts from the same weights, queue and batches."""
     peak_bytes: int = 0
-    """The most that its tensors take: weights, optimizer, queue and what a step needs, without the batches."""
+    """Peak memory of its tensors: weights, optimizer, queue and what a step needs, without the batches."""
     note: str = ""
 
 
 class Candidate:
-    """A training step that is measured round by round; `build` makes it with the weights of the start.
+    """A training step that is measured round by round; `build` creates it with its initial weights.
 
-    A step that does not run here (no compiler, not enough memory) leaves a note; TrainingError for CHOSEN, SUPERVISED.
+    If the step does not run here (no compiler, too little memory), the result gets a note; for CHOSEN and SUPERVISED it
+    is a TrainingError.
     """
 
     def __init__(self, name: str, build: Callable[[], TrainStep], batches: Sequence[Batch], lr: float) -> None:
@@ -86,13 +86,13 @@ class Candidate:
         print(f"preparing {name}", file=sys.stderr)
         try:
             self.result.peak_bytes = peak_bytes(self._warm_up, self._device)
-        except RuntimeError as error:  # out of memory, and what torch.compile raises, are of this kind
+        except RuntimeError as error:  # Includes out of memory and the errors of torch.compile
             reason = f"does not run here: {next(iter(str(error).splitlines()), type(error).__name__)}"
             if name in (CHOSEN, SUPERVISED):
                 raise TrainingError(f"{name}: the step {reason}; try a smaller --batch-size") from error
             self.result.note = reason
         else:
-            # of another one, as a copy would count as memory of the step
+            # From a second instance, as a copy would count as the step's memory
             self._start = [part.state_dict() for part in _stateful(build())]
 
     def _warm_up(self) -> None:
@@ -100,7 +100,7 @@ class Candidate:
         self._run(WARM_UPS)
 
     def measure(self, steps: int) -> None:
-        """One round: `steps` steps from the start."""
+        """Run one round of `steps` steps from the initial state."""
         if self.result.note:
             return
         self._reset()
@@ -116,7 +116,7 @@ class Candidate:
         result.losses.append(output.loss.item())
 
     def trace(self, folder: Path, name: str, steps: int) -> Path:
-        """The path of a torch.profiler trace of `steps` steps from the start."""
+        """Write a torch.profiler trace of `steps` steps from the initial state; returns its path."""
         self._reset()
         return write_trace(folder, name, lambda: self._run(steps))
 
@@ -125,9 +125,9 @@ class Candidate:
             part.load_state_dict(start)
 
     def _run(self, steps: int) -> MethodOutput:
-        for number in range(steps):
-            batch = self._batches[number % len(self._batches)]
-            output = self._step(batch, TrainProgress(number, NO_END, NO_END), self._lr)
+        for step in range(steps):
+            batch = self._batches[step % len(self._batches)]
+            output = self._step(batch, TrainProgress(step, NO_END, NO_END), self._lr)
         return output
 
 
@@ -136,19 +136,19 @@ def _stateful(step: TrainStep) -> tuple[Any, ...]:
 
 
 def candidates(config: Config, device: torch.device) -> list[Candidate]:
-    """Every variant of the step, the chosen one last but one, and last the supervised step in the way of that one."""
-    ways = variants(config, device)
+    """All variants of the step, ending with the chosen one, and then the supervised step in the chosen variant."""
+    all_variants = variants(config, device)
     batches = synthetic_batches(config, device)
-    methods = [candidate(config, way, batches) for way in ways]
-    return [*methods, candidate(config, ways[-1], batches, supervised=True)]
+    methods = [candidate(config, variant, batches) for variant in all_variants]
+    return [*methods, candidate(config, all_variants[-1], batches, supervised=True)]
 
 
-def candidate(config: Config, way: Variant, batches: Sequence[Batch], *, supervised: bool = False) -> Candidate:
-    """The step in this way, on the device of the batches: the method's or, `supervised`, that of its encoder alone."""
+def candidate(config: Config, variant: Variant, batches: Sequence[Batch], *, supervised: bool = False) -> Candidate:
+    """A variant of the method's step, or of its encoder's `supervised` step, on the device of the batches."""
     device = batches[0].ids.device
-    dtype = choose_dtype(way.train, device)
-    layout = torch.channels_last if way.channels_last else torch.contiguous_format
-    own = replace(config, train=way.train)
+    dtype = choose_dtype(variant.train, device)
+    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+    own = replace(config, train=variant.train)
 
     def build() -> TrainStep:
         method = build_method(own, device)
@@ -157,12 +157,12 @@ def candidate(config: Config, way: Variant, batches: Sequence[Batch], *, supervi
         method = method.to(memory_format=layout)  # type: ignore[call-overload]
         return build_step(own, method, device=device, dtype=dtype)
 
-    name = SUPERVISED if supervised else way.name
+    name = SUPERVISED if supervised else variant.name
     return Candidate(name, build, [as_training(batch, dtype, layout) for batch in batches], config.optim.lr)
 
 
 class Supervised(Method):
-    """Cross-entropy of a linear classifier on an encoder: what training with labels costs, on the first view."""
+    """Cross-entropy of a linear classifier on the encoder, on the first view: the cost of supervised training."""
 
     number_of_views = 1
 
@@ -174,15 +174,15 @@ class Supervised(Method):
     def forward(self, batch: Batch) -> MethodOutput:
         return MethodOutput(cross_entropy(self.classifier(batch.views[0]).float(), batch.labels), {}, ())
 
-    def after_step(self, output: MethodOutput, clock: TrainProgress) -> None:
-        """There is nothing to do."""
+    def after_step(self, output: MethodOutput, progress: TrainProgress) -> None:
+        """Nothing to update."""
 
     def encoder(self) -> nn.Module:
         return self.classifier[0]
 
 
 def synthetic_batches(config: Config, device: torch.device) -> list[Batch]:
-    """A few batches of normal random numbers in the sizes of the views, float32, with random labels."""
+    """A few batches of normally distributed float32 views, with random labels."""
     size, generator = config.train.batch_size, torch.Generator(device).manual_seed(config.seed)
     return [
         Batch(
@@ -198,25 +198,25 @@ def synthetic_batches(config: Config, device: torch.device) -> list[Batch]:
 
 
 def as_training(batch: Batch, dtype: torch.dtype, layout: torch.memory_format) -> Batch:
-    """The batch with its views in another dtype and memory format."""
+    """The batch, with its views in `dtype` and `layout`."""
     views = tuple(view.to(dtype).contiguous(memory_format=layout) for view in batch.views)
     return Batch(views=views, labels=batch.labels, ids=batch.ids, step=batch.step)
 
 
 class Passes(NamedTuple):
-    """What a step sends through encoders, in units of the first view of its batch."""
+    """Pixels that a step sends through encoders, relative to the pixels of its first view."""
 
     with_gradient: float
     without_gradient: float
 
     @property
     def share_of_supervised(self) -> float:
-        """The images/s to expect in units of a supervised step's: forward is a third of forward and backward."""
+        """Expected images/s relative to a supervised step, if the forward pass is a third of forward and backward."""
         return 3 / (3 * self.with_gradient + self.without_gradient)
 
 
 def encoder_passes(method: Method, batch: Batch) -> Passes:
-    """Counted in one forward of `method`, by pixels."""
+    """Count the passes in one forward of `method`."""
     pixels = {True: 0, False: 0}
 
     def count(_: nn.Module, images: tuple[torch.Tensor, ...]) -> None:

@@ -1,1 +1,1 @@
-"""The commands of the program, a file each."""
+"""The commands of the program, one file each."""

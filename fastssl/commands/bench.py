@@ -1,4 +1,4 @@
-"""`fastssl bench`: how fast input, step and both together are."""
+"""`fastssl bench`: measure the input, the training step, or both together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TASKS = {"input": "bench_input", "step": "bench_step", "e2e": "bench_end_to_end"
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl bench input|step|e2e [PRESET] [...]`."""
+    """Run `fastssl bench input|step|e2e [PRESET] [...]`."""
     task, *rest = arguments or [""]
     if task not in TASKS:
         raise unknown_name("benchmark", task, TASKS)

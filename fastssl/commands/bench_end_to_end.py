@@ -1,4 +1,4 @@
-"""`fastssl bench e2e`: the real input and the real step together, beside each of them alone."""
+"""`fastssl bench e2e`: measure the real input and the real step, alone and together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from fastssl.arguments import parse_known
 from fastssl.benchmark import rates
-from fastssl.benchmark.command import require_file, torch_threads, write_json, write_trace
+from fastssl.benchmark.harness import require_file, torch_threads, write_json, write_trace
 from fastssl.benchmark.peer_pipelines import Views
 from fastssl.benchmark.step_variants import as_training, synthetic_batches
 from fastssl.commands.bench_step import PARTS
@@ -41,23 +41,23 @@ from fastssl_pipelines.names import printable
 
 WARM_UPS, TRACED_STEPS = 3, 5
 NAMES = ("input", "step", "both")
-WITHIN = 0.05  # a gap, a share of waiting or a slowdown below this is no finding
+WITHIN = 0.05  # Waiting and slowdowns below this share of the time are ignored
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Measures input and step together and each alone; all options of `fastssl pretrain` count too."""
+    """Measures input and step, alone and together; also accepts all options of `fastssl pretrain`."""
 
     seconds: Seconds = 10.0
     """length of each measurement"""
     repeats: Count = 3
-    """rounds, in each of which input, step and both take turns"""
+    """rounds, each of which measures input, step and both once"""
     threads: Threads | None = None
-    """threads of the CPU for the step; by default those that torch takes"""
+    """CPU threads for the step; by default torch's choice"""
     json: Path | None = None
-    """file to write all numbers to"""
+    """file for all results"""
     profile: Path | None = None
-    """folder for a torch.profiler trace of some steps on the real input"""
+    """folder for a torch.profiler trace of a few steps on the real input"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,12 +66,12 @@ class Options(Checked):
 
 @dataclass
 class Result:
-    """What was measured of "input", "step" or "both", with a number for each round."""
+    """Measurements of "input", "step" or "both", a value per round."""
 
     name: str
     images_per_s: list[float] = field(default_factory=list)
     shares: dict[str, list[float]] = field(default_factory=dict)
-    """Of the time: "data" is waiting for input, the others are the parts of TrainStep.stopwatch."""
+    """Shares of the time: "data" is waiting for input, the others are the parts of TrainStep.stopwatch."""
 
     @property
     def rate(self) -> float:
@@ -79,19 +79,19 @@ class Result:
         return median(self.images_per_s)
 
     def share(self, name: str) -> float:
-        """Median share of the time; 0 for what was not measured."""
+        """Median share of the time; 0 for a part that was not measured."""
         return median(self.shares.get(name, [0.0]))
 
 
 class EndToEnd:
-    """Input, method and step of a configuration, as a run builds them."""
+    """Input, method and step of a configuration, built as for a run."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, choose_device(config.train)
         self.numerics = set_numerics(config.train, self.device)
         dtype = self.numerics.dtype
         source = open_splits(config).train
-        self.steps = train_sampler(config, source)
+        self.sampler = train_sampler(config, source)
         self.executor = input_executor(config.data, source, device=self.device, dtype=dtype)
         self.train_step = build_step(config, build_method(config, self.device), device=self.device, dtype=dtype)
         batches = synthetic_batches(config, self.device)
@@ -99,7 +99,7 @@ class EndToEnd:
         self.results = {name: Result(name) for name in NAMES}
 
     def measure(self, name: str, seconds: float) -> None:
-        """One round of "input", "step" or "both"."""
+        """Run one round of "input", "step" or "both"."""
         if name == "input":
             group = max(1, self.executor.workers)
             self.results[name].images_per_s.append(rates.rate(self._views, group=group, seconds=seconds)[1])
@@ -110,29 +110,29 @@ class EndToEnd:
                 self._train(stream, name, seconds)
 
     def stream(self) -> Generator[Batch]:
-        """The batches of a run from its first step on, without end."""
-        return self.executor.stream(self.steps, 0, sys.maxsize)
+        """The batches of a run from its first step, endless."""
+        return self.executor.stream(self.sampler, 0, sys.maxsize)
 
-    def train(self, batches: Iterator[Batch], window: StepMeter) -> Iterator[None]:
-        """A step a batch, as in a run."""
-        optim, per_epoch = self.config.optim, self.steps.steps_per_epoch
+    def train(self, batches: Iterator[Batch], meter: StepMeter) -> Iterator[None]:
+        """Train one step per batch, as in a run."""
+        optim, per_epoch = self.config.optim, self.sampler.steps_per_epoch
         total = self.config.train.steps or self.config.train.epochs * per_epoch
-        for batch in window.timed(batches):
+        for batch in meter.timed(batches):
             step = batch.step % total
             lr = learning_rate(optim, step, total_steps=total, steps_per_epoch=per_epoch)
-            window.add(batch, self.train_step(batch, TrainProgress(step, total, per_epoch), lr))
+            meter.add(batch, self.train_step(batch, TrainProgress(step, total, per_epoch), lr))
             yield
 
     def _train(self, batches: Iterator[Batch], name: str, seconds: float) -> None:
-        window = StepMeter(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
-        steps = self.train(batches, window)
+        meter = StepMeter(self.train_step.stopwatch, scaled=self.train_step.scaler.is_enabled())
+        steps = self.train(batches, meter)
         for _ in islice(steps, WARM_UPS):
             pass
-        window.read()
+        meter.read()
         begun = time.perf_counter()
         while time.perf_counter() - begun < seconds:
             next(steps)
-        values, result = window.read(), self.results[name]
+        values, result = meter.read(), self.results[name]
         result.images_per_s.append(values["images_per_s"])
         for key, value in values.items():
             if key.startswith("share_"):
@@ -145,19 +145,19 @@ class EndToEnd:
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl bench e2e [PRESET] [--option VALUE ...] [--section.field VALUE ...]`."""
+    """Run `fastssl bench e2e [PRESET] [--option VALUE ...] [--section.field VALUE ...]`."""
     options, rest = parse_known(Options, arguments, prog="fastssl bench e2e")
     return run(parse(rest), options)
 
 
 def run(config: Config, options: Options) -> int:
-    """Measure, print the table and write the files; ConfigError or DataError for options that cannot be met."""
+    """Measure, print the table and write the files; ConfigError or DataError for impossible options."""
     with torch_threads(options.threads), NoteQueue() as notes:
-        facts = measured_on(choose_device(config.train))  # before this command makes the machine busy
+        facts = measured_on(choose_device(config.train))  # Before this command adds load
         both = EndToEnd(config)
-        for turn in range(1, options.repeats + 1):
+        for round_number in range(1, options.repeats + 1):
             for name in NAMES:
-                print(f"round {turn} of {options.repeats}: {name}", file=sys.stderr)
+                print(f"round {round_number} of {options.repeats}: {name}", file=sys.stderr)
                 both.measure(name, options.seconds)
         facts |= {**_facts(both, options), "notes": notes.take()}
         show(facts, both.results)
@@ -190,23 +190,23 @@ def _facts(both: EndToEnd, options: Options) -> dict[str, Any]:
 
 
 def gap(results: dict[str, Result]) -> float:
-    """By how much both together stay below the slower of the two; round by round, as a busy machine slows a round."""
+    """By which fraction both together are slower than the slower of the two; compared per round, as load may vary."""
     rounds = zip(*(results[name].images_per_s for name in NAMES), strict=True)
     return median(1 - both / min(alone, step) for alone, step, both in rounds)
 
 
 def cause(results: dict[str, Result], config: Config, pipeline: str, device: torch.device) -> str:
-    """In a sentence what keeps input and step together from more images/s, and which option changes it."""
+    """A sentence about what limits input and step together, and which option changes it."""
     alone, step, both = (results[name] for name in NAMES)
-    alone_ms, beside_ms = _step_ms(step, config), _step_ms(both, config)
+    alone_ms, together_ms = _step_ms(step, config), _step_ms(both, config)
     waiting = both.share("data")
-    slowed = median((b - a) / b for a, b in zip(alone_ms, beside_ms, strict=True)) * (1 - waiting)
+    slowed = median((b - a) / b for a, b in zip(alone_ms, together_ms, strict=True)) * (1 - waiting)
     cores, workers = os.cpu_count(), worker_count(config.data, device)
     if max(waiting, slowed) < WITHIN:
         part = max((name for name in PARTS if name in both.shares), key=both.share)
         return (
-            f"step-bound: the input is ahead, and {both.share(part):.0%} of the time go to {PARTS[part]};"
-            " `fastssl bench step` shows what the encoder allows"
+            f"step-bound: the input keeps up, and {both.share(part):.0%} of the time goes to {PARTS[part]};"
+            " `fastssl bench step` shows the limit that the encoder sets"
         )
     if waiting > slowed and alone.rate < step.rate:
         return (
@@ -216,20 +216,20 @@ def cause(results: dict[str, Result], config: Config, pipeline: str, device: tor
     where = "the GPU's time" if device.type == "cuda" else f"the same {cores} cores"
     expected = 1 / (1 / alone.rate + 1 / step.rate)
     return (
-        f"contention: a step takes {median(beside_ms):.1f} ms beside the input and {median(alone_ms):.1f} ms"
-        f" alone, and waits {waiting:.0%} of the time; both need {where}, and one after the other they would do"
+        f"contention: a step takes {median(together_ms):.1f} ms while the input runs and {median(alone_ms):.1f} ms"
+        f" alone, and waits {waiting:.0%} of the time; both need {where}, and run in turns they would reach"
         f" {expected:.0f} images/s"
     )
 
 
 def _step_ms(result: Result, config: Config) -> list[float]:
-    """By round, without waiting for input."""
+    """Milliseconds per step by round, excluding waits for input."""
     rounds = zip(result.images_per_s, result.shares["data"], strict=True)
     return [1e3 * config.train.batch_size / rate * (1 - waiting) for rate, waiting in rounds]
 
 
 def show(facts: dict[str, Any], results: dict[str, Result]) -> None:
-    """The table, below it the ceiling, the gap and its cause, and how it was measured."""
+    """Print the table, the ceiling, the gap and its cause, and how it was measured."""
     screen, settings = open_screen(least_width=120), facts["settings"]
     title = f"{settings['preset']}: batches of {settings['batch_size']} images of {facts['images']['source']}"
     parts = [part for part in PARTS if part in results["step"].shares]
@@ -243,7 +243,7 @@ def show(facts: dict[str, Any], results: dict[str, Result]) -> None:
     screen.table(table)
     for line in [
         f"ceiling: the slower of the two alone, {facts['ceiling_images_per_s']:.0f} images/s; together they are"
-        f" {facts['gap']:.0%} below it",
+        f" {facts['gap']:.0%} slower",
         facts["cause"],
         f"{settings['numerics']}, {settings['pipeline']} pipeline with {settings['workers']} workers;"
         f" {facts['device']}, {settings['threads']} threads on {facts['cores']} cores, load"
@@ -254,8 +254,8 @@ def show(facts: dict[str, Any], results: dict[str, Result]) -> None:
 
 
 def _trace(both: EndToEnd, folder: Path) -> Path:
-    window = StepMeter(both.train_step.stopwatch, scaled=both.train_step.scaler.is_enabled())
+    meter = StepMeter(both.train_step.stopwatch, scaled=both.train_step.scaler.is_enabled())
     with closing(both.stream()) as stream:
-        steps = both.train(stream, window)
+        steps = both.train(stream, meter)
         next(steps)
         return write_trace(folder, f"e2e-{both.config.preset}", lambda: list(islice(steps, TRACED_STEPS)))

@@ -1,4 +1,4 @@
-"""`fastssl bench input`: images/s of every input pipeline beside the recipes that others use, on the same files."""
+"""`fastssl bench input`: compare images/s of all input pipelines and conventional ones, on the same files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from fastssl.arguments import Positional, parse
 from fastssl.benchmark import rates
-from fastssl.benchmark.command import require_file, write_json
+from fastssl.benchmark.harness import require_file, write_json
 from fastssl.benchmark.input_variants import Candidate, Result, candidates
 from fastssl.config import Config
 from fastssl.data import split_roots
@@ -22,8 +22,7 @@ from fastssl.device import choose_device, choose_dtype
 from fastssl.environment import measured_on
 from fastssl.errors import ConfigError
 from fastssl.executor import worker_count
-from fastssl.observe.progress import DelayedProgressBar
-from fastssl.observe.screen import open_screen
+from fastssl.observe.screen import DelayedProgressBar, open_screen
 from fastssl.observe.table import Table
 from fastssl.presets import load
 from fastssl.validation import Checked, Count, Images, Seconds, Threads
@@ -34,7 +33,7 @@ from fastssl_pipelines.sources.index import cache_folder
 from fastssl_pipelines.sources.open import open_source
 from fastssl_pipelines.synthetic.photos import write_photographs
 
-IMAGES_AT_MOST = 50_000  # of a large data set, so that what is measured can stay in memory
+IMAGES_AT_MOST = 50_000  # Of a large data set, so that its files fit into the page cache
 SEED = 0
 
 Pipeline = Literal["dali", "torchvision", "resident"]
@@ -42,28 +41,28 @@ Pipeline = Literal["dali", "torchvision", "resident"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Measures images/s of the input pipelines beside Pillow in a DataLoader and DALI's own random operators."""
+    """Compares images/s of the input pipelines with Pillow in a DataLoader and with DALI's own random operators."""
 
     preset: Annotated[str, Positional] = "mocov2-imagenet"
-    """whose views and normalization are taken"""
+    """preset whose views and normalization are used"""
     root: Path | None = None
-    """images, as --data.root of a run; without it, generated photographs of ImageNet's sizes"""
+    """images, like --data.root of a run; by default, generated photographs in ImageNet's sizes"""
     images: Images = 512
-    """photographs to generate, where there is no --root; they are kept for the next time"""
+    """photographs to generate if there is no --root; they are cached"""
     workers: Threads | None = None
-    """threads or processes of every candidate; by default as --data.workers of a run"""
+    """threads or processes of every candidate; by default like --data.workers of a run"""
     batch_size: Images = 64
-    """images a batch"""
+    """images per batch"""
     seconds: Seconds = 5.0
     """length of each measurement"""
     repeats: Count = 3
-    """rounds, in each of which all candidates take turns"""
+    """rounds, each of which measures every candidate once"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the views are wanted"""
+    """device for the views"""
     pipelines: tuple[Pipeline, ...] = ()
     """input pipelines to measure; by default all that work here"""
     json: Path | None = None
-    """file to write all numbers to"""
+    """file for all results"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,17 +70,17 @@ class Options(Checked):
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl bench input [PRESET] [--option VALUE ...]`."""
+    """Run `fastssl bench input [PRESET] [--option VALUE ...]`."""
     return run(parse(Options, arguments, prog="fastssl bench input"))
 
 
 def run(options: Options) -> int:
-    """Measure, print the table and write the JSON; ConfigError or DataError for options that cannot be met."""
+    """Measure, print the table and write the JSON; ConfigError or DataError for impossible options."""
     config = _configuration(options)
     pipelines = _pipelines(options.pipelines)
     device = choose_device(config.train)
     dtype = choose_dtype(config.train, device)
-    facts = measured_on(device)  # before this command makes the machine busy
+    facts = measured_on(device)  # Before this command adds load
     root = options.root or photographs(options.images)
     with DelayedProgressBar() as progress:
         source = _readable(open_source(split_roots(root)[0], progress=progress))
@@ -111,10 +110,10 @@ def run(options: Options) -> int:
 
 
 def photographs(count: int) -> Path:
-    """A folder with `count` generated photographs, which is kept in the cache folder."""
+    """A folder of `count` generated photographs, cached between calls."""
     folder = cache_folder() / f"photographs-{count}-seed-{SEED}"
     if not folder.is_dir():
-        print(f"drawing {count} photographs into {folder}", file=sys.stderr)
+        print(f"generating {count} photographs in {folder}", file=sys.stderr)
         partial_folder = folder.with_suffix(".partial")
         write_photographs(partial_folder, count, seed=SEED, workers=torch.get_num_threads())
         partial_folder.rename(folder)
@@ -122,7 +121,7 @@ def photographs(count: int) -> Path:
 
 
 def show(facts: dict[str, Any], results: list[Result]) -> None:
-    """The table, and below it how it was measured and the notes."""
+    """Print the table, how it was measured, and the notes."""
     screen = open_screen(least_width=120)
     settings, images, plan = (facts[name] for name in ("settings", "images", "plan_ms"))
     sizes = ", ".join(f"{view['size']} px" for view in facts["views"])
@@ -132,13 +131,13 @@ def show(facts: dict[str, Any], results: list[Result]) -> None:
         table.add_row(result.name, *_cells(result, results[0]))
     screen.table(table)
     lines = [
-        f"{images['count']} images of {images['source']}, {images['mean_bytes'] / 1e3:.1f} KB each, read before",
+        f"{images['count']} images of {images['source']}, {images['mean_bytes'] / 1e3:.1f} KB each, in the page cache",
         f"{facts['device']}, views of fastssl in {settings['dtype']}, as training takes them here;"
         f" {facts['cores']} cores, load {facts['load_average']:.2f} before;"
         f" {settings['workers']} workers, batches of {settings['batch_size']}; medians of {settings['repeats']} rounds",
-        "images/s count an image with all its views; decode, resize and augment are shares of a batch made in one"
-        " piece, on a CPU by one thread",
-        f"the plan of {plan['views']} views takes {plan['median']:.2f} ms",
+        "images/s count an image with all its views; decode, resize and augment are shares of the time of a single"
+        " batch, on a CPU in one thread",
+        f"planning {plan['views']} views takes {plan['median']:.2f} ms",
         *(f"{result.name}: {note}" for result in results for note in result.notes),
     ]
     for line in lines:
@@ -146,11 +145,11 @@ def show(facts: dict[str, Any], results: list[Result]) -> None:
 
 
 def _cells(result: Result, baseline: Result) -> list[str]:
-    """Empty where nothing was measured."""
+    """The cells after the name; none if nothing was measured."""
     if not result.images_per_s:
         return []
     low, middle, high = np.quantile(result.images_per_s, (0.2, 0.5, 0.8))
-    # round by round, as a busy machine slows a whole round
+    # Per round, since other load slows whole rounds
     ratio = median(ours / theirs for ours, theirs in zip(result.images_per_s, baseline.images_per_s, strict=True))
     start = f"{median(result.start_s):.1f}"
     if not result.stages_ms:
@@ -175,31 +174,31 @@ def _configuration(options: Options) -> Config:
         preset,
         seed=SEED,
         data=replace(preset.data, workers=options.workers, label_fraction=1.0),
-        model=replace(preset.model, norm="local"),  # any batch size will do
+        model=replace(preset.model, norm="local"),  # Allows any batch size
         train=replace(preset.train, batch_size=options.batch_size, device=options.device),
         odd_views=(),
     )
 
 
 def _readable(source: Source) -> Source:
-    """Without images that are known to be broken, and at most IMAGES_AT_MOST, spread over the source."""
+    """At most IMAGES_AT_MOST images without known defects, spread evenly over the source."""
     rows = np.setdiff1d(np.arange(len(source)), list(source.defects))
     kept = np.linspace(0, len(rows) - 1, min(len(rows), IMAGES_AT_MOST)).astype(np.int64)
     return source if len(kept) == len(source) else Subset(source, rows[kept])
 
 
 def _read_all(source: Source) -> float:
-    """Mean bytes of a file; afterwards all are in the page cache."""
+    """Read all files into the page cache; returns their mean size in bytes."""
     return float(np.mean([len(source.encoded(index)) for index in range(len(source))]))
 
 
 def _measured(chosen: Sequence[Candidate], *, repeats: int, seconds: float) -> list[Result]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the threads of a stream
+    torch.set_num_threads(1)  # As in the threads of a stream
     try:
-        for turn in range(1, repeats + 1):
+        for round_number in range(1, repeats + 1):
             for candidate in chosen:
-                print(f"round {turn} of {repeats}: {candidate.result.name}", file=sys.stderr)
+                print(f"round {round_number} of {repeats}: {candidate.result.name}", file=sys.stderr)
                 candidate.measure(seconds)
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""`fastssl bench step`: the training step alone, in several ways, beside the supervised step of the same encoder."""
+"""`fastssl bench step`: measure variants of the training step, and the supervised step of the same encoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastssl.arguments import Positional, parse
-from fastssl.benchmark.command import require_file, torch_threads, write_json
+from fastssl.benchmark.harness import require_file, torch_threads, write_json
 from fastssl.benchmark.step_variants import Candidate, Passes, Result, candidates, encoder_passes, synthetic_batches
 from fastssl.config import Config
 from fastssl.device import choose_device, set_numerics
@@ -29,7 +29,7 @@ from fastssl_pipelines.names import printable
 BATCH_ON_A_CPU = 64
 TRACED_STEPS = 5
 PARTS = {
-    "forward": "the forward passes (beside the encoder's: head, shuffled keys)",
+    "forward": "the forward passes (encoder, head, shuffled keys)",
     "loss": "the loss",
     "backward": "the backward pass",
     "graph": "the graph of forward and backward",
@@ -39,24 +39,24 @@ PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Measures the training step of a preset on random views, and how far it is from the encoder's own limit."""
+    """Measures the training step of a preset on random views, and compares it with the limit that its encoder sets."""
 
     preset: Annotated[str, Positional] = "mocov2-cifar10"
-    """whose method, encoder and views are taken"""
+    """preset whose method, encoder and views are used"""
     batch_size: Images | None = None
-    """images a step; by default the preset's on a GPU and 64 on a CPU"""
+    """images per step; by default the preset's on a GPU and 64 on a CPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to train"""
+    """device to train on"""
     threads: Threads | None = None
-    """threads of the CPU; by default those that torch takes"""
+    """CPU threads; by default torch's choice"""
     steps: Count = 20
-    """steps of a round, each of which begins with the same weights; the loss is that of the last"""
+    """steps per round; every round starts from the same weights, and the loss shown is that of its last step"""
     repeats: Count = 5
-    """rounds, in each of which all variants take turns"""
+    """rounds, each of which measures every variant once"""
     json: Path | None = None
-    """file to write all numbers to"""
+    """file for all results"""
     profile: Path | None = None
-    """folder for a torch.profiler trace of some steps of the chosen variant"""
+    """folder for a torch.profiler trace of a few steps of the chosen variant"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,17 +64,17 @@ class Options(Checked):
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl bench step [PRESET] [--option VALUE ...]`."""
+    """Run `fastssl bench step [PRESET] [--option VALUE ...]`."""
     return run(parse(Options, arguments, prog="fastssl bench step"))
 
 
 def run(options: Options) -> int:
-    """Measure, print the table and write the files; ConfigError for options that cannot be met."""
+    """Measure, print the table and write the files; ConfigError for impossible options."""
     config = configuration(options)
     device = choose_device(config.train)
     with torch_threads(options.threads):
         numerics = set_numerics(config.train, device)
-        facts = measured_on(device)  # before this command makes the machine busy
+        facts = measured_on(device)  # Before this command adds load
         batches = synthetic_batches(config, device)
         passes = encoder_passes(build_method(config, device), batches[0])
         chosen = candidates(config, device)
@@ -94,7 +94,7 @@ def run(options: Options) -> int:
 
 
 def configuration(options: Options) -> Config:
-    """The preset with the batch size that is asked for; ConfigError where its batch norm cannot be cut into that."""
+    """The preset with the requested batch size; ConfigError if that does not divide into its batch norm groups."""
     preset = load(options.preset)
     train = replace(preset.train, device=options.device)
     on_cpu = choose_device(train).type == "cpu"
@@ -103,23 +103,23 @@ def configuration(options: Options) -> Config:
     multiple = groups * preset.method.batch_multiple
     if batch_size % multiple:
         raise ConfigError(
-            f"--batch-size {batch_size} was given; {options.preset} needs a multiple of {multiple}, as it has batch "
-            f"norm in {groups} groups"
+            f"--batch-size {batch_size} was given; {options.preset} needs a multiple of {multiple}, since its batch "
+            f"norm has {groups} groups"
         )
     return replace(preset, train=replace(train, batch_size=batch_size))
 
 
 def _measure(chosen: Sequence[Candidate], options: Options) -> None:
-    for turn in range(1, options.repeats + 1):
+    for round_number in range(1, options.repeats + 1):
         for candidate in chosen:
-            print(f"round {turn} of {options.repeats}: {candidate.result.name}", file=sys.stderr)
+            print(f"round {round_number} of {options.repeats}: {candidate.result.name}", file=sys.stderr)
             candidate.measure(options.steps)
 
 
 def ceiling(chosen: Result, supervised: Result, passes: Passes, batch_size: int) -> dict[str, Any]:
-    """What the encoder alone would allow, how much of it is reached, and which part takes what is missing.
+    """The limit that the encoder sets, how much of it the chosen step reaches, and which part costs the most beyond it.
 
-    `beyond_ms`: milliseconds a step by part beyond those of the supervised step, times the passes of the encoder.
+    `beyond_ms`: milliseconds per step and part beyond the supervised step's, scaled by the passes of the encoder.
     """
     share = passes.share_of_supervised
     images_per_s = share * median(supervised.images_per_s)
@@ -133,7 +133,7 @@ def ceiling(chosen: Result, supervised: Result, passes: Passes, batch_size: int)
         "supervised_images_per_s": median(supervised.images_per_s),
         "images_per_s": images_per_s,
         "step_ms": 1e3 * batch_size / images_per_s,
-        # round by round, as a busy machine slows a whole round
+        # Per round, since other load slows whole rounds
         "reached": median(
             ours / (share * theirs) for ours, theirs in zip(chosen.images_per_s, supervised.images_per_s, strict=True)
         ),
@@ -148,7 +148,7 @@ def _parts_ms(result: Result) -> dict[str, float]:
 
 
 def show(facts: dict[str, Any], results: list[Result]) -> None:
-    """The table, below it the ceiling, the gap and its cause, and how it was measured."""
+    """Print the table, the ceiling, the gap and its cause, and how it was measured."""
     screen, settings = open_screen(least_width=140), facts["settings"]
     sizes = ", ".join(f"{size} px" for size in facts["sizes"])
     title = f"{settings['preset']}: a training step of {settings['batch_size']} images, random views of {sizes}"
@@ -164,7 +164,7 @@ def show(facts: dict[str, Any], results: list[Result]) -> None:
 
 
 def _cells(result: Result, baseline: Result, parts: Sequence[str], batch_size: int) -> list[str]:
-    """Empty where nothing was measured."""
+    """The cells after the name; none if nothing was measured."""
     if not result.images_per_s:
         return []
     low, middle, high = np.quantile(result.images_per_s, (0.2, 0.5, 0.8))
@@ -186,19 +186,19 @@ def _sentences(facts: dict[str, Any], chosen: Result) -> list[str]:
     with_gradient, without = limit["encoder_passes"].values()
     step_ms, cause = 1e3 * batch_size / median(chosen.images_per_s), limit["cause"]
     taken = _parts_ms(chosen)
-    beside = [f"{PARTS[part]} {taken[part] / step_ms:.1%}" for part in ("loss", "optimizer") if part in taken]
+    extra = [f"{PARTS[part]} {taken[part] / step_ms:.1%}" for part in ("loss", "optimizer") if part in taken]
     forward = limit["supervised_forward_share"]
-    here = f" (here forward is {forward:.0%} of both)" if forward else ""
+    here = f" (measured: forward is {forward:.0%} of both)" if forward else ""
     return [
-        f"ceiling: a supervised step of the encoder takes {limit['supervised_images_per_s']:.0f} images/s;"
-        f" {facts['method']} makes {with_gradient:g} + {without:g} passes, with + without gradient, of which the latter"
-        f" cost a third{here}, which leaves {limit['share_of_supervised']:.2f} of that: {limit['images_per_s']:.0f}"
-        f" images/s, {limit['step_ms']:.1f} ms",
-        f"gap: the chosen step reaches {limit['reached']:.0%} of it with {step_ms:.1f} ms; of these are "
-        + " and ".join(beside),
-        f"cause: {limit['beyond_ms'][cause]:.1f} ms more than the supervised step's share go to {PARTS[cause]}"
+        f"ceiling: a supervised step of the encoder processes {limit['supervised_images_per_s']:.0f} images/s;"
+        f" {facts['method']} makes {with_gradient:g} passes with gradient and {without:g} without, which cost a third"
+        f"{here}, so the limit is {limit['share_of_supervised']:.2f} of that: {limit['images_per_s']:.0f} images/s,"
+        f" {limit['step_ms']:.1f} ms",
+        f"gap: the chosen step takes {step_ms:.1f} ms and reaches {limit['reached']:.0%} of the ceiling, with "
+        + " and ".join(extra),
+        f"cause: {PARTS[cause]}, with {limit['beyond_ms'][cause]:.1f} ms more than expected from the supervised step"
         if limit["beyond_ms"][cause] > 0
-        else "cause: no part takes longer than the supervised step's share of it",
+        else "cause: no part takes longer than expected from the supervised step",
     ]
 
 
@@ -208,6 +208,6 @@ def _circumstances(facts: dict[str, Any], results: Sequence[Result]) -> list[str
         f"chosen: {settings['numerics']}; {facts['device']}, {settings['threads']} threads on {facts['cores']} cores,"
         f" load {facts['load_average']:.2f} before; medians of {settings['repeats']} rounds of {settings['steps']}"
         " steps",
-        "shares are of the step's time; MiB: weights, optimizer, queue and what a step needs",
+        "percentages are shares of the step's time; MiB: weights, optimizer, queue and what a step needs",
         *(f"{result.name}: {result.note}" for result in results if result.note),
     ]

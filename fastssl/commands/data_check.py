@@ -12,7 +12,7 @@ from typing import Annotated
 from fastssl.arguments import Positional, parse
 from fastssl.data import split_roots
 from fastssl.errors import ConfigError, unknown_name
-from fastssl.observe.progress import DelayedProgressBar
+from fastssl.observe.screen import DelayedProgressBar
 from fastssl.validation import Checked, Threads
 from fastssl_pipelines.names import printable, write_names
 from fastssl_pipelines.sources.inspection import DefectKind, Finding, inspect_all

@@ -1,4 +1,4 @@
-"""`fastssl doctor`: what this machine has, and what of fastssl works on it."""
+"""`fastssl doctor`: show versions and devices, and which parts of fastssl work on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastssl_pipelines.executors.base import available_executors
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl doctor`."""
+    """Run `fastssl doctor`."""
     no_arguments(arguments)
     for title, rows in report():
         print(title)
@@ -22,12 +22,12 @@ def main(arguments: list[str]) -> int:
 
 
 def report() -> list[tuple[str, list[tuple[str, str]]]]:
-    """Titled lists of name and value: environment, loss backends by device, input pipelines."""
+    """Titled lists of names and values: environment, loss backends by device, input pipelines, optional packages."""
     sections = [("environment", list(environment().items()))]
     for device in dict.fromkeys(device.type for device in devices()):
         rows = [(name, reason or "works") for name, reason in available_backends(torch.device(device)).items()]
         sections.append((f"loss backends on {device}", rows))
     rows = [(name, reason or "works") for name, reason in available_executors().items()]
     sections.append(("input pipelines", rows))
-    sections.append(("not needed", [("NVIDIA apex", why_not_apex() or "works")]))
+    sections.append(("optional", [("NVIDIA apex", why_not_apex() or "works")]))
     return sections

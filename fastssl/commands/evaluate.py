@@ -1,4 +1,4 @@
-"""`fastssl eval knn|linear`: what the encoder of a run is worth, on the images of the run."""
+"""`fastssl eval knn|linear`: evaluate the frozen encoder of a run."""
 
 from __future__ import annotations
 
@@ -38,54 +38,54 @@ MOCO_RATE = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """What both protocols ask for."""
+    """Options of both protocols."""
 
     run: Annotated[Path, Positional]
     """run folder"""
     checkpoint: Path | None = None
-    """file to evaluate in place of the run's newest checkpoint"""
+    """checkpoint file to evaluate; None: the run's newest"""
     data: Path | None = None
-    """folder of the images in place of the run's --data.root"""
+    """folder of the images; None: the run's --data.root"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where torch finds it"""
+    """auto: cuda if torch finds a GPU"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KNNOptions(Options):
-    """Weighted vote of the nearest training images; every training label is used."""
+    """Accuracy by a weighted vote of the nearest training images, using all training labels."""
 
     k: Count | None = None
     """neighbors that vote; None: the run's --eval.k"""
     temperature: Temperature | None = None
-    """of the votes; None: the run's --eval.temperature"""
+    """temperature of the vote's weights; None: the run's --eval.temperature"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOptions(Options):
-    """Linear classifier on the frozen encoder, trained with all training labels; its last epoch is tested."""
+    """Accuracy of a linear classifier on the frozen encoder, trained with all training labels; tests the last epoch."""
 
     protocol: Literal["cached", "full"] = "cached"
     """cached: on features computed once, without augmentation; full: on new random crops in each epoch, as in MoCo"""
     lr: tuple[Rate, ...] = ()
-    """cached: rates to choose from on held-out training images, 0.03 to 30 if none is given; full: the rate, 30"""
+    """cached: rates to choose from on held-out training images, by default 0.03 to 30; full: one rate, by default 30"""
     schedule: Schedule | None = None
-    """times 0.1 at 60 and 80 % of the epochs, or cosine to 0; None: cosine for cached, step for full"""
+    """step: times 0.1 at 60 and 80 % of the epochs; cosine: to 0; None: cosine for cached, step for full"""
     epochs: Count = 100
     """passes over the training images"""
     batch_size: Images = 256
-    """images a step"""
+    """images per step"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.protocol == "full" and len(self.lr) > 1:
             raise ConfigError(
-                f"{len(self.lr)} rates were given with --protocol full, which trains with one; give one --lr, or take "
-                "--protocol cached to choose"
+                f"{len(self.lr)} rates were given with --protocol full, which trains at one rate; give one --lr, or "
+                "let --protocol cached choose"
             )
 
 
 class FrozenRun(NamedTuple):
-    """The encoder of a checkpoint, and the images to train and test a classifier on."""
+    """The encoder of a checkpoint, and the training and test images for a classifier."""
 
     config: Config
     encoder: nn.Module
@@ -96,7 +96,7 @@ class FrozenRun(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl eval knn|linear RUN [--option VALUE ...]`."""
+    """Run `fastssl eval knn|linear RUN [--option VALUE ...]`."""
     protocol, *rest = arguments or [""]
     if protocol == "knn":
         return eval_knn(parse(KNNOptions, rest, prog="fastssl eval knn"))
@@ -123,7 +123,7 @@ def eval_linear(options: LinearOptions) -> int:
     started = time.perf_counter()
     run, cached = open_run(options), options.protocol == "cached"
     schedule: Schedule = options.schedule or ("cosine" if cached else "step")
-    # of fewer images than that, one batch is all of them
+    # At most all images
     batch_size = min(options.batch_size, _labeled(run.train))
     recipe = Recipe(epochs=options.epochs, batch_size=batch_size, schedule=schedule, seed=run.config.seed)
     accuracy, chosen = (_cached if cached else _full)(run, options, recipe)
@@ -145,14 +145,14 @@ def _cached(run: FrozenRun, options: LinearOptions, recipe: Recipe) -> tuple[Acc
 def _full(run: FrozenRun, options: LinearOptions, recipe: Recipe) -> tuple[Accuracy, dict[str, Any]]:
     lr = options.lr[0] if options.lr else MOCO_RATE
     view = run.config.eval_view
-    layer = train_on_crops(run.encoder, run.train, size=view.size, lr=lr, recipe=recipe, dtype=run.dtype, say=print)
+    layer = train_on_crops(run.encoder, run.train, size=view.size, lr=lr, recipe=recipe, dtype=run.dtype, info=print)
     test = extract_features(run.encoder, run.test, view, dtype=run.dtype)
     hits = Classifiers(layer.weight.detach()[None], layer.bias.detach()[None]).hits(test)
     return percent(hits[:, 0], len(test.labels)), {"lr": lr}
 
 
 def open_run(options: Options) -> FrozenRun:
-    """The newest or chosen checkpoint of a run on the run's images; ConfigError for what is missing or does not fit."""
+    """Open the newest or given checkpoint of a run and the images; ConfigError for what is missing or does not fit."""
     config, path = _configuration(options), _checkpoint(options)
     device = choose_device(config.train)
     dtype = choose_dtype(config.train, device)
@@ -163,11 +163,11 @@ def open_run(options: Options) -> FrozenRun:
     load_method(method, state, path)
     train, test = open_splits(config)
     if options.data is None and not state["facts"].items() >= facts_of_images("images", train).items():
-        print("note: these are not the training images of the run, or not all of them; its labels may differ, too")
+        print("note: these are not the training images of the run, or not all of them; their labels may differ too")
     for name, source in (("training", train), ("test", test)):
         if not number_of_classes(source):
             raise ConfigError(
-                f"the {name} images ({source.name}) have no labels, and an evaluation needs some; give class folders "
+                f"the {name} images ({source.name}) have no labels, and an evaluation needs labels; give class folders "
                 "with --data DIR"
             )
     if number_of_classes(train) < 2:
@@ -190,14 +190,14 @@ def open_run(options: Options) -> FrozenRun:
 
 
 def _configuration(options: Options) -> Config:
-    """The run's, with the folder and the device that the options name."""
+    """The run's configuration, with the folder and device of the options."""
     config = from_json(read_config(options.run))
     root = options.data or config.data.root
     if root is not None and not root.exists():
-        raise ConfigError(f"the images were looked for in {root}, which does not exist; name theirs with --data DIR")
+        raise ConfigError(f"the folder of the images, {root}, does not exist; give their folder with --data DIR")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda was given and torch finds no GPU here; `fastssl doctor` tells more")
-    # images without labels would be decoded for nothing
+        raise ConfigError("--device cuda was given and torch finds no GPU here; `fastssl doctor` shows details")
+    # Unlabeled images would be decoded for nothing
     data = replace(config.data, root=root, unlabeled=None)
     return replace(config, data=data, train=replace(config.train, device=options.device))
 
@@ -208,8 +208,8 @@ def _checkpoint(options: Options) -> Path:
     paths = checkpoint.checkpoints(options.run / "checkpoints")
     if not paths:
         raise ConfigError(
-            f"{options.run} holds no checkpoint yet; train on with `fastssl resume {options.run}`, or give one with "
-            "--checkpoint FILE"
+            f"{options.run} has no checkpoint yet; continue training with `fastssl resume {options.run}`, or give a "
+            "checkpoint with --checkpoint FILE"
         )
     return paths[-1]
 
@@ -232,7 +232,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         write_atomic(path, json.dumps(result, indent=2).encode())
     except OSError as error:
-        # the accuracy is worth more than the file
+        # The accuracy is printed anyway, and matters more than the file
         print(printable(f"note: {path} could not be written ({error.strerror}); make {path.parent} writable"))
 
 
@@ -250,4 +250,4 @@ def _rate(result: dict[str, Any]) -> str:
         return text
     text += f", the best of {rates[0]} to {rates[-1]} on held-out training images"
     edge = f"{result['lr']:g}" in (rates[0], rates[-1])
-    return text + (" (the end of the range: try more with --lr)" if edge else "")
+    return text + (" (at the edge of the range; try others with --lr)" if edge else "")

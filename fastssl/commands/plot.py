@@ -1,4 +1,4 @@
-"""`fastssl plot`: the numbers of runs as PNG files, one line a run. Needs matplotlib, an extra."""
+"""`fastssl plot`: plot the metrics of runs as PNG files, one line per run. Needs the extra `plots`."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ _DOTS_AT_MOST = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Draws loss, contrast accuracy, kNN accuracy, images/s and the shares of time of runs as PNG files."""
+    """Plots loss, contrast accuracy, kNN accuracy, images/s and the shares of the time of runs as PNG files."""
 
     runs: Annotated[tuple[Path, ...], Positional]
-    """run folders; several are drawn into the same pictures"""
+    """run folders; several are plotted together"""
     out: Path | None = None
-    """folder to write to; by default the run folder, and the current folder for several runs"""
+    """output folder; by default the run folder, or the current folder for several runs"""
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl plot RUN [RUN ...] [--out DIR]`."""
+    """Run `fastssl plot RUN [RUN ...] [--out DIR]`."""
     return run(parse(Options, arguments, prog="fastssl plot"))
 
 
 def run(options: Options) -> int:
-    """Write the pictures, say which, and return 0.
+    """Write the plots, print their paths and return 0.
 
-    Raises ConfigError where there is nothing to draw, no matplotlib, or no folder that can be written to.
+    ConfigError if there is nothing to plot, no matplotlib, or no writable folder.
     """
     if not options.runs:
-        raise ConfigError("plot takes one run folder or more, and none was given: fastssl plot RUN [RUN ...]")
+        raise ConfigError("no run folder was given, and plot takes one or more: fastssl plot RUN [RUN ...]")
     histories = [read_history(folder) for folder in options.runs]
     _require_matplotlib()
     pictures = {f"{metric.picture}.png": _metric_picture(histories, metric) for metric in METRICS}
     pictures["time.png"] = _time_picture(histories)
     if not any(pictures.values()):
         names = ", ".join(str(folder) for folder in options.runs)
-        raise ConfigError(f"{names} logged no number so far; try again after the next --train.log-every steps")
+        raise ConfigError(f"{names} has no logged metrics yet; try again after the next --train.log-every steps")
     out = options.out or (options.runs[0] if len(options.runs) == 1 else Path())
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
             if figure is None:
-                print(f"no {name}: no run logged its numbers")
+                print(f"no {name}: no run has logged this metric")
             else:
                 figure.savefig(out / name, dpi=150)
                 print(printable(f"wrote {out / name}"))
     except OSError as error:
-        raise ConfigError(f"the pictures cannot be written to {out} ({error.strerror}); change --out") from None
+        raise ConfigError(f"the plots cannot be written to {out} ({error.strerror}); change --out") from None
     return 0
 
 
@@ -69,12 +69,12 @@ def _require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            f"fastssl plot draws with matplotlib, which is not installed: {install_command('plots')}"
+            f"fastssl plot needs matplotlib, which is not installed: {install_command('plots')}"
         ) from None
 
 
 def _figure(height: float) -> Figure:
-    # a figure of its own draws into files with Agg; pyplot would keep it in a global list
+    # Without pyplot, which would keep the figure in a global list; Agg draws it into files
     from matplotlib.figure import Figure
 
     return Figure(figsize=(_INCHES[0], height), layout="constrained")
@@ -115,7 +115,7 @@ def _time_picture(histories: list[History]) -> Figure | None:
     for axes, (name, shares) in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         steps: list[float] = list(next(iter(shares.values())))
         columns = [[100 * share for share in series.values()] for series in shares.values()]
-        if len(steps) == 1:  # a point has no area
+        if len(steps) == 1:  # A single point has no area
             steps, columns = [steps[0] - 0.5, steps[0] + 0.5], [column * 2 for column in columns]
         areas = axes.stackplot(steps, columns, colors=[part.color for part in shares])
         parts |= dict(zip(shares, areas, strict=True))
@@ -131,7 +131,7 @@ def _thousands(step: float, _position: object) -> str:
 
 
 def _names(histories: list[History]) -> list[str]:
-    """The folders' names as labels, or their paths where two folders have the same name."""
+    """The folders' names as labels, or their paths if two folders have the same name."""
     names = [history.name for history in histories]
     names = names if len(set(names)) == len(names) else [str(history.folder) for history in histories]
-    return [printable(name).replace("$", r"\$") for name in names]  # matplotlib would read a formula
+    return [printable(name).replace("$", r"\$") for name in names]  # Else matplotlib reads a formula

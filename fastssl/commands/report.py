@@ -1,4 +1,4 @@
-"""`fastssl report`: a run as one HTML file."""
+"""`fastssl report`: write a run's report as one HTML file."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Annotated
 
 from fastssl.arguments import Positional, parse
 from fastssl.errors import ConfigError
-from fastssl.observe.report import write_report
+from fastssl.observe.html_report import write_report
 from fastssl.validation import Checked
 from fastssl_pipelines.names import printable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Writes a run's numbers, charts, notes and configuration into RUN/report.html, one file for any browser."""
+    """Writes the results, charts, notes and configuration of a run to RUN/report.html, a self-contained page."""
 
     run: Annotated[Path, Positional]
-    """run folder; the run may still go on"""
+    """run folder; the run may still be going"""
 
 
 def run(options: Options) -> int:
-    """Write the report, say where it is, and return 0."""
+    """Write the report, print its path and return 0."""
     try:
         path = write_report(options.run)
     except OSError as error:
         raise ConfigError(
-            f"no report can be written into {options.run} ({error.strerror}); make that folder writable"
+            f"the report cannot be written to {options.run} ({error.strerror}); make that folder writable"
         ) from None
     print(printable(f"wrote {path}"))
     return 0
 
 
 def main(arguments: list[str]) -> int:
-    """`fastssl report RUN`."""
+    """Run `fastssl report RUN`."""
     return run(parse(Options, arguments, prog="fastssl report"))

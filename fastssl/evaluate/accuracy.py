@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class Accuracy(NamedTuple):
-    """Percent of images whose class has the highest score, and one of the five highest."""
+    """Percent of images whose class has the highest score, and whose class is among the five highest."""
 
     top1: float
     top5: float
 
 
 def count_hits(scores: Tensor, truth: Tensor) -> Tensor:
-    """How many images have their class ranked first, and among the first five: `scores` [..., n, C] to int64 [2, ...].
+    """Count top-1 and top-5 hits: `scores` [..., n, C] and `truth` int64 [n] to int64 [2, ...].
 
-    `truth` [n]; a label outside of the C classes is never hit. Of fewer than five classes all are among the
-    first five. A class whose score is -inf or NaN is never a hit, so broken scores do not count as guesses.
+    With fewer than five classes, all are in the top five. A label outside the C classes and a class with score -inf or
+    NaN are never hits, so invalid scores do not count as guesses.
     """
     best, ranked = scores.topk(min(5, scores.shape[-1]), dim=-1)
     hit = (ranked == truth[:, None]) & (best > -math.inf)
@@ -28,6 +28,6 @@ def count_hits(scores: Tensor, truth: Tensor) -> Tensor:
 
 
 def percent(hits: Tensor, images: int) -> Accuracy:
-    """The accuracy of int64 [2] hits among `images`."""
+    """The accuracy of hits, int64 [2], among `images` images."""
     top1, top5 = hits.tolist()
     return Accuracy(100 * top1 / images, 100 * top5 / images)

@@ -19,14 +19,14 @@ BATCH_SIZE = 256
 
 
 class Features(NamedTuple):
-    """`rows` [n, F] float32, as the encoder gives them; `labels` int64 [n], at least 0."""
+    """`rows` float32 [n, F], as the encoder outputs them; `labels` int64 [n], at least 0."""
 
     rows: Tensor
     labels: Tensor
 
 
 def evaluation_plan(source: Source, view: ViewSpec, *, seed: int = 0, shuffle: bool = False) -> SamplePlan:
-    """One view of the images of `source` with their true labels, without the unlabeled images that stand last."""
+    """A plan for one view of the images with their true labels; drops the unlabeled images at the end of `source`."""
     known = np.flatnonzero(source.labels >= 0)
     count = int(known[-1]) + 1 if len(known) else 0
     return SamplePlan(
@@ -49,29 +49,27 @@ def encode(encoder: nn.Module, images: Tensor, *, dtype: torch.dtype) -> Tensor:
 def extract_features(encoder: nn.Module, executor: Executor, view: ViewSpec, *, dtype: torch.dtype) -> Features:
     """The features of all labeled images of an executor, with batch norm in eval mode; ValueError if there are none.
 
-    Each rank computes a part, and all get all, in the order of the images. Only a `view` with a center gives the same
-    features every time, whatever the seed of a run.
+    Each rank computes a part, and every rank gets all features, in image order. They are independent of the seed only
+    for a `view` with a center crop.
     """
     steps = EvaluationSampler(evaluation_plan(executor.source, view), batch_size=BATCH_SIZE)
     if not len(steps):
-        raise ValueError(f"{executor.source.name} has no labeled image; features are taken from those alone")
+        raise ValueError(f"{executor.source.name} has no labeled images, and features need some")
     was_training = encoder.training
     encoder.eval()
-    shared = len(steps) >= world_size()  # Else each rank computes the few there are
-    first, last = (
-        (len(steps) * number // world_size() for number in (rank(), rank() + 1)) if shared else (0, len(steps))
-    )
+    divided = len(steps) >= world_size()  # Else there are so few that each rank computes all
+    first, last = (len(steps) * r // world_size() for r in (rank(), rank() + 1)) if divided else (0, len(steps))
     room, rows, labels = (last - first) * BATCH_SIZE, torch.empty(0), []
     filled = 0
     for batch in executor.stream(steps, first, last):
         known = batch.labels >= 0
         found = encode(encoder, batch.views[0], dtype=dtype)[known]
         if not filled:
-            # In one piece, as features of millions of images would not fit a second time to be joined
+            # Allocated once: concatenating the features of millions of images would double the memory
             rows = found.new_empty(room, found.shape[1])
         rows[filled : filled + len(found)] = found
         filled += len(found)
         labels.append(batch.labels[known])
     encoder.train(was_training)
     features = Features(rows[:filled], torch.cat(labels))
-    return Features(*map(gather_uneven_rows, features)) if shared else features
+    return Features(*map(gather_uneven_rows, features)) if divided else features

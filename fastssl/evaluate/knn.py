@@ -11,8 +11,8 @@ from fastssl.evaluate.features import extract_features
 from fastssl_pipelines.executors.base import Executor
 from fastssl_pipelines.views import ViewSpec
 
-_QUERIES = 1024  # at once
-_SIMILARITIES = 2**28  # at once: 1 GiB, where those of 1024 queries with all of ImageNet were 5
+_QUERIES = 1024  # Per chunk
+_SIMILARITIES = 2**28  # Per chunk: 1 GiB, as 1024 queries against all of ImageNet would take 5 GiB
 
 
 def knn_of_encoder(
@@ -25,7 +25,7 @@ def knn_of_encoder(
     temperature: float,
     dtype: torch.dtype,
 ) -> Accuracy:
-    """Accuracy of the test images by their nearest training images, cosine similarity, all labels in the bank."""
+    """kNN accuracy on the test images by cosine similarity to all labeled training images."""
     bank, queries = (extract_features(encoder, executor, view, dtype=dtype) for executor in (train, test))
     for rows in (bank.rows, queries.rows):
         normalize(rows, dim=1, out=rows)
@@ -44,9 +44,8 @@ def knn_accuracy(
 ) -> Accuracy:
     """Accuracy of a vote of the k nearest bank rows, each weighted by exp(similarity / temperature).
 
-    `bank` [n, F] and `queries` [m, F] are unit rows. Rows with label -1 neither vote nor count.
-    The top five are the classes with most votes; a class without any is not among them, and of fewer than five
-    classes all that have votes are.
+    `bank` [n, F] and `queries` [m, F] have rows of norm 1. Rows with label -1 neither vote nor count. The top five are
+    the classes with the most votes; a class without votes is never among them.
     """
     (bank, bank_labels), (queries, query_labels) = _labeled(bank, bank_labels), _labeled(queries, query_labels)
     if not len(bank) or not len(queries):
@@ -56,7 +55,7 @@ def knn_accuracy(
     chunk = min(_QUERIES, max(1, _SIMILARITIES // len(bank)))
     for rows, truth in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
         similarity, index = (rows @ bank.T).topk(min(k, len(bank)), dim=1)
-        # the largest weight is 1, so that no temperature overflows
+        # The largest weight is 1, so no temperature overflows
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = torch.zeros(len(rows), classes, device=rows.device).scatter_add_(1, bank_labels[index], weight)
         hits += count_hits(votes.log(), truth)  # log(0) = -inf: no vote, no hit
@@ -64,6 +63,6 @@ def knn_accuracy(
 
 
 def _labeled(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Those with a label; without a copy where all have one."""
+    """The rows with a label; no copy if all have one."""
     known = labels >= 0
     return (rows, labels) if known.all() else (rows[known], labels[known])

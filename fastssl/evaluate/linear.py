@@ -1,12 +1,12 @@
-"""Linear probe on features that are computed once, at several learning rates at the same time.
+"""Linear probe on features that are computed once, trained at several learning rates in parallel.
 
-What differs from the papers, whose probes train on random crops and report the best test epoch:
+It differs from the probes of the papers, which train on random crops and report the best test epoch:
 
 - MoCo (arXiv 1911.05722): rate 30, 100 epochs, times 0.1 at 60 and 80, batch 256; see `linear_crops.py`.
 - MSVQ (arXiv 2305.05370, linear_eval.py): rate 1, cosine over 100 epochs, Nesterov momentum, batch 256.
 
-Here the images are not augmented, momentum is plain, the rate is chosen on training images that are held out for
-it, and the last epoch of that rate, trained on all training images, is what is tested. The test images choose nothing.
+Here images are not augmented and momentum is plain. The rate is chosen on held-out training images; a probe trained at
+that rate on all training images is tested after its last epoch. Nothing is chosen on the test images.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fastssl.evaluate.features import Features
 from fastssl.schedule import learning_rate
 
 MOMENTUM = 0.9
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # for features of mean norm 1
-HELD_OUT = 10  # every tenth training image of a class judges the rates
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # For features of mean norm 1
+HELD_OUT = 10  # Every tenth training image of a class is held out to choose the rate
 _CHUNK = 4096
 
 Schedule = Literal["cosine", "step"]
@@ -35,7 +35,7 @@ Schedule = Literal["cosine", "step"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """SGD with momentum 0.9 and no weight decay; the schedule is "cosine" to 0, or "step": times 0.1 at 60 and 80 %."""
+    """SGD with momentum 0.9, no weight decay; schedule "cosine" (to 0) or "step" (times 0.1 at 60 and 80 %)."""
 
     epochs: int = 100
     batch_size: int = 256
@@ -43,7 +43,7 @@ class Recipe:
     seed: int = 0
 
     def learning_rate(self, start: float, step: int, steps_per_epoch: int) -> float:
-        """The rate of step `step` of a probe that starts at `start`."""
+        """The learning rate at `step` for an initial rate of `start`."""
         milestones = round(0.6 * self.epochs), round(0.8 * self.epochs)
         optim = OptimConfig(lr=start, schedule=self.schedule, milestones=milestones)
         total_steps = self.epochs * steps_per_epoch
@@ -57,21 +57,21 @@ class Classifiers(NamedTuple):
     bias: Tensor
 
     def hits(self, features: Features) -> Tensor:
-        """`count_hits` of each classifier, [2, R]."""
+        """`count_hits` for each classifier, [2, R]."""
         hits = torch.zeros(2, len(self.bias), dtype=torch.int64, device=self.bias.device)
         for rows, truth in zip(features.rows.split(_CHUNK), features.labels.split(_CHUNK), strict=True):
             hits += count_hits(rows @ self.weight.transpose(1, 2) + self.bias[:, None], truth)
         return hits
 
     def finite(self) -> bool:
-        """Whether no classifier diverged."""
+        """Whether all weights and biases are finite."""
         return bool(self.weight.isfinite().all() & self.bias.isfinite().all())
 
 
 class Probe(NamedTuple):
-    """A trained probe: the chosen rate, what it was chosen by, and its one classifier of features / `scale`.
+    """A trained probe: the chosen rate, and one classifier for features divided by `scale`.
 
-    `held_out_top1`: percent by rate, empty where a single rate left nothing to choose.
+    `held_out_top1`: held-out accuracy in percent by rate; empty if only one rate was given.
     """
 
     lr: float
@@ -80,16 +80,16 @@ class Probe(NamedTuple):
     classifiers: Classifiers
 
     def test(self, features: Features) -> Accuracy:
-        """Accuracy on the encoder's features of the test images."""
+        """The accuracy on test features, unscaled."""
         scaled = Features(features.rows / self.scale, features.labels)
         return percent(self.classifiers.hits(scaled)[:, 0], len(features.labels))
 
 
 def train_probe(features: Features, rates: Sequence[float], recipe: Recipe) -> Probe:
-    """A linear probe of the training images' features at the rate of `rates` that does best on a held-out tenth.
+    """Train a linear probe at the one of `rates` with the best accuracy on a held-out tenth of the training images.
 
-    Features are divided by their mean norm first: the best rate goes with the inverse square of their scale, and
-    one list of rates serves all encoders. Of equally good rates the lowest is taken. TrainingError if none is finite.
+    Features are first divided by their mean norm: the best rate is proportional to the inverse square of their scale,
+    so one list of rates serves all encoders. Ties go to the lowest rate. TrainingError if the probe diverges.
     """
     scale = float(features.rows.norm(dim=1).mean()) or 1.0
     scaled = Features(features.rows / scale, features.labels)
@@ -100,7 +100,7 @@ def train_probe(features: Features, rates: Sequence[float], recipe: Recipe) -> P
         rates = [max(rates, key=held_out_top1.__getitem__)]
     classifiers = train_classifiers(scaled, rates, classes, recipe)
     if not classifiers.finite():
-        raise TrainingError(f"the linear classifier diverged at learning rate {rates[0]:g}; give a lower --lr")
+        raise TrainingError(f"the linear classifier diverged at learning rate {rates[0]:g}; lower --lr")
     return Probe(rates[0], held_out_top1, scale, classifiers)
 
 
@@ -108,16 +108,16 @@ def _held_out_top1(features: Features, rates: Sequence[float], classes: int, rec
     held = held_out(features.labels)
     kept, judge = (Features(features.rows[part], features.labels[part]) for part in (~held, held))
     classifiers = train_classifiers(kept, rates, classes, recipe)
-    hits = classifiers.hits(judge)  # of one that diverged: none
+    hits = classifiers.hits(judge)  # 0 for a classifier that diverged
     return {rate: percent(hits[:, index], len(judge.labels)).top1 for index, rate in enumerate(rates)}
 
 
 def held_out(labels: Tensor) -> Tensor:
-    """bool [n]: every tenth image in the order of classes, of fewer than ten the last; ConfigError for a single one."""
+    """Mask, bool [n], of every tenth image in class order, or the last of fewer; ConfigError for fewer than two."""
     if len(labels) < 2:
         raise ConfigError(
-            f"{len(labels)} labeled training images were given and a learning rate is chosen on a held-out part of "
-            "them; it takes at least 2: give one rate with --lr, or more images"
+            f"{len(labels)} labeled training images were given, and choosing a learning rate on held-out images takes "
+            "at least 2; give one rate with --lr, or more images"
         )
     order = labels.argsort(stable=True)
     held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
@@ -127,9 +127,9 @@ def held_out(labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def train_classifiers(features: Features, rates: Sequence[float], classes: int, recipe: Recipe) -> Classifiers:
-    """One classifier a rate, all on the same batches, from zero weights (the problem is convex).
+    """Train one classifier per rate, all on the same batches and from zero weights (the problem is convex).
 
-    They are one linear layer of R * C outputs whose rows learn at their own rates.
+    Together they are a linear layer of R * C outputs, with a learning rate for each row.
     """
     rows, labels = features
     count, device = len(labels), rows.device
@@ -144,7 +144,7 @@ def train_classifiers(features: Features, rates: Sequence[float], classes: int, 
         for index, batch in enumerate(batches):
             x, truth = rows[batch], one_hot(labels[batch], classes)
             logits = linear(x, weight, bias).unflatten(1, (len(rates), classes))
-            # the gradient of the mean cross-entropy for the logits
+            # Gradient of the mean cross-entropy with respect to the logits
             error = ((logits.softmax(2) - truth[:, None]) / len(batch)).flatten(1)
             weight_velocity.addmm_(error.T, x, beta=MOMENTUM)
             bias_velocity.mul_(MOMENTUM).add_(error.sum(0))

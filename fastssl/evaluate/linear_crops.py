@@ -19,7 +19,7 @@ from fastssl_pipelines.views import ViewSpec
 
 
 def crop_view(size: int) -> ViewSpec:
-    """torchvision's RandomResizedCrop and a flip, nothing else."""
+    """torchvision's RandomResizedCrop and a flip, without other augmentation."""
     return ViewSpec(size=size, scale=(0.08, 1.0), jitter_probability=0.0, grayscale=0.0)
 
 
@@ -31,11 +31,12 @@ def train_on_crops(
     lr: float,
     recipe: Recipe,
     dtype: torch.dtype,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
 ) -> nn.Linear:
-    """A linear layer trained on crops of the labeled images; the incomplete last batch of an epoch is dropped.
+    """Train a linear layer on crops of the labeled images; drops the incomplete last batch of an epoch.
 
-    The encoder stays as it is, in eval mode; its features are not scaled. TrainingError for a loss that is not finite.
+    The encoder is frozen, in eval mode, and its features are not scaled. `info` gets a line per epoch. TrainingError
+    for a non-finite loss.
     """
     plan = evaluation_plan(train.source, crop_view(size), seed=recipe.seed, shuffle=True)
     steps = TrainSampler(plan, batch_size=recipe.batch_size)
@@ -56,10 +57,10 @@ def train_on_crops(
             mean = float(total) / steps.steps_per_epoch
             if not math.isfinite(mean):
                 raise TrainingError(
-                    f"the loss of the linear layer is {mean} in epoch {epoch}; give an --lr below {lr:g}"
+                    f"the loss of the linear layer is {mean} in epoch {epoch}; lower --lr, which is {lr:g}"
                 )
             speed = (batch.step + 1) * steps.batch_size / (time.perf_counter() - started)
-            say(f"epoch {epoch}/{recipe.epochs}: loss {mean:.4f}, {speed:.0f} images/s")
+            info(f"epoch {epoch}/{recipe.epochs}: loss {mean:.4f}, {speed:.0f} images/s")
             total.zero_()
     return classifier
 
@@ -70,6 +71,6 @@ def _linear_layer(
     width = encode(encoder, torch.zeros(1, 3, size, size, device=train.device), dtype=dtype).shape[1]
     layer = nn.Linear(width, classes)
     generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(layer.weight, std=0.01, generator=generator)  # as MoCo's main_lincls.py
+    nn.init.normal_(layer.weight, std=0.01, generator=generator)  # As in MoCo's main_lincls.py
     nn.init.zeros_(layer.bias)
     return layer.to(train.device)

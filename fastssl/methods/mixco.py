@@ -71,8 +71,8 @@ class MixCo(MomentumMethod):
     def _queries(self, images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows [N, C] of the images and [N/2, C] of their mixtures."""
         first, second = images[0::2], images[1::2]
-        share = weight.to(images.dtype)[:, None, None, None]
-        mixed = share * first + (1 - share) * second
+        own_weight = weight.to(images.dtype)[:, None, None, None]
+        mixed = own_weight * first + (1 - own_weight) * second
         all_images = torch.stack([first, second, mixed], 1).flatten(0, 1)
         all_images = all_images.contiguous(memory_format=torch.channels_last)
         rows = normalize(self.query_encoder(all_images).float(), dim=1).unflatten(0, (-1, 3))

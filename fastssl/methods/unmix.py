@@ -47,8 +47,8 @@ class UnMix(MoCoV2):
 
     def forward(self, batch: Batch) -> MethodOutput:
         images = batch.views[0]
-        share, weight = mixing_shares(images, self.config.global_probability)
-        mixed = self.queries(share * images + (1 - share) * swap_neighbors(images))
+        mask, weight = mixing_masks(images, self.config.global_probability)
+        mixed = self.queries(mask * images + (1 - mask) * swap_neighbors(images))
         output = super().forward(batch)
         _, *keys = output.updates
         mix = torch.stack([self._mixed_loss(mixed, key, weight) for key in keys]).sum()
@@ -61,18 +61,18 @@ class UnMix(MoCoV2):
         )
 
 
-def mixing_shares(images: Tensor, global_probability: float) -> tuple[Tensor, Tensor]:
+def mixing_masks(images: Tensor, global_probability: float) -> tuple[Tensor, Tensor]:
     """Share of each pixel that stays, [H, W] in the images' dtype, and its mean over the image, [] float32.
 
-    Global: one share w for all pixels. Region (CutMix): 0 in a box around a uniform center, which covers 1 - w of the
+    Global: one weight w for all pixels. Region (CutMix): 0 in a box around a uniform center, which covers 1 - w of the
     area and is clipped at the border, and 1 elsewhere. Each step draws one of the two, without waiting for the device.
     """
     height, width = images.shape[2:]
     chance, weight, center_y, center_x = torch.rand(4, device=images.device).unbind()
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     inside = _span(y, height, center_y, weight)[:, None] & _span(x, width, center_x, weight)
-    share = torch.where(chance < global_probability, weight, (~inside).float())
-    return share.to(images.dtype), share.mean()
+    mask = torch.where(chance < global_probability, weight, (~inside).float())
+    return mask.to(images.dtype), mask.mean()
 
 
 def _span(position: Tensor, length: int, center: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress line on a terminal, plain lines elsewhere, all of it in console.log."""
+"""A run's console output: a progress line on a terminal, plain lines elsewhere, and everything in console.log."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastssl_pipelines.names import printable
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Console:
-    """Context manager around the output of a run; `path` gets every line that is not overwritten in place.
+    """Context manager around the console output of a run; `path` gets every line, including each progress line.
 
-    Names of files reach screen and file as `printable` shows them. Where `path` cannot be written, a line says so.
+    Escapes unprintable characters of file names. If `path` cannot be written, a note on the screen says so.
     """
 
     def __init__(self, path: Path, *, total_steps: int):
@@ -32,7 +32,7 @@ class Console:
         try:
             self.file = open_to_append(path)
         except OSError as error:
-            self.say(f"note: {path} cannot be written ({error.strerror}); what it would tell is on the screen alone")
+            self.info(f"note: {path} cannot be written ({error.strerror}); its lines appear only on the screen")
         self.total_steps = total_steps
         self.bar = self.screen.bar(counts=False)
         self.bar.update("", 0, total_steps)
@@ -49,8 +49,8 @@ class Console:
         if self.file:
             self.file.close()
 
-    def say(self, text: str) -> None:
-        """One line that stays."""
+    def info(self, text: str) -> None:
+        """Print a line that stays on the screen."""
         text = printable(text)
         self.screen.line(text)
         self._record(text)
@@ -66,7 +66,7 @@ class Console:
         memory_gib: float,
         left_s: float,
     ) -> None:
-        """The line that a terminal overwrites; a metric called an accuracy is a share, as are the parts of the time."""
+        """Update the progress line; metrics named *accuracy and `shares` of the time are fractions of 1."""
         shown = [
             f"{name.replace('_', ' ')} {value:.1%}"
             if name.endswith("accuracy")
@@ -84,12 +84,12 @@ class Console:
         self._record(text)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """A small table of names and values."""
+        """Print a small table of names and values."""
         self.screen.table(Table(("", ""), "lr", title, rows=[*rows]))
         self._record("\n".join([title, *(f"{name:<32} {value}" for name, value in rows)]))
 
     def _record(self, text: str) -> None:
-        # a full disk must not end training; metrics.jsonl keeps what matters
+        # A full disk must not end training; metrics.jsonl has what matters
         with suppress(OSError):
             if self.file:
                 self.file.write(f"{text}\n".encode())

@@ -1,4 +1,4 @@
-"""What a run folder tells about its run, also while it goes on or after it was killed: plots and reports read this."""
+"""The history of a run, read from its folder for plots and reports; works for running and killed runs too."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastssl.errors import ConfigError
-from fastssl.observe.metrics_log import LOG_AT_MOST_BYTES, parse_json, whole_records
+from fastssl.observe.metrics_log import LOG_AT_MOST_BYTES, parse_json, valid_records
 from fastssl_pipelines.errors import MachineError
 from fastssl_pipelines.files import read_file
 
-_WARNING = "warning: "  # how the console marks one
+_WARNING = "warning: "  # The console's prefix
 
 
 class Metric(NamedTuple):
-    """A number that is drawn over the steps: what the picture is called, where its records are, how its axis reads."""
+    """A metric plotted over the steps: name of its picture, event and key of its records, and title of its axis."""
 
     picture: str
     event: str
@@ -33,7 +33,7 @@ METRICS = (LOSS, ACCURACY, KNN, SPEED)
 
 
 class Part(NamedTuple):
-    """A part of a training step: its name in the records, what to call it and its color in every picture."""
+    """A part of a training step: its name in the records, its title and its color in every plot."""
 
     name: str
     title: str
@@ -52,12 +52,12 @@ PARTS = (
 )
 
 Series = dict[int, float]
-"""Values by step, in the order of the steps."""
+"""Values by step, in step order."""
 
 
 @dataclass(frozen=True)
 class History:
-    """The readable part of a run folder; what is damaged or missing is absent."""
+    """The readable part of a run folder; damaged and missing data are left out."""
 
     folder: Path
     records: list[dict[str, Any]]
@@ -70,23 +70,23 @@ class History:
         return self.folder.resolve().name
 
     def of(self, event: str) -> list[dict[str, Any]]:
-        """The records of one kind."""
+        """The records of an event."""
         return [record for record in self.records if record["event"] == event]
 
     def series(self, metric: Metric) -> Series:
         """The finite values of a metric."""
-        found = {record["step"]: number(record.get(metric.key)) for record in self.of(metric.event)}
+        found = {record["step"]: finite_number(record.get(metric.key)) for record in self.of(metric.event)}
         return {step: value * metric.scale for step, value in sorted(found.items()) if value is not None}
 
     def shares(self) -> dict[Part, Series]:
-        """Shares of the wall time, 0 to 1, of the parts that were measured; with REST they add up to 1 at each step."""
+        """Fractions of the wall time of the measured parts; with REST they add up to 1 at each step."""
         found: dict[int, dict[Part, float]] = {}
         for record in self.of("train"):
-            given = {part: number(record.get(f"share_{part.name}")) for part in PARTS if part is not REST}
+            given = {part: finite_number(record.get(f"share_{part.name}")) for part in PARTS if part is not REST}
             known = {part: max(0.0, share) for part, share in given.items() if share is not None}
             whole = sum(known.values())
             if whole > 0:
-                # parts that ran at the same time can be more than the whole
+                # Overlapping parts can add up to more than 1
                 shares = {part: share / max(whole, 1.0) for part, share in known.items()}
                 found[record["step"]] = {**shares, REST: 1 - sum(shares.values())}
         steps = sorted(found)
@@ -94,7 +94,7 @@ class History:
         return {part: {step: found[step].get(part, 0.0) for step in steps} for part in measured}
 
     def setting(self, path: str) -> Any:
-        """A value of config.json by its dotted name, such as "train.batch_size"; None where it is not there."""
+        """A value of config.json by its dotted name ("train.batch_size"); None if it is missing."""
         value: Any = self.config
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
@@ -102,25 +102,25 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """The history of a run; raises ConfigError for a folder that holds no run."""
+    """Read the history of a run; ConfigError for a folder without metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         raise ConfigError(
-            f"{folder} holds no metrics.jsonl, so it is no run folder; give the folder that pretrain named"
+            f"{folder} has no metrics.jsonl, so it is not a run folder; give the folder that `fastssl pretrain` printed"
         )
-    said = _text(folder / "console.log").splitlines()
+    console_lines = _text(folder / "console.log").splitlines()
     return History(
         folder,
-        whole_records(_text(path).splitlines()),
+        valid_records(_text(path).splitlines()),
         config=_object(folder / "config.json"),
         environment=_object(folder / "env.json"),
-        warnings=[line.removeprefix(_WARNING) for line in said if line.startswith(_WARNING)],
+        warnings=[line.removeprefix(_WARNING) for line in console_lines if line.startswith(_WARNING)],
     )
 
 
-def number(value: Any) -> float | None:
-    """A finite number of sensible size as a float, else None."""
-    # the bounds keep products and quotients of a few of them finite, and NaN fails them
+def finite_number(value: Any) -> float | None:
+    """`value` as a float if it is a number of sensible size, else None."""
+    # The bounds keep products and quotients of a few values finite, and exclude NaN
     sensible = isinstance(value, int | float) and not isinstance(value, bool) and -1e60 < value < 1e60
     return (float(value) if abs(value) > 1e-60 else 0.0) if sensible else None
 

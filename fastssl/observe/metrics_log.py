@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, the source of truth about a run."""
+"""metrics.jsonl: one JSON object per line, the authoritative record of a run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from fastssl.errors import ConfigError
 from fastssl_pipelines.files import open_to_append, read_file, write_atomic
 
-LOG_AT_MOST_BYTES = 4 * 2**30  # a hundred bytes a step
+LOG_AT_MOST_BYTES = 4 * 2**30  # At about a hundred bytes a step
 
 
 class MetricsLog:
-    """Appends records to a JSONL file; each is on the disk's side of the process when `write` returns.
+    """Appends records to a JSONL file; when `write` returns, the record has been handed to the operating system.
 
-    While the file cannot be written (disk full, say), records wait in memory and go into it, in order, before the next.
+    While the file cannot be written (full disk), records wait in memory and are written, in order, before the next.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._waiting: list[str] = []
-        self._torn_at: int | None = None  # bytes of whole records in the file, after a write that failed
+        self._torn_at: int | None = None  # Bytes of complete records in the file, after a failed write
         self._failing = False
 
     def write(self, event: str, **values: Any) -> str | None:
@@ -38,23 +38,23 @@ class MetricsLog:
         return None
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records, those that wait in memory too; lines that are none, as a kill leaves one, are left out."""
+        """All records, including those waiting in memory; skips incomplete lines."""
         data = self._content()[: self._torn_at]
         lines = [*data.splitlines(), *(line.encode() for line in self._waiting)]
-        return whole_records(lines)
+        return valid_records(lines)
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, all of it for 0, so that a resumed run tells every step once.
+        """Drop all records after `step` (for 0, all records), so that a resumed run logs every step once.
 
-        A kill at any moment leaves the old file or the new one. ConfigError if it cannot be written.
+        Atomic: a kill leaves the old file or the new one. ConfigError if the file cannot be written.
         """
         kept = [record for record in self.read() if record["step"] <= step and record["event"] != "end"] if step else []
         try:
             write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         except OSError as error:
             raise ConfigError(
-                f"{self.path} cannot be written ({error.strerror}); make room or let the folder be written to, and go "
-                f"on with `fastssl resume {self.path.parent}`"
+                f"{self.path} cannot be written ({error.strerror}); free space on the disk or make the folder "
+                f"writable, and continue with `fastssl resume {self.path.parent}`"
             ) from None
         self._waiting, self._torn_at, self._failing = [], None, False
 
@@ -65,8 +65,8 @@ class MetricsLog:
             return b""
         except OSError as error:
             raise ConfigError(
-                f"{self.path} cannot be read ({error.strerror}); put the run's own file back, or remove it to go on "
-                "without what it told"
+                f"{self.path} cannot be read ({error.strerror}); restore the run's own file, or remove it to continue "
+                "without the earlier records"
             ) from None
 
     def _append(self, data: bytes) -> None:
@@ -74,26 +74,26 @@ class MetricsLog:
             if self._torn_at is not None:
                 file.truncate(self._torn_at)
             self._torn_at = file.seek(0, os.SEEK_END)
-            # an unbuffered write can be short
+            # An unbuffered write can be short
             while data:
                 data = data[file.write(data) :]
         self._torn_at = None
 
 
-def whole_records(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
-    """The records among lines of metrics.jsonl; lines that are none, as a kill or a bad disk leaves, are left out."""
-    return [record for record in map(parse_json, lines) if _is_whole(record)]
+def valid_records(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
+    """The records in lines of metrics.jsonl; skips incomplete and damaged lines."""
+    return [record for record in map(parse_json, lines) if _is_valid(record)]
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; None for a text that is none."""
+    """The value of a JSON text; None if it is not valid JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
-def _is_whole(record: Any) -> bool:
+def _is_valid(record: Any) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):
         return False
     step = record.get("step")

@@ -1,4 +1,4 @@
-"""The screen by rich."""
+"""The screen through rich."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class RichBar:
         self._progress = Progress(*columns, console=console, transient=True)
         self._task = self._progress.add_task("", total=None)
 
-    def update(self, text: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=text, completed=done, total=total)
+    def update(self, text: str, completed: int, total: int) -> None:
+        self._progress.update(self._task, description=text, completed=completed, total=total)
 
     def start(self) -> None:
         self._progress.start()
 
     def stop(self) -> None:
-        if self._progress.live.is_started:  # else it would end a line that nobody began
+        if self._progress.live.is_started:  # Stopping a bar that never started prints a stray newline
             self._progress.stop()
 
 
 class RichScreen:
-    """A console of rich."""
+    """A rich console."""
 
     def __init__(self, *, stderr: bool, least_width: int) -> None:
         self._console = Console(stderr=stderr, highlight=False)
@@ -57,7 +57,7 @@ class RichScreen:
             padding=(0, 1) if table.framed else (0, 1, 0, 0),
         )
         for heading, align in zip(table.headings, table.align, strict=True):
-            # a number that is cut is none; a long value without a heading goes on below
+            # A truncated number would be wrong; in tables without headings, long values wrap instead
             shown.add_column(heading, justify="right" if align == "r" else "left", no_wrap=headed)
         for row in table.rows:
             shown.add_row(*map(_cell, row))

@@ -1,4 +1,4 @@
-"""What a run tells: to the person at the console, to metrics.jsonl and to TensorBoard."""
+"""The output of a run: the console, metrics.jsonl, TensorBoard and the final report."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.observe.console import Console
+from fastssl.observe.html_report import write_report
 from fastssl.observe.meter import NonFiniteStep
 from fastssl.observe.metrics_log import MetricsLog
-from fastssl.observe.report import write_report
 from fastssl.observe.tensorboard import TensorBoardMirror
 from fastssl_pipelines.names import printable
 
@@ -24,15 +24,15 @@ _NAMES = {
 }
 
 
-class Reporter:
-    """Context manager around the output of a run; on ranks other than the first it is `quiet` and does nothing."""
+class RunLogger:
+    """Context manager around the output of a run; `quiet`, as on all ranks but the first, it writes nothing."""
 
     def __init__(self, folder: Path, config: Config, *, total_steps: int, quiet: bool = False):
         self.folder, self.config, self.total_steps, self.quiet = folder, config, total_steps, quiet
         self.log = MetricsLog(folder / "metrics.jsonl")
         self._mirror = TensorBoardMirror(folder) if config.run.tensorboard and not quiet else None
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> RunLogger:
         if not self.quiet:
             self.console = Console(self.folder / "console.log", total_steps=self.total_steps).__enter__()
         return self
@@ -47,39 +47,39 @@ class Reporter:
             self.console.__exit__(kind, error, trace)
 
     def _write_report(self) -> None:
-        """However the run ended."""
+        """Write report.html, however the run ended."""
         try:
             write_report(self.folder)
         except (OSError, ConfigError) as error:
-            self.say(f"note: report.html was not written ({error}); `fastssl report {self.folder}` makes it")
+            self.info(f"note: report.html was not written ({error}); `fastssl report {self.folder}` writes it")
 
-    def say(self, text: str) -> None:
-        """A line for the person alone."""
+    def info(self, text: str) -> None:
+        """Print a line to the console and console.log only."""
         if not self.quiet:
-            self.console.say(text)
+            self.console.info(text)
 
     def start(self, *, step: int, **facts: Any) -> None:
-        """The run begins, or goes on, after `step` steps; what was told of later ones is dropped."""
+        """Record that the run starts or resumes after `step` steps; drops the records of later steps."""
         if self.quiet:
             return
         self.log.rewind(step)
         self._write("start", step=step, total_steps=self.total_steps, **facts, time=time.time())
         if step:
-            self.say(f"resumed after step {step}")
+            self.info(f"resumed after step {step}")
 
     def notes(self, step: int, texts: Iterable[str]) -> None:
-        """What the input or the disk had to say."""
+        """Log messages about the input or the disk."""
         for text in map(printable, texts):
-            self.say(f"note: {text}")
+            self.info(f"note: {text}")
             self._write("note", step=step, text=text)
 
     def train(self, step: int, values: dict[str, float], *, lr: float, unreadable: int) -> None:
-        """The means of a window (see `StepMeter.read`), of which the console shows the most important."""
+        """Log means over steps (see `StepMeter.read`); the console shows the most important."""
         self._write("train", step=step, lr=lr, **values, unreadable=unreadable)
         if self.quiet:
             return
         images_left = (self.total_steps - step) * self.config.train.batch_size
-        # a line can tell of steps before a restart alone
+        # The rate is 0 if the line has only steps from before a restart
         left_s = images_left / values["images_per_s"] if values["images_per_s"] else 0.0
         shares = {name.removeprefix("share_"): v for name, v in values.items() if name.startswith("share_")}
         others = {"images_per_s", "memory_gib", "loss", *(f"share_{name}" for name in shares)}
@@ -94,30 +94,30 @@ class Reporter:
         )
 
     def evaluation(self, step: int, *, knn_top1: float, seconds: float) -> None:
-        """kNN top-1 in percent."""
+        """Log an evaluation; `knn_top1` in percent."""
         self._write("eval", step=step, knn_top1=knn_top1, seconds=seconds)
-        self.say(f"step {step}: kNN top-1 {knn_top1:.2f} %")
+        self.info(f"step {step}: kNN top-1 {knn_top1:.2f} %")
 
-    def non_finite(self, broken: NonFiniteStep, *, back_to: int, action: str, ids: list[int], names: list[str]) -> None:
-        """A step whose loss or gradient is not finite, with the images of its batch."""
-        numbers = {name: str(value) for name, value in broken._asdict().items() if name != "step"}
+    def non_finite(self, failed: NonFiniteStep, *, back_to: int, action: str, ids: list[int], names: list[str]) -> None:
+        """Record a step with a non-finite loss or gradient, with the images of its batch."""
+        values = {name: str(value) for name, value in failed._asdict().items() if name != "step"}
         self._write(
             "non_finite",
             step=back_to,
-            broken_step=broken.step + 1,
-            **numbers,
+            broken_step=failed.step + 1,
+            **values,
             action=action,
             ids=ids,
             names=[*map(printable, names)],
         )
 
     def stopped(self, step: int) -> None:
-        """The run ends before its time because it was asked to."""
+        """Record that the run stops early because it was asked to."""
         self._write("end", step=step, reason="stopped", time=time.time())
-        self.say(f"stopped after step {step}; go on with: fastssl resume {self.folder}")
+        self.info(f"stopped after step {step}; continue with: fastssl resume {self.folder}")
 
     def finished(self, **baselines: float) -> None:
-        """The run is at its end."""
+        """Record the end of the run, with `baselines` in percent, and print the kNN results."""
         if self.quiet:
             return
         evaluations = [record for record in self.log.read() if record["event"] == "eval"]
@@ -136,4 +136,4 @@ class Reporter:
         if self._mirror:
             self._mirror.write(event, values)
         if problem:
-            self.say(f"note: {problem}")
+            self.info(f"note: {problem}")

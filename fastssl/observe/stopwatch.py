@@ -1,4 +1,4 @@
-"""Where the time of a step goes, measured without waiting for the device."""
+"""The time of each part of a step, measured without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by part of a step: `start` begins a step and each `mark` ends the part that it names.
+    """Measures seconds by part of a step: `start` begins a step, and each `mark` ends the part that it names.
 
-    A part may have several stretches, which add up. On a GPU, CUDA events stand between the parts, so the seconds are
-    those of the device and cover what it does while the host is ahead.
+    A part may occur several times; its times add up. On a GPU, CUDA events separate the parts, so the times are the
+    device's, even while the host runs ahead.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,15 +21,15 @@ class Stopwatch:
         self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """What follows belongs to the part that the next mark names."""
+        """Begin a step; the time from here belongs to the part that the next mark names."""
         self._add(None)
 
     def mark(self, part: str) -> None:
-        """End a stretch of `part`."""
+        """End `part`, which began at the previous mark."""
         self._add(part)
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last call; on a GPU it waits for the marks that were made."""
+        """Seconds by part since the last call; on a GPU, waits for the last mark."""
         marks, self._marks = self._marks, []
         seconds: defaultdict[str, float] = defaultdict(float)
         if marks and isinstance(marks[-1][1], torch.cuda.Event):

@@ -1,4 +1,4 @@
-"""What a run comes to, in numbers and sentences: the content of its report, without the page around it."""
+"""The content of a run's report: headline numbers and sentences, without HTML."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from fastssl.observe.console import duration
-from fastssl.observe.history import ACCURACY, KNN, LOSS, SPEED, History, Part, number
+from fastssl.observe.history import ACCURACY, KNN, LOSS, SPEED, History, Part, finite_number
 
-SHOWN = 8  # images of a step that broke
-LOST = 0.1  # share of the time from which on waiting for data is worth a look
+SHOWN = 8  # Images listed for a non-finite step
+LOST = 0.1  # Share of the time from which waiting for data is pointed out
 
 _ENCODER = (
-    "the encoder itself takes this time, as it should; --train.precision bf16 and --train.compile on make it faster, "
-    "and so does a smaller --model.encoder."
+    "this is the encoder's own work, as it should be; --train.precision bf16, --train.compile on or a smaller "
+    "--model.encoder make it faster."
 )
 ADVICE = {
-    "data": "the device waits for images; `fastssl bench input` shows what each pipeline reaches on this machine, and "
-    "--data.pipeline, --data.workers and --data.decode choose.",
+    "data": "the device waits for images; `fastssl bench input` measures every pipeline on this machine, and "
+    "--data.pipeline, --data.workers and --data.decode select one.",
     "forward": _ENCODER,
-    "loss": "the queue is read for every image; `fastssl doctor` tells whether the fastest backend of the loss works "
-    "here, and a smaller --method.queue-size is read in less time.",
+    "loss": "every image is compared with the whole queue; `fastssl doctor` shows whether the fastest loss backend "
+    "works here, and a smaller --method.queue-size takes less time.",
     "backward": _ENCODER,
     "graph": _ENCODER,
-    "optimizer": "this is done once a step, however large the step is; a larger --train.batch-size spreads it over "
-    "more images.",
-    "rest": "none of the measured parts takes this time, so it is spent around them; a larger --train.batch-size "
-    "makes steps fewer, and a larger --train.log-every the pauses between them.",
+    "optimizer": "this is a fixed cost per step; a larger --train.batch-size spreads it over more images.",
+    "rest": "this time is spent outside the measured parts; a larger --train.batch-size makes fewer steps, and a "
+    "larger --train.log-every fewer pauses between them.",
 }
-"""What to do about a part of the step that takes long, by the part's name."""
+"""Advice for a part of the step that takes long, by the part's name."""
 
 
 class Headline(NamedTuple):
-    """A number that stands at the top, what it is, and a remark."""
+    """A number at the top of the report: its title, its value and a remark."""
 
     title: str
     value: str
@@ -42,7 +41,7 @@ class Headline(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Something that a run has to tell; an alarm is not to be overlooked."""
+    """A note or warning of a run; `alarm` highlights it."""
 
     step: int | None
     text: str
@@ -50,7 +49,7 @@ class Entry(NamedTuple):
 
 
 def headlines(history: History) -> Iterator[Headline]:
-    """The numbers that sum a run up, those of them that it logged."""
+    """The main numbers of a run, as far as it logged them."""
     loss, accuracy, knn, speed = (history.series(metric) for metric in (LOSS, ACCURACY, KNN, SPEED))
     if loss:
         yield Headline("loss", f"{loss[max(loss)]:,.4g}", f"{loss[min(loss)]:,.4g} at step {min(loss):,}")
@@ -58,72 +57,72 @@ def headlines(history: History) -> Iterator[Headline]:
         yield Headline("contrast accuracy", f"{accuracy[max(accuracy)]:.1f} %")
     if knn:
         before = [f"{knn[0]:.2f} % before training"] if 0 in knn and len(knn) > 1 else []
-        raw = number(_newest(history, "end", "raw_pixels_top1"))
+        raw = finite_number(_newest(history, "end", "raw_pixels_top1"))
         pixels = [] if raw is None else [f"{raw:.2f} % on raw pixels"]
         yield Headline("kNN top-1", f"{knn[max(knn)]:.2f} %", ", ".join(before + pixels))
     if speed:
         yield Headline("images/s", f"{median(speed.values()):,.0f}", "median over the run")
     if seconds := training_s(history):
         yield Headline("time", duration(seconds), "of steps and evaluations")
-    memory = [gib for record in history.of("train") if (gib := number(record.get("memory_gib"))) is not None]
+    memory = [gib for record in history.of("train") if (gib := finite_number(record.get("memory_gib"))) is not None]
     if memory:
-        yield Headline("memory", f"{max(memory):,.1f} GiB", "most at a time")
+        yield Headline("memory", f"{max(memory):,.1f} GiB", "peak")
 
 
 def training_s(history: History) -> float:
-    """Seconds of all steps, from their images/s, and of the evaluations; pauses before a resume do not count."""
-    batch_size, seconds, before = number(history.setting("train.batch_size")) or 0.0, 0.0, 0
+    """Seconds of all steps, from their images/s, and of the evaluations; excludes pauses before a resume."""
+    batch_size, seconds, before = finite_number(history.setting("train.batch_size")) or 0.0, 0.0, 0
     for step, images_per_s in history.series(SPEED).items():
         if images_per_s > 0:
             seconds += (step - before) * batch_size / images_per_s
         before = step
-    return seconds + sum(number(record.get("seconds")) or 0.0 for record in history.of("eval"))
+    return seconds + sum(finite_number(record.get("seconds")) or 0.0 for record in history.of("eval"))
 
 
 def state(history: History) -> str:
-    """How far the run is and whether it has ended, as a sentence."""
-    done = max((record["step"] for record in history.records), default=0)
-    total, images = (number(_newest(history, "start", key)) for key in ("total_steps", "images"))
-    batch_size = number(history.setting("train.batch_size"))
-    steps = f"{done:,} of {total:,.0f} steps" if total else f"{done:,} steps"
-    epochs = f" ({done * batch_size / images:,.1f} epochs)" if batch_size and images else ""
+    """A sentence about the progress of the run and whether it has ended."""
+    completed_steps = max((record["step"] for record in history.records), default=0)
+    total, images = (finite_number(_newest(history, "start", key)) for key in ("total_steps", "images"))
+    batch_size = finite_number(history.setting("train.batch_size"))
+    steps = f"{completed_steps:,} of {total:,.0f} steps" if total else f"{completed_steps:,} steps"
+    epochs = f" ({completed_steps * batch_size / images:,.1f} epochs)" if batch_size and images else ""
     last = history.records[-1] if history.records else {"event": ""}
     if last["event"] != "end":
-        return f"{steps}{epochs} are logged; the run goes on, or it was broken off."
+        return f"{steps}{epochs} are logged; the run is still going, or it was interrupted."
     return f"{steps}{epochs}; {'stopped before the end' if last.get('reason') == 'stopped' else 'finished'}."
 
 
 def mean_shares(history: History) -> dict[Part, float]:
-    """Mean share of the time by part, without the first log line: a run starts with compiling and filling queues."""
+    """Mean share of the time by part, without the first log line, which includes compilation and filling queues."""
     return {part: fmean(list(series.values())[1:] or series.values()) for part, series in history.shares().items()}
 
 
-def worth_a_look(means: dict[Part, float]) -> list[Part]:
-    """The largest part, and waiting for data where that is no trifle: it is the one that nothing is gained by."""
+def notable_parts(means: dict[Part, float]) -> list[Part]:
+    """The largest part, and waiting for data from LOST on, since that time is pure loss."""
     largest = max(means, key=lambda part: means[part])
     return [part for part in means if part is largest or (part.name == "data" and means[part] >= LOST)]
 
 
 def entries(history: History) -> list[Entry]:
-    """Warnings, notes and steps that broke, in the order of the log; what is said again after a resume stands once."""
+    """Warnings, notes and non-finite steps in log order, without repetitions after a resume."""
     found = [Entry(None, text) for text in history.warnings]
     for record in history.records:
         if record["event"] == "note":
             found.append(Entry(record["step"], str(record.get("text", ""))))
         elif record["event"] == "non_finite":
-            found.append(Entry(record["step"], _broken(record), alarm=True))
+            found.append(Entry(record["step"], _non_finite(record), alarm=True))
     return list({entry.text: entry for entry in reversed(found)}.values())[::-1]
 
 
 def commands(history: History) -> list[tuple[str, str]]:
-    """What to type to continue the run and to repeat it: purposes and commands."""
+    """The commands that continue and repeat the run, each after its purpose."""
     finished = any(record.get("reason") == "finished" for record in history.of("end"))
     folder, config = (shlex.quote(str(path)) for path in (history.folder, history.folder / "config.json"))
     repeat = ("to repeat it in a new folder", f"fastssl pretrain --config {config}")
-    return [repeat] if finished else [("to go on with it", f"fastssl resume {folder}"), repeat]
+    return [repeat] if finished else [("to continue it", f"fastssl resume {folder}"), repeat]
 
 
-def _broken(record: dict[str, Any]) -> str:
+def _non_finite(record: dict[str, Any]) -> str:
     images = record.get("names") or record.get("ids")
     shown = [str(image) for image in images] if isinstance(images, list) else []
     batch = f"; its images are {', '.join(shown[:SHOWN])}{' ...' if shown[SHOWN:] else ''}" if shown else ""
@@ -132,5 +131,5 @@ def _broken(record: dict[str, Any]) -> str:
 
 
 def _newest(history: History, event: str, key: str) -> Any:
-    """The last that was told; a run that goes back to a checkpoint does not tell everything again."""
+    """The last value logged; a run that goes back to a checkpoint does not log everything again."""
     return next((record[key] for record in reversed(history.of(event)) if key in record), None)

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG, without a plotting library; colors of text and lines come from the page's style."""
+"""Small charts as inline SVG without a plotting library; the page's CSS sets the colors of text and lines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 from fastssl.observe.history import Part, Series
 
 WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 26  # margins around the plotted area
-BUCKETS = 250  # a long run is thinned to so many points
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 26  # Margins around the plotted area
+BUCKETS = 250  # Points to which a long run is thinned
 DOTS_AT_MOST = 40
 
 STYLE = """\
@@ -29,7 +29,7 @@ Point = tuple[float, float]
 
 
 class _Frame(NamedTuple):
-    """The plotted area: which steps and values its edges are."""
+    """The plotted area: the steps and values at its edges."""
 
     first: float
     last: float
@@ -52,7 +52,7 @@ class _Frame(NamedTuple):
 
 
 def line_chart(series: Series, *, title: str, from_zero: bool = False) -> str:
-    """One line over the steps as an SVG element; of a long series, means of neighbors and a band that holds them all.
+    """One line over the steps as an SVG element; a long series becomes means of neighbors with a min-max band.
 
     `series` holds at least one value, all finite.
     """
@@ -73,14 +73,14 @@ def line_chart(series: Series, *, title: str, from_zero: bool = False) -> str:
 
 
 def stacked_chart(shares: dict[Part, Series], *, title: str) -> str:
-    """Parts of a whole over the steps as an SVG element, the first at the bottom; of a long run, means of neighbors.
+    """Stacked areas over the steps as an SVG element, the first at the bottom; a long run becomes means of neighbors.
 
-    All series have the same steps, at least one, and add up to 1 at each.
+    All series have the same steps, at least one, and add up to 1 at each step.
     """
     frame = _Frame(*_steps(next(iter(shares.values()))), 0.0, 1.0)
     columns = {part: [_mean(bucket) for bucket in _buckets(series)] for part, series in shares.items()}
     steps = [step for step, _ in next(iter(columns.values()))]
-    if len(steps) == 1:  # a point has no area
+    if len(steps) == 1:  # A single point has no area
         steps = [frame.first, frame.last]
         columns = {part: column * 2 for part, column in columns.items()}
     below, body = [0.0] * len(steps), []
@@ -93,8 +93,8 @@ def stacked_chart(shares: dict[Part, Series], *, title: str) -> str:
 
 
 def nice_axis(low: float, high: float) -> tuple[float, float, list[float]]:
-    """An axis that holds [low, high]: its ends and its ticks, multiples of 1, 2 or 5 times a power of ten."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # nothing to see between them
+    """Ends and ticks of an axis that contains [low, high]; ticks are multiples of 1, 2 or 5 times a power of ten."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # Practically equal
         half = 0.5 * max(abs(low), abs(high)) or 1.0
         low, high = low - half, high + half
     rough = (high - low) / 5
@@ -111,7 +111,7 @@ def _steps(series: Series) -> tuple[float, float]:
 
 
 def _buckets(series: Series) -> list[list[tuple[int, float]]]:
-    """Neighbors together, so that at most BUCKETS lists are left."""
+    """Group neighbors into at most BUCKETS lists."""
     points, size = list(series.items()), math.ceil(len(series) / BUCKETS)
     return [points[i : i + size] for i in range(0, len(points), size)]
 
@@ -127,7 +127,7 @@ def _dot(frame: _Frame, step: float, value: float) -> str:
 
 
 def _grid(frame: _Frame, ticks: Sequence[float], *, percent: bool = False) -> list[str]:
-    """Horizontal lines with their values, and the first and last step under them."""
+    """Horizontal lines with their values, and the first and last step below."""
     drawn = []
     for tick in ticks:
         y = frame.y(tick)

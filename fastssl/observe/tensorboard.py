@@ -1,4 +1,4 @@
-"""The numbers of metrics.jsonl for TensorBoard as well. Needs tensorboard, an extra."""
+"""Copies the metrics of a run to TensorBoard. Needs the extra `tensorboard`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 DRAWN = ("train", "eval")
-"""Events whose numbers are curves; what the end of a run adds is in its report."""
+"""Events whose values become curves; the report has those of the "end" event."""
 
 
 class TensorBoardMirror:
-    """Takes the records of a run in their order and writes their numbers to FOLDER/tensorboard as <event>/<name>.
+    """Writes the values of a run's records to FOLDER/tensorboard as <event>/<name>.
 
-    Where the records go back to an earlier step, as after a resume, TensorBoard shows the later ones alone.
-    Raises ConfigError where tensorboard is not installed, and for a folder name that it cannot take.
+    If the records go back to an earlier step, as after a resume, TensorBoard shows only the newer ones. ConfigError if
+    tensorboard is not installed, or for a folder name that it cannot handle.
     """
 
     def __init__(self, folder: Path):
@@ -33,7 +33,7 @@ class TensorBoardMirror:
             ) from None
         if not str(folder).isprintable():
             raise ConfigError(
-                f"--run.tensorboard was given with the run folder {folder}, whose name TensorBoard cannot take; drop "
+                f"--run.tensorboard was given and TensorBoard cannot handle the name of the run folder {folder}; drop "
                 "the option or change --run.dir"
             )
         self._writer_class = SummaryWriter
@@ -42,14 +42,14 @@ class TensorBoardMirror:
         self._last = -1
 
     def write(self, event: str, values: dict[str, Any]) -> None:
-        """A record as metrics.jsonl gets it, with its `step` in `values`; on the disk's side when it returns.
+        """Write a record as in metrics.jsonl, with its `step` in `values`, and flush it.
 
-        Where it cannot be written it is lost to TensorBoard alone, and the run goes on.
+        A record that cannot be written is missing only from TensorBoard; the run continues.
         """
         try:
             self._write(event, values)
         except OSError:
-            self._writer = None  # the next record opens a new file
+            self._writer = None  # The next record opens a new file
 
     def close(self) -> None:
         """Finish the file."""
@@ -61,7 +61,7 @@ class TensorBoardMirror:
     def _write(self, event: str, values: dict[str, Any]) -> None:
         step = values["step"]
         if event == "start":
-            # what the run logged up to `step` is still true, except where it starts anew
+            # Records up to `step` remain valid, unless the run starts over
             self._open(hide_from=step + 1 if step else 0)
         if event not in DRAWN:
             return
@@ -76,6 +76,6 @@ class TensorBoardMirror:
 
     def _open(self, *, hide_from: int) -> None:
         self.close()
-        # purge_step is a mark in the new file that hides what earlier files hold from that step on
+        # purge_step marks the new file, which hides records of earlier files from that step on
         self._writer = self._writer_class(str(self._folder), purge_step=hide_from)
         self._last = -1

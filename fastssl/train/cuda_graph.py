@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph, which the host launches at once."""
+"""A training step as one CUDA graph, launched by a single call."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch import Tensor
 from fastssl.methods import MethodOutput
 from fastssl_pipelines.batch import Batch
 
-_WARM_UPS = 3  # passes in which libraries choose algorithms and torch.compile compiles
+_WARM_UPS = 3  # Passes in which libraries choose algorithms and torch.compile compiles
 
 
 class Graphed:
-    """Calls `run` through a CUDA graph, once that is captured.
+    """Calls `run` through a CUDA graph; call `capture` first.
 
-    Batches are copied into the tensors that the graph reads; the output is its own and is overwritten by the next call.
-    Every batch must have the shapes and dtypes of the one of the capture. Random numbers follow torch's generator as
-    they do without a graph. `state`: all tensors that `run` changes, which must stay the same ones; warm-ups leave no
-    trace in them.
+    Each batch is copied into the graph's input tensors and must have the shapes and dtypes of the captured one. The
+    output belongs to the graph, and the next call overwrites it. Random numbers follow torch's generator as without a
+    graph. `state`: all tensors that `run` changes in place; the capture's warm-ups leave them unchanged.
     """
 
     def __init__(self, run: Callable[[Batch], MethodOutput], state: Callable[[], Iterable[Tensor]]) -> None:
@@ -28,7 +27,7 @@ class Graphed:
 
     @property
     def captured(self) -> bool:
-        """Whether there is a graph to call."""
+        """Whether there is a graph to replay."""
         return self._graph is not None
 
     def __call__(self, batch: Batch) -> MethodOutput:
@@ -45,7 +44,7 @@ class Graphed:
         return MethodOutput(output.loss, dict(output.metrics), output.updates)
 
     def capture(self, batch: Batch) -> None:
-        """Make the graph, from a batch of the kind that it is for."""
+        """Capture the graph with a representative batch."""
         views = tuple(view.clone() for view in batch.views)
         self._input = Batch(views=views, labels=batch.labels.clone(), ids=batch.ids.clone(), step=batch.step)
         state = list(self._state())
@@ -57,7 +56,7 @@ class Graphed:
                 self._run(self._input)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Threads of the input may allocate meanwhile, which in the mode "global" would break the capture
+        # Input threads may allocate during the capture, which the mode "global" forbids
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._output = self._run(self._input)
         with torch.no_grad():

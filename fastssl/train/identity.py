@@ -1,4 +1,4 @@
-"""What makes a run the run that it is: its options and its images, compared among ranks and with every checkpoint."""
+"""The identity of a run: its options and images, compared across ranks and with every checkpoint."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastssl.schedule import learning_rate
 from fastssl_pipelines.sources.base import Source
 
 Facts = dict[str, Any]
-"""Plain values by dotted name, such as {"optim.lr": 0.03, "images.count": 50000}."""
+"""Plain values by dotted name, for example {"optim.lr": 0.03, "images.count": 50000}."""
 
-# The images that these lead to are compared themselves, so they may lie elsewhere.
+# The images themselves are compared, so their location may change.
 _PATHS = ("data.root", "data.unlabeled", "data.label_list", "data.quarantine")
-# What a machine may have of its own: the same images come out, at another speed.
+# May differ between machines: they change the speed but not the images.
 _OF_A_MACHINE = (
     *_PATHS,
     "run.dir",
@@ -41,7 +41,7 @@ HARMLESS = (
     "preset",
     "data.pipeline",
     "method.shard_queue",
-    "method.queue_dtype",  # "machine.queue_dtype", which it asks for, is compared
+    "method.queue_dtype",  # Its resolved value, "machine.queue_dtype", is compared
     "train.device",
     "train.compile",
     "train.cuda_graph",
@@ -61,20 +61,20 @@ HARMLESS = (
     "test_images.count",
     "test_images.files",
     "test_images.labels",
-    # their rule is `require_same_rates`
+    # Checked by `require_same_rates`
     "train.epochs",
     "train.steps",
     "length.steps",
 )
-"""What may differ between a checkpoint and the run that goes on from it; a difference is told.
+"""Facts that may differ between a checkpoint and the run that resumes from it; differences are logged.
 
-Nothing here changes what a step computes, but for the last bits of another device, pipeline or release of torch and
-for the dtype that --train.precision auto takes from the device.
+None changes what a step computes, except for the last bits on another device, pipeline or torch release, and for the
+dtype that --train.precision auto chooses for the device.
 """
 MEASURED = ("images", "known_labels", "test_images", "machine", "length")
-"""Sections of the facts that are no options."""
+"""Sections of the facts that are not options."""
 _BEFORE = {"method.queue_dtype": "fp32", "machine.queue_dtype": "float32"}
-"""What runs did from before there were these facts."""
+"""Values for runs older than these facts."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _IN_WORDS = {
     "images.count": "the number of training images (--data.root)",
@@ -111,7 +111,7 @@ def facts_of_options(config: Config) -> Facts:
 
 
 def facts_of_images(name: str, source: Source) -> Facts:
-    """Number, names and sizes, and labels of the images of a split; digests are 16 hexadecimal digits."""
+    """The count of a split's images, and digests (16 hexadecimal digits) of their names and sizes and their labels."""
     return {
         f"{name}.count": len(source),
         f"{name}.files": source.fingerprint(),
@@ -120,26 +120,36 @@ def facts_of_images(name: str, source: Source) -> Facts:
 
 
 def facts_of_known_labels(labels: NDArray[np.int64]) -> Facts:
-    """How many labels the method may see, and which."""
+    """The count and a digest of the labels that the method may see."""
     return {"known_labels.count": int((labels >= 0).sum()), "known_labels.values": _digest(labels)}
 
 
+def facts_of_machine(device: torch.device, dtype: torch.dtype, queue_dtype: torch.dtype) -> Facts:
+    """The device, the dtypes of products and queue, and the release of torch."""
+    return {
+        "machine.device": device.type,
+        "machine.dtype": f"{dtype}".removeprefix("torch."),
+        "machine.queue_dtype": f"{queue_dtype}".removeprefix("torch."),
+        "machine.torch": str(torch.__version__),
+    }
+
+
 def digest(facts: Facts) -> str:
-    """16 hexadecimal digits that stand for the facts which must not differ."""
+    """16 hexadecimal digits of a hash of the facts that must not differ."""
     return hashlib.sha256(json.dumps(binding(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def require_equal_on_ranks(facts: Facts) -> None:
-    """Raise ConfigError, on all ranks, where a fact differs that is not a machine's own; all ranks must call it."""
+    """Raise ConfigError on all ranks if a fact differs that must not; all ranks must call it."""
     if world_size() == 1:
         return
     everyone: list[Facts] = [{}] * world_size()
     dist.all_gather_object(everyone, facts)
-    for number, there in enumerate(everyone):
-        for name, first, other in differing(everyone[0], there):
+    for rank, facts_there in enumerate(everyone):
+        for name, first, other in differing(everyone[0], facts_there):
             if name not in _OF_A_MACHINE:
                 raise ConfigError(
-                    f"{in_words(name)} is {other} on rank {number} and {first} on rank 0; start all processes with the "
+                    f"{in_words(name)} is {other} on rank {rank} and {first} on rank 0; start all processes with the "
                     "same options and the same images"
                 )
 
@@ -150,50 +160,51 @@ def binding(facts: Facts) -> Facts:
 
 
 def require_same_run(then: Facts, now: Facts, where: object) -> None:
-    """Raise ConfigError where `now` is another run than the one that `then`, kept in `where`, belongs to."""
+    """Raise ConfigError if `now` is a different run from `then`, whose facts were read from `where`."""
     for name, before, after in differing(binding(_completed(then, now)), binding(now)):
         raise ConfigError(
-            f"{in_words(name)} is {after} in this run and was {before} in the run that wrote {where}; put back what "
-            "that run had, or start a new run in another --run.dir"
+            f"{in_words(name)} is {after} in this run and was {before} in the run that wrote {where}; restore the old "
+            "value, or start a new run in another --run.dir"
         )
 
 
 def require_same_options(then: Facts, config: Config, where: object) -> None:
-    """As `require_same_run`, for whoever has other images on purpose."""
+    """As `require_same_run`, but images, device and length may differ."""
     options = {name: value for name, value in then.items() if name.partition(".")[0] not in MEASURED}
     require_same_run(options, facts_of_options(config), where)
 
 
 def harmless_changes(then: Facts, now: Facts) -> Iterator[str]:
-    """A sentence for each difference that a run may have between its start and a restart."""
+    """A sentence for each permitted difference between a run's last start and this one."""
     for name, before, after in differing(_completed(then, now), now):
         if name in HARMLESS:
             yield f"{in_words(name)} is {after} from here on and was {before} before"
 
 
 def require_same_rates(
-    optim: OptimConfig, *, done: int, then: int, now: int, steps_per_epoch: int, whole: bool = False
+    optim: OptimConfig, *, completed_steps: int, then: int, now: int, steps_per_epoch: int, follows_length: bool = False
 ) -> None:
-    """Raise ConfigError where a run of `now` steps cannot go on from `done` steps of one of `then` steps.
+    """Raise ConfigError if a run of `now` steps cannot continue after `completed_steps` of a run of `then` steps.
 
-    The schedule decides: with "step" a run may become longer or shorter, with a cosine a run of another length would
-    have had other rates from the start. `whole`: whether the method itself follows the length.
+    It can if the completed steps would have had the same learning rates: the "step" schedule allows another length, and
+    the cosine does not. `follows_length`: whether the method itself depends on the length.
     """
-    if done > now:
+    if completed_steps > now:
         raise ConfigError(
-            f"the run has {done} steps behind it and is to have {now} in all; raise --train.steps or --train.epochs"
+            f"the run has already completed {completed_steps} steps and now ends at step {now}; raise --train.steps or "
+            "--train.epochs"
         )
-    if then == now or not done:
+    if then == now or not completed_steps:
         return
 
     def rate(step: int, total: int) -> float:
         return learning_rate(optim, step, total_steps=total, steps_per_epoch=steps_per_epoch)
 
-    if whole or any(rate(step, then) != rate(step, now) for step in range(done)):
+    if follows_length or any(rate(step, then) != rate(step, now) for step in range(completed_steps)):
         raise ConfigError(
-            f"the run was to have {then} steps and is to have {now} now, and with --optim.schedule {optim.schedule} "
-            f"the {done} steps behind it would have been others; put --train.steps and --train.epochs back, or start "
-            "a new run"
+            f"the run was planned for {then} steps and has {now} now, which with --optim.schedule {optim.schedule} "
+            f"would have changed the learning rates of the {completed_steps} completed steps; restore --train.steps "
+            "and --train.epochs, or start a new run"
         )
 
 
@@ -201,7 +212,7 @@ def require_same_rates(
 def weights_hash(method: nn.Module) -> int:
     """A 64-bit hash of all weights and other state that must be equal on all ranks; waits for the device.
 
-    Queues have `queue_hash`, and the running statistics of batch norm are a rank's own.
+    Excludes queues, which have `queue_hash`, and the running statistics of batch norm, which differ by rank.
     """
     queues = {id(x) for module in method.modules() if isinstance(module, KeyQueue) for x in module.buffers()}
     buffers = [
@@ -216,7 +227,7 @@ def weights_hash(method: nn.Module) -> int:
 
 
 def differing(then: Facts, now: Facts) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of every fact that is not the same in both, options first; None for one that is missing."""
+    """The name and both values of every fact that differs, options first; None for a missing value."""
     for name in sorted(then.keys() | now.keys(), key=lambda name: (name.partition(".")[0] in MEASURED, name)):
         before, after = then.get(name), now.get(name)
         if before != after:
@@ -224,12 +235,12 @@ def differing(then: Facts, now: Facts) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _completed(then: Facts, now: Facts) -> Facts:
-    """`then` with what its run did where `now` has a fact that is younger."""
+    """`then`, with `_BEFORE` filling in facts of `now` that are newer than its run."""
     return {name: value for name, value in _BEFORE.items() if name in now} | then
 
 
 def in_words(name: str) -> str:
-    """What to call a fact in a sentence: an option as it is given, anything else in words."""
+    """The name of a fact for messages: an option as on the command line, anything else in words."""
     return _IN_WORDS.get(name) or "--" + name.replace("_", "-")
 
 

@@ -12,15 +12,15 @@ EPS = 1e-8
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose gradient is scaled for each parameter tensor p, so that a step is a share of its norm.
+    """SGD with momentum; each parameter tensor p has its gradient scaled so that a step is proportional to |p|.
 
     rate = trust * |p| / (|g| + weight_decay * |p| + eps), or 1 where |p| or |g| is 0; then
     buffer = momentum * buffer + rate * (g + weight_decay * p) and p = p - lr * buffer.
-    This is the form of LARC without clipping that SwAV and SMoG train with: every tensor is scaled, batch norm and
-    biases too. Norms never leave the device, and neither does `found_inf` of a GradScaler, which skips a step.
+    This is LARC without clipping, as in SwAV and SMoG: every tensor is scaled, including batch norm and biases. The
+    norms stay on the device, and so does a GradScaler's `found_inf`, which skips the step.
     """
 
-    _step_supports_amp_scaling = True  # what GradScaler asks for; else it reads found_inf on the host
+    _step_supports_amp_scaling = True  # Without it, GradScaler reads found_inf on the host
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class LARS(torch.optim.Optimizer):
         rates = _rates(params, gradients, trust=group["trust"], weight_decay=group["weight_decay"])
         updates = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
         torch._foreach_mul_(updates, rates)
-        # What is left is SGD with momentum, whose kernel leaves all as it is where a scaled loss overflowed
+        # The rest is SGD with momentum, whose fused kernel changes nothing if a scaled loss overflowed
         torch._fused_sgd_(
             params,
             updates,
@@ -74,7 +74,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _rates(params: list[Tensor], gradients: list[Tensor], *, trust: float, weight_decay: float) -> list[Tensor]:
-    """The rate of each tensor, 0-dim."""
+    """The rate for each tensor, 0-dim."""
     size = torch.stack(torch._foreach_norm(params))
     slope = torch.stack(torch._foreach_norm(gradients))
     rate = trust * size / (slope + weight_decay * size + EPS)

@@ -13,10 +13,10 @@ from fastssl.train.lars import LARS
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of every parameter that learns; weight decay spares 1-D ones where the options ask for it.
+    """The optimizer of all trainable parameters; without `decay_norm_and_bias`, 1-D ones have no weight decay.
 
-    It has its state from the start and keeps it in the same tensors, as a CUDA graph needs it; what is loaded is copied
-    into them. An optimizer of apex keeps its own ways. ConfigError where NVIDIA apex was asked for and is not here.
+    Its state exists from the start and stays in the same tensors, as CUDA graphs require; loaded state is copied into
+    them. This does not apply to optimizers of NVIDIA apex. ConfigError if apex is requested and not installed.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
@@ -34,20 +34,20 @@ def _of_torch(groups: list[dict[str, Any]], config: OptimConfig, common: dict[st
     if config.optimizer == "lars":
         return LARS(groups, momentum=config.momentum, trust=config.trust, **common)
     if config.optimizer == "adamw":
-        # Which asks for this where it is to be captured; its fused kernel is the same
+        # A captured AdamW must be `capturable`; the fused kernel is the same
         on_gpu = groups[0]["params"][0].is_cuda
         return torch.optim.AdamW(groups, betas=config.betas, fused=True, capturable=on_gpu, **common)
     return torch.optim.SGD(groups, momentum=config.momentum, fused=True, **common)
 
 
 def _with_fixed_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Make the state of all parameters now, zeros; torch's SGD leaves it unwritten where the first step overflows."""
+    """Create the state of all parameters now, as zeros; torch's SGD leaves it unset if the first step overflows."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     for p in parameters:
         p.grad = torch.zeros_like(p)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # So that this step moves nothing
+        group["lr"] = 0.0  # This step must change no weight
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -62,7 +62,7 @@ def _with_fixed_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
         for p, own in state.items():
             for name, value in own.items():
                 loaded = optimizer.state[p].get(name, torch.zeros_like(value))
-                if loaded.shape == value.shape:  # Else whoever loads it refuses it
+                if loaded.shape == value.shape:  # Else the caller rejects it
                     optimizer.state[p][name] = value.copy_(loaded)
 
     optimizer.register_load_state_dict_post_hook(into_own_tensors)

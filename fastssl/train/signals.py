@@ -1,4 +1,4 @@
-"""Signals as a request to stop after the step at hand, on which all ranks agree."""
+"""Signals that ask a run to stop after the current step; all ranks stop at the same step."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch.distributed as dist
 
 from fastssl.distributed import cpu_group, world_size
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: schedulers can requeue on it
+EXIT_STOPPED = 75  # EX_TEMPFAIL, on which schedulers can requeue
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_SAME_REQUEST_S = 1.0  # Ctrl-C reaches a rank from the terminal and once more from torchrun
+_SAME_REQUEST_S = 1.0  # Ctrl-C reaches a rank twice: from the terminal and from torchrun
 
 
 def ignore_requests() -> None:
-    """Take no further request to stop; for the last moments of a process, whose exit code is settled."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Ignore further stop requests, for the end of a process whose exit code is decided."""
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class StopRequest:
-    """Context manager around a run; after a signal `agreed` is true, at the same step on all ranks.
+    """Context manager around a run; after a signal, `agreed` returns True at the same step on all ranks.
 
-    A second signal, a second later or more, ends the process as usual. After a signal the handlers stay when the `with`
-    block ends: what a run writes at its end must not be cut off by the second half of the same request.
+    A second signal ends the process as usual if it comes at least a second later. After a signal the handlers stay in
+    place when the `with` block ends, so that a duplicate of it cannot interrupt the final writes.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if world_size() > 1:
             self._group = cpu_group()
-        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in _SIGNALS}
         return self
 
     def __exit__(
@@ -49,9 +49,9 @@ class StopRequest:
             self._votes[1].wait()
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop; to be called by all ranks once a step.
+        """Whether any rank was asked to stop; all ranks must call it once a step.
 
-        With several ranks the answer is that of the votes cast at the step before, which have arrived meanwhile.
+        With several ranks it returns the result of the previous step's vote, which has arrived in the meantime.
         """
         wanted = self._received_s is not None
         if self._group is None:
@@ -65,14 +65,14 @@ class StopRequest:
         before[1].wait()
         return bool(before[0])
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._received_s is None:
             self._received_s = now
         elif now - self._received_s >= _SAME_REQUEST_S:
             self._restore()
-            signal.raise_signal(number)
+            signal.raise_signal(signum)
 
     def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, put back into it."""
+"""Restores a run's state from a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _PARTS: dict[str, type] = {
 
 
 def require_whole(state: dict[str, Any], where: Path) -> None:
-    """Raise ConfigError for a checkpoint that lacks a part of what the trainer writes."""
+    """Raise ConfigError for a checkpoint that lacks a part that the trainer writes."""
     for name, kind in _PARTS.items():
         if not isinstance(state.get(name), kind):
             raise _does_not_fit(where, f"it has no {name}")
 
 
 def load_state(method: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> None:
-    """Put method, batch norm statistics and optimizer back; ConfigError that says what does not fit.
+    """Restore method, batch norm statistics and optimizer; ConfigError naming what does not fit.
 
-    The identity of the run was compared before, so what does not fit here was put together by somebody else.
+    The caller has compared the run's identity, so a misfit here means that the file was edited.
     """
     load_method(method, state, where)
     try:
@@ -51,10 +51,10 @@ def load_state(method: nn.Module, optimizer: torch.optim.Optimizer, state: dict[
 
 
 def load_method(method: nn.Module, state: dict[str, Any], where: Path) -> None:
-    """Put the weights and buffers of a method back; ConfigError that names the first that does not fit."""
+    """Restore the weights and buffers of a method; ConfigError naming the first that does not fit."""
     given, own = state["method"], method.state_dict()
     if not all(isinstance(value, torch.Tensor) for value in given.values()):
-        raise _does_not_fit(where, "its weights are no tensors")
+        raise _does_not_fit(where, "its weights are not tensors")
     if differing := sorted(map(str, given.keys() ^ own.keys())):
         side = "lacks" if differing[0] in own else "has, and the run has not,"
         raise _does_not_fit(where, f"it {side} {differing[0]} ({len(differing)} such)")
@@ -68,7 +68,7 @@ def _require_same_groups(optimizer: torch.optim.Optimizer, given: dict[str, Any]
     own = optimizer.state_dict()["param_groups"]
     for group, other in zip(own, given["param_groups"], strict=True):
         if differing := sorted(group.keys() ^ other.keys()):
-            raise ValueError(f"the option {differing[0]} is only in one of them")
+            raise ValueError(f"only one of them has the option {differing[0]}")
 
 
 def _does_not_fit(where: Path, what: str) -> ConfigError:

@@ -21,7 +21,7 @@ from fastssl_pipelines.batch import Batch
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Put torch's generators into the state that belongs to a step, the same on all ranks."""
+    """Seed torch's generators for a step, equally on all ranks."""
     # SplitMix64's odd constant spreads neighboring (seed, step) pairs over all seeds
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
 
@@ -29,15 +29,15 @@ def seed_step(seed: int, step: int) -> None:
 class TrainStep:
     """Callable that trains a method on one batch; weights, optimizer and queue change in place.
 
-    All torch randomness of a step follows from (seed, step), so a resumed run draws what the first one would have.
-    With several ranks each has its part of the batch, and gradients are averaged over them. `accumulate` parts of the
-    batch pass one after the other, each against the queue as it was before the step. A gradient longer than
-    `clip_norm` is shortened to it. `cuda_graph`: the step is captured at the first call and replayed later, from the
-    first forward to the queue; what a method does on the host after a step (SMoG) is not part of it. The output's
-    metrics have the "gradient_norm" before it was shortened, on the device like all of them.
+    All torch randomness of a step depends only on (seed, step), so a resumed run draws the same numbers. With several
+    ranks each processes its part of the batch, and gradients are averaged. The batch is processed in `accumulate`
+    sequential parts, each against the queue from before the step. Gradients are clipped to `clip_norm`. `cuda_graph`:
+    the step, from the first forward to the queue, is captured at the first call and replayed later, except for what a
+    method does on the host after a step (SMoG). The output's metrics include "gradient_norm" before clipping, on the
+    device like the others.
 
-    `stopwatch` has the seconds of "forward", "loss", "backward" and "optimizer" (with momentum encoder and queue);
-    with a graph those of "graph" take the place of what is in it.
+    `stopwatch` measures "forward", "loss", "backward" and "optimizer" (including momentum encoder and queue); with a
+    CUDA graph, "graph" replaces the parts that it contains.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TrainStep:
             self._forward = _data_parallel(self._forward)
         self._parameters = [p for p in method.parameters() if p.requires_grad]
         self._graphed = Graphed(self._captured, self._state) if cuda_graph else None
-        # What a graph reads of the host's numbers
+        # Host values that the graph reads
         self._step, self._rate = (torch.zeros((), dtype=kind, device=device) for kind in (torch.int64, torch.float32))
 
     def __call__(self, batch: Batch, progress: TrainProgress, lr: float) -> MethodOutput:
@@ -85,7 +85,7 @@ class TrainStep:
             scale = self.scaler.state_dict()
             graphed.capture(batch)
             self.scaler.load_state_dict(scale)
-            self.stopwatch.read()  # Of the warm-ups
+            self.stopwatch.read()  # Discard the warm-ups
         self.stopwatch.start()
         output = graphed(batch)
         self.stopwatch.mark("graph")
@@ -95,7 +95,7 @@ class TrainStep:
         return output
 
     def _captured(self, batch: Batch) -> MethodOutput:
-        """All of a step that needs nothing from the host but a batch, the step's number and its learning rate."""
+        """The part of a step that needs only a batch, the step index and the learning rate from the host."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._set_rate(self._rate)
         output = self._forward_and_backward(batch)
@@ -107,7 +107,7 @@ class TrainStep:
         return output
 
     def _state(self) -> Iterator[Tensor]:
-        """What a step changes."""
+        """All tensors that a step changes."""
         yield from self.method.parameters()
         yield from self.method.buffers()
         for values in self.optimizer.state.values():
@@ -123,10 +123,10 @@ class TrainStep:
         self.scaler.update()
 
     def _forward_and_backward(self, batch: Batch) -> MethodOutput:
-        self.optimizer.zero_grad(set_to_none=True)  # In a graph its gradients are then of its own
+        self.optimizer.zero_grad(set_to_none=True)  # A graph then allocates its own gradients
         outputs = []
-        for number, part in enumerate(parts(batch, self.accumulate), 1):
-            with self._without_exchange(number < self.accumulate):
+        for count, part in enumerate(parts(batch, self.accumulate), 1):
+            with self._without_exchange(count < self.accumulate):
                 output = self._forward_part(part)
                 self.scaler.scale(output.loss / self.accumulate).backward()
             self.stopwatch.mark("backward")
@@ -141,13 +141,13 @@ class TrainStep:
         return output
 
     def _without_exchange(self, wanted: bool) -> AbstractContextManager[None]:
-        """Gradients of all parts but the last stay on their rank."""
+        """Keep gradients on their rank inside the `with` block if `wanted`: for all parts but the last."""
         if wanted and isinstance(self._forward, DistributedDataParallel):
             return self._forward.no_sync()
         return nullcontext()
 
     def _finish_gradient(self) -> Tensor:
-        """Undo the scale of the loss and shorten the gradient; its norm before that."""
+        """Unscale and clip the gradient; returns its norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
@@ -158,8 +158,8 @@ class TrainStep:
 
 def _data_parallel(module: nn.Module) -> DistributedDataParallel:
     with warnings.catch_warnings():
-        # torch 2.15 deprecates the option and has no other yet that leaves buffers alone at the start, too: queues
-        # in shards and statistics of batch norm are not the first rank's to give away
+        # torch 2.15 deprecates the option, but nothing else yet keeps DDP from broadcasting rank 0's buffers at the
+        # start: queue shards and batch norm statistics differ between ranks
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -176,7 +176,7 @@ def parts(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 def joined(outputs: list[MethodOutput]) -> MethodOutput:
-    """The output of a step from those of its parts: means of losses and metrics, and all their updates."""
+    """The output of a step from those of its parts: mean losses and metrics, and all their updates."""
     if len(outputs) == 1:
         return outputs[0]
     losses = torch.stack([output.loss.detach() for output in outputs])

@@ -217,8 +217,10 @@ def _both_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor
     if not kept:
         return of_prediction, None, None, None, None
     bank, target, lse = kept
-    own, share = torch.arange(len(bank), device=bank.device), torch.full_like(lse, 1 / len(target))
-    of_bank = bank_gradient(prediction, bank, target, own, lse, share, upstream, ctx.temperature, False, ctx.backend)
+    own, label_weight = torch.arange(len(bank), device=bank.device), torch.full_like(lse, 1 / len(target))
+    of_bank = bank_gradient(
+        prediction, bank, target, own, lse, label_weight, upstream, ctx.temperature, False, ctx.backend
+    )
     return of_prediction, once(of_bank.to(bank.dtype), bank), None, None, None
 
 
@@ -232,9 +234,11 @@ def _keep_batch(ctx: Any, inputs: tuple[Any, ...], output: _BatchRows) -> None:
 def _batch_gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 4
-    rows, labels, gradient, lse, share = ctx.saved_tensors
+    rows, labels, gradient, lse, label_weight = ctx.saved_tensors
     labels = _classes(labels)
-    as_bank = bank_gradient(rows, rows, labels[None], labels, lse, share, upstream, ctx.temperature, True, ctx.backend)
+    as_bank = bank_gradient(
+        rows, rows, labels[None], labels, lse, label_weight, upstream, ctx.temperature, True, ctx.backend
+    )
     return once((upstream[:, None] * gradient + as_bank).to(rows.dtype), rows), None, None, None
 
 

@@ -12,7 +12,7 @@ import torch
 
 from bench import losses, measure, peers, run_record
 from bench.__main__ import main
-from fastssl.benchmark.memory import peak_bytes
+from fastssl.benchmark.harness import peak_bytes
 from fastssl_kernels import parity
 
 SHAPE = (8, 64, 16)

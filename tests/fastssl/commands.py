@@ -1,4 +1,4 @@
-"""Runs fastssl commands in processes of their own, without the seconds that an import takes each time."""
+"""Runs fastssl commands in separate processes without importing everything each time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-# This process imports once and forks a child for every command. The child is a process like any other, but for its end:
-# what a command promises with its exit code must be on the disk when `main` returns. Until the next commands it stays a
-# zombie, which keeps its number from being given to somebody else.
+# This process imports once and forks a child for every command. The child exits right after `main` returns: what the
+# exit code promises must be on disk by then. It stays a zombie until the next command, so that its id is not reused.
 SERVER = """
 import json, os, sys
 import fastssl.commands.doctor, fastssl.train.trainer
@@ -47,7 +46,7 @@ for line in sys.stdin:
 
 
 class Commands:
-    """Runs one fastssl command at a time, or one as several ranks; what they print goes into `output`."""
+    """Runs one fastssl command at a time, on one or several ranks; their output goes to `output`."""
 
     def __init__(self, output):
         command = [sys.executable, "-c", SERVER]
@@ -58,7 +57,7 @@ class Commands:
         assert self.server.stdout.readline() == b"ready\n"
 
     def start(self, arguments, ranks=1):
-        """Returns the process ids, rank by rank."""
+        """Start a command; returns the process ids by rank."""
         return self.start_each([arguments] * ranks)
 
     def start_each(self, arguments_of_ranks):
@@ -68,33 +67,33 @@ class Commands:
         return json.loads(self.server.stdout.readline())
 
     def ended(self, within_s):
-        """Whether all processes at hand end so soon."""
+        """Whether all running processes end within that time."""
         return bool(select.select([self.server.stdout], [], [], within_s)[0])
 
     def exit_codes(self):
-        """Of the processes at hand, when they have ended: minus the signal that killed it, or what it returned."""
+        """Wait for all processes; returns their exit codes, or minus the signal that killed them."""
         return json.loads(self.server.stdout.readline())
 
     def run(self, arguments, ranks=1):
-        """The exit codes of a command that is left alone."""
+        """Run a command to its end; returns the exit codes."""
         self.start(arguments, ranks)
         return self.exit_codes()
 
 
 def environments(ranks):
-    """What torchrun sets, one a rank; nothing for one alone."""
+    """The variables that torchrun sets, for each rank; none for a single rank."""
     if ranks == 1:
         return [{}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    return [{**common, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 @contextmanager
 def commands_into(path):
-    """Commands whose output goes into a file."""
+    """Commands whose output goes to a file."""
     with path.open("wb") as output:
         commands = Commands(output)
         yield commands

@@ -14,23 +14,23 @@ from fastssl_pipelines.batch import Batch
 from fastssl_pipelines.executors.workers import context
 from tests.fastssl.small_methods import a_batch, build
 
-LR = 0.0005  # with more ReSSL collapses in a few steps, and of its gradient nothing but rounding is left
+LR = 0.0005  # With more, ReSSL collapses in a few steps and its gradient is only rounding noise
 
 
 def fork_ranks(function, arguments, ranks):
-    """Call `function(rank, *arguments)` in a process for each rank, forked where torch is imported already."""
-    context()  # names what the fork server imports
+    """Call `function(rank, *arguments)` in a process per rank, forked from a server that has imported torch."""
+    context()  # Sets what the fork server imports
     torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
 
 
-def join(store, number, ranks):
-    """Make this process rank `number` of `ranks`, which find each other through the new file `store`."""
+def join(store, rank, ranks):
+    """Make this process rank `rank` of `ranks`, which find each other through the new file `store`."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
 
 
 def part(batch: Batch) -> Batch:
-    """What this rank sees of a batch."""
+    """This rank's part of a batch."""
     views = tuple(local_rows(view) for view in batch.views)
     return Batch(views=views, labels=local_rows(batch.labels), ids=local_rows(batch.ids), step=batch.step)
 
@@ -47,9 +47,9 @@ def a_run(method, steps):
     """Losses, metrics, gradients of the first layer and final state of steps with gradients averaged over ranks."""
     name = method.Config.name
     losses, metrics, gradients = [], [], []
-    for number in steps:
-        torch.manual_seed(number)
-        output = method(part(a_batch(name, number)))
+    for step in steps:
+        torch.manual_seed(step)
+        output = method(part(a_batch(name, step)))
         output.loss.backward()
         losses.append(mean_over_ranks(output.loss.detach()))
         metrics.append({metric: mean_over_ranks(value) for metric, value in output.metrics.items()})
@@ -60,14 +60,14 @@ def a_run(method, steps):
                     parameter -= LR * parameter.grad
         gradients.append(method.encoder().conv1.weight.grad)
         method.zero_grad()
-        method.after_step(output, TrainProgress(number, 50, 2))
+        method.after_step(output, TrainProgress(step, 50, 2))
     with averaged_statistics(method):
         state = {entry: value.clone() for entry, value in gather_state(method).items()}
     return losses, metrics, gradients, state
 
 
 def assert_same_run(run, expected):
-    """Equal but for rounding, which training amplifies."""
+    """Assert equality up to rounding, which training amplifies."""
     losses, metrics, gradients, state = run
     expected_losses, expected_metrics, expected_gradients, expected_state = expected
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)

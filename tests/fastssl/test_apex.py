@@ -1,4 +1,4 @@
-"""NVIDIA apex, played by a module of the same shape: it is asked for what it has, and missed in a sentence."""
+"""NVIDIA apex, replaced by a fake module: the right classes are called, and its absence is one sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastssl.train.optim import build_optimizer
 
 @pytest.fixture
 def apex(monkeypatch):
-    """Modules named as NVIDIA's, whose classes keep what they are given."""
+    """Modules with the names of NVIDIA's, whose classes record their arguments."""
 
     class Kept:
         def __init__(self, *given, **options):
@@ -43,7 +43,7 @@ def apex(monkeypatch):
         ("novograd", "FusedNovoGrad", ("betas", (0.5, 0.6))),
     ],
 )
-def test_apex_makes_the_optimizer_that_was_asked_for(apex, optimizer, name, option):
+def test_apex_builds_the_requested_optimizer(apex, optimizer, name, option):
     config = OptimConfig(
         impl="apex",
         optimizer=optimizer,
@@ -61,20 +61,20 @@ def test_apex_makes_the_optimizer_that_was_asked_for(apex, optimizer, name, opti
     assert others["weight_decay"] == 0
 
 
-def test_apex_makes_the_group_norm(apex):
+def test_apex_builds_the_group_norm(apex):
     assert norm_layer("apex-group")(64).given == (32, 64)
 
 
 @pytest.mark.skipif(why_not_apex() is None, reason="NVIDIA apex is installed")
-def test_without_apex_a_sentence_says_so():
+def test_without_apex_the_error_names_the_option():
     with pytest.raises(ConfigError, match=r"--optim\.impl apex with .* lamb was given .* not installed"):
         build_optimizer(nn.Linear(2, 3), OptimConfig(impl="apex", optimizer="lamb"))
     with pytest.raises(ConfigError, match=r"--model\.norm apex-group was given"):
         norm_layer("apex-group")(64)
-    assert ("NVIDIA apex", "not installed") in dict(report())["not needed"]
+    assert ("NVIDIA apex", "not installed") in dict(report())["optional"]
 
 
-def test_the_package_of_the_same_name_is_not_taken_for_it(monkeypatch):
+def test_the_unrelated_package_of_the_same_name_is_rejected(monkeypatch):
     other = ModuleType("apex")
     other.__spec__ = object()
     monkeypatch.setitem(sys.modules, "apex", other)
@@ -88,7 +88,7 @@ def test_the_package_of_the_same_name_is_not_taken_for_it(monkeypatch):
         ({"optimizer": "novograd"}, "add --optim.impl apex"),
     ],
 )
-def test_combinations_that_nobody_has_are_refused(options, words):
+def test_impossible_combinations_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         OptimConfig(**options)
 

@@ -1,4 +1,4 @@
-"""Banks that are only read may hold 16 bits: queues of all methods, batch keys beside them, groups without gradient."""
+"""Banks without gradient may have 16 bits: queues of all methods, batch keys, groups without gradient."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def unit_rows(count, dim=8, seed=0):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_queue_draws_the_same_keys_in_every_dtype_and_rounds_what_it_takes(dtype):
+def test_a_queue_draws_the_same_keys_in_every_dtype_and_rounds_new_ones(dtype):
     exact, rounded = (KeyQueue(50, 8, torch.Generator().manual_seed(3), dtype=each) for each in (torch.float32, dtype))
     for queue in (exact, rounded):
         queue.enqueue(unit_rows(20), torch.arange(20), 1)
@@ -50,7 +50,7 @@ def test_the_hash_of_a_queue_sees_one_bit_of_any_key(dtype):
     assert queue.checksum() == before
 
 
-def test_the_hash_of_a_float32_queue_is_what_it_was():
+def test_the_hash_of_a_float32_queue_has_not_changed():
     queue = KeyQueue(12, 4, torch.Generator().manual_seed(3))
     queue.enqueue(torch.eye(4), torch.arange(4), 2)
     assert queue.checksum().item() == 209357770061426036
@@ -58,23 +58,23 @@ def test_the_hash_of_a_float32_queue_is_what_it_was():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [5, 12, 13, 40])
-def test_a_step_on_the_device_writes_where_the_same_int_does(size, dtype):
+def test_a_step_on_the_device_writes_to_the_same_place_as_an_int(size, dtype):
     by_int, by_tensor = (KeyQueue(size, 4, torch.Generator().manual_seed(1), dtype=dtype) for _ in range(2))
-    for number in [*range(20), 10**9]:
-        keys, labels = unit_rows(5, 4, number), torch.arange(5) + number if number % 2 else None
-        by_int.enqueue(keys, labels, number)
-        by_tensor.enqueue(keys, labels, torch.tensor(number))
+    for step in [*range(20), 10**9]:
+        keys, labels = unit_rows(5, 4, step), torch.arange(5) + step if step % 2 else None
+        by_int.enqueue(keys, labels, step)
+        by_tensor.enqueue(keys, labels, torch.tensor(step))
         assert torch.equal(by_int.keys, by_tensor.keys)
         assert torch.equal(by_int.labels, by_tensor.labels)
 
 
-def test_a_step_on_the_device_is_not_for_shards():
+def test_a_step_on_the_device_is_refused_for_shards():
     with pytest.raises(ValueError, match="a step on the device was given to a queue in shards"):
         KeyQueue(4, 2, shards=2).enqueue(torch.ones(2, 2), None, torch.tensor(0))
 
 
 class Unreadable(torch.Tensor):
-    """A tensor whose value the host must not look at."""
+    """A tensor whose value the host must not read."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -84,7 +84,7 @@ class Unreadable(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.capturable])
-def test_what_follows_a_step_is_the_same_with_a_step_on_the_device(name):
+def test_after_step_is_the_same_with_a_step_on_the_device(name):
     states = []
     for step in (7, torch.tensor(7).as_subclass(Unreadable)):
         method = build(name, bank_dtype=torch.bfloat16)
@@ -94,12 +94,12 @@ def test_what_follows_a_step_is_the_same_with_a_step_on_the_device(name):
     assert all(torch.equal(value, states[1][entry]) for entry, value in states[0].items())
 
 
-def test_only_a_method_that_the_host_steers_stays_out_of_a_cuda_graph():
+def test_only_methods_that_need_the_host_stay_out_of_cuda_graphs():
     assert [name for name, method in METHODS.items() if not method.capturable] == ["smog"]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_auto_is(name):
+def test_the_dtype_that_auto_chooses(name):
     config = METHODS[name].Config()
     assert config.queue_dtype == "auto"
     for autocast in (torch.float32, *HALVES):
@@ -131,17 +131,17 @@ def test_every_queue_of_a_method_has_the_dtype_and_keeps_it(name, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", METHODS)
-def test_rounded_banks_change_loss_and_gradient_no_more_than_their_rounding(name, dtype):
+def test_rounded_banks_change_loss_and_gradient_only_by_rounding(name, dtype):
     outcomes = []
     for bank_dtype in (torch.float32, dtype):
         method = build(name, bank_dtype=bank_dtype)
         output, gradient = a_step(method, sgd(method), a_batch(name))
         outcomes.append((output.loss.item(), gradient))
     (loss, gradient), (rounded_loss, rounded_gradient) = outcomes
-    assert rounded_loss != loss or name == "smog"  # whose groups have a gradient here, so that they stay exact
-    share = 8 * torch.finfo(dtype).eps
-    assert abs(rounded_loss - loss) < share * abs(loss)
-    assert (rounded_gradient - gradient).norm() < 8 * share * gradient.norm()
+    assert rounded_loss != loss or name == "smog"  # SMoG's groups have a gradient here, so they stay exact
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert abs(rounded_loss - loss) < tolerance * abs(loss)
+    assert (rounded_gradient - gradient).norm() < 8 * tolerance * gradient.norm()
 
 
 def test_positive_pairs_are_not_rounded():
@@ -162,8 +162,8 @@ def test_kmeans_of_rounded_rows_sums_them_in_float32(dtype):
     centers = spherical_kmeans(rows, 8, rounds=1)
     assert centers.dtype == torch.float32
     assignment = (rows.double() @ start.T).argmax(1)
-    for number, center in enumerate(centers):
-        mean = rows[assignment == number].double().sum(0)
+    for index, center in enumerate(centers):
+        mean = rows[assignment == index].double().sum(0)
         torch.testing.assert_close(center.double(), normalize(mean, dim=0), rtol=0, atol=1e-6)
 
 
@@ -186,7 +186,7 @@ def test_smog_without_gradient_to_its_groups_reads_them_in_the_dtype(monkeypatch
 
 @pytest.fixture(scope="module")
 def rounded_run(tmp_path_factory):
-    """A run of 4 steps with a bfloat16 queue, which may go on; not to be changed."""
+    """A run of 4 steps with a bfloat16 queue that can be resumed; read-only."""
     folder = tmp_path_factory.mktemp("runs") / "rounded"
     assert train(folder, "--optim.schedule", "step", "--method.queue-dtype", "bf16") == 0
     return folder
@@ -194,7 +194,7 @@ def rounded_run(tmp_path_factory):
 
 @pytest.fixture
 def run(rounded_run, tmp_path):
-    """A copy of it that has two steps to go."""
+    """A copy of it with two steps left."""
     (run := shutil.copytree(rounded_run, tmp_path / "run")).joinpath("checkpoints/step_000000004.pt").unlink()
     return run
 
@@ -205,7 +205,7 @@ def edited(run, change):
     (run / "config.json").write_text(json.dumps(values))
 
 
-def test_a_run_with_a_rounded_queue_goes_on_to_the_same_bits(run, rounded_run):
+def test_a_run_with_a_rounded_queue_resumes_bit_for_bit(run, rounded_run):
     state = checkpoint.load(run / "checkpoints" / "step_000000002.pt")
     assert state["method"]["queue.keys"].dtype == torch.bfloat16
     assert main(["resume", str(run)]) == 0
@@ -225,7 +225,7 @@ def test_a_queue_of_another_dtype_is_one_sentence(run, capsys, dtype):
     assert main(["resume", str(run)]) == 0
 
 
-def test_the_option_may_name_what_auto_was(tmp_path):
+def test_the_option_may_name_the_dtype_that_auto_chose(tmp_path):
     run = tmp_path / "run"
     assert train(run, "--optim.schedule", "step", steps=2) == 0
     edited(run, lambda method: method.update(queue_dtype="fp32"))
@@ -244,7 +244,7 @@ def with_old_names(text):
 
 
 def aged(run):
-    """Make a run one of config.json's format 1 and checkpoint format 3, before there was a dtype of the queue."""
+    """Turn a run into one of config.json format 1 and checkpoint format 3, from before the option queue_dtype."""
     edited(run, lambda method: method.pop("queue_dtype"))
     values = json.loads(with_old_names((run / "config.json").read_text()))
     assert values.pop("format") == 2
@@ -262,7 +262,7 @@ def aged(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_runs_of_earlier_formats_go_on_with_float32_queues(tmp_path):
+def test_runs_of_earlier_formats_resume_with_float32_queues(tmp_path):
     new, old = tmp_path / "new", tmp_path / "old"
     assert train(new, "--optim.schedule", "step") == 0
     shutil.copytree(new, old)
@@ -276,7 +276,7 @@ def test_runs_of_earlier_formats_go_on_with_float32_queues(tmp_path):
     assert main(["eval", "knn", str(old)]) == 0
 
 
-def test_an_old_checkpoint_does_not_go_on_with_a_rounded_queue(tmp_path, capsys):
+def test_an_old_checkpoint_cannot_resume_with_a_rounded_queue(tmp_path, capsys):
     run = tmp_path / "run"
     assert train(run, "--optim.schedule", "step", steps=2) == 0
     aged(run)
@@ -304,11 +304,11 @@ def run_of(name, shard=False):
     return run, queue_hash(method), set(gathered)
 
 
-def a_rank(number, folder):
-    join(f"{folder}/store", number, 2)
-    whole = {name: run_of(name) for name in METHODS if name != "smog"}  # which has batch norm in its heads
+def a_rank(rank, folder):
+    join(f"{folder}/store", rank, 2)
+    whole = {name: run_of(name) for name in METHODS if name != "smog"}  # SMoG has batch norm in its heads
     shards = {name: run_of(name, shard=True) for name in SHARDABLE}
-    torch.save((whole, shards), f"{folder}/{number}")
+    torch.save((whole, shards), f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
@@ -316,18 +316,18 @@ def a_rank(number, folder):
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     fork_ranks(a_rank, (str(folder),), 2)
-    return [torch.load(folder / str(number), weights_only=False) for number in range(2)]
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
 
 
-def assert_close_runs(run, expected, share):
+def assert_close_runs(run, expected, tolerance):
     for ours, theirs in zip(run[0], expected[0], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=share, atol=0)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
     for ours, theirs in zip(run[2], expected[2], strict=True):
-        assert (ours - theirs).norm() < 8 * share * theirs.norm()
+        assert (ours - theirs).norm() < 8 * tolerance * theirs.norm()
     for entry, value in expected[3].items():
         if value.dtype == torch.bfloat16:
             assert run[3][entry].dtype == torch.bfloat16
-            torch.testing.assert_close(run[3][entry], value, rtol=2**-7, atol=1e-4)  # a bit
+            torch.testing.assert_close(run[3][entry], value, rtol=2**-7, atol=1e-4)  # One bit
 
 
 @pytest.mark.slow
@@ -343,7 +343,7 @@ def test_ranks_gather_rounded_keys_and_train_as_one(two_ranks, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDABLE)
-def test_shards_of_a_rounded_queue_train_as_the_whole_but_for_rounded_queries(two_ranks, name):
+def test_shards_of_a_rounded_queue_train_as_the_whole_except_for_rounded_queries(two_ranks, name):
     expected, _, _ = run_of(name)
     for _, shards in two_ranks:
         run, hashed, _ = shards[name]

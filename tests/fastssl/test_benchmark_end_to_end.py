@@ -1,4 +1,4 @@
-"""`fastssl bench e2e`: input, step and both are measured, and the cause of the gap follows from the numbers."""
+"""`fastssl bench e2e`: it measures input, step and both, and derives the cause of the gap."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def tiny():
-    """Pictures, and the smallest encoder and queue that there can be."""
+    """Procedural pictures, and the smallest possible encoder and queue."""
     config = load("mocov2-cifar10")
     return replace(
         config,
@@ -82,10 +82,13 @@ def results(alone, step_alone, both, waiting):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ((1000, 100, 99, 0.0), "step-bound: the input is ahead, and 50% of the time go to the forward"),
+        ((1000, 100, 99, 0.0), "step-bound: the input keeps up, and 50% of the time goes to the forward"),
         ((50, 100, 50, 0.5), "data-bound: the step waits 50% of the time for input; raise --data.workers (now 0 for"),
-        ((100, 100, 50, 0.0), "contention: a step takes 160.0 ms beside the input and 80.0 ms alone"),
-        ((150, 100, 60, 0.4), "one after the other they would do 60 images/s"),  # enough input, but not beside the step
+        ((100, 100, 50, 0.0), "contention: a step takes 160.0 ms while the input runs and 80.0 ms alone"),
+        (
+            (150, 100, 60, 0.4),
+            "run in turns they would reach 60 images/s",
+        ),  # Fast enough alone, but not while the step runs
     ],
 )
 def test_the_cause_of_the_gap(given, sentence):

@@ -1,4 +1,4 @@
-"""`fastssl bench input`: every candidate is measured, and the recipes give the views of the preset."""
+"""`fastssl bench input`: every candidate is measured, and the peer pipelines produce the preset's views."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ needs_dali = pytest.mark.skipif(bool(available_executors()["dali"]), reason="nee
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 images of one color each."""
+    """A folder of 16 images, each of a single color."""
     folder = tmp_path_factory.mktemp("data")
-    for number in range(16):
-        path = folder / "train" / "ab"[number % 2] / f"{number}.jpg"
+    for index in range(16):
+        path = folder / "train" / "ab"[index % 2] / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (10 * number, 200 - 10 * number, 60)).save(path, quality=95)
+        Image.new("RGB", (32, 32), (10 * index, 200 - 10 * index, 60)).save(path, quality=95)
     return folder
 
 
@@ -70,17 +70,17 @@ def test_all_candidates_are_measured_and_written(root, tmp_path, capsys):
         assert all(0 < rate < math.inf for rate in rates_of)
         assert set(result["stages_ms"]) == (set(rates.STAGES) if ours else set())
     assert written["images"]["count"] == 16
-    dtype = str(choose_dtype(load("mocov2-cifar10").train, CPU)).removeprefix("torch.")  # what training would take
+    dtype = str(choose_dtype(load("mocov2-cifar10").train, CPU)).removeprefix("torch.")  # As in training
     assert written["settings"] | {"batch_size": 4, "device": "cpu", "dtype": dtype} == written["settings"]
     assert written["plan_ms"]["median"] > 0
     assert str(path) in table
 
 
-def test_photographs_are_drawn_once(monkeypatch, tmp_path, capsys):
+def test_photographs_are_generated_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path))
     arguments = ["input", "mocov2-cifar10", "--images", "4", "--pipelines", "resident", *TINY]
     assert bench_main(arguments) == 0
-    assert "drawing 4 photographs" in capsys.readouterr().err
+    assert "generating 4 photographs" in capsys.readouterr().err
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg")}
     assert len(files) == 4
     assert bench_main(arguments) == 0
@@ -88,7 +88,7 @@ def test_photographs_are_drawn_once(monkeypatch, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg")} == files
 
 
-def test_an_executor_that_cannot_have_the_images_is_left_out_with_a_note(root, tmp_path, monkeypatch, capsys):
+def test_an_executor_that_cannot_read_the_images_is_left_out_with_a_note(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fastssl_pipelines.executors.resident._available_host_bytes", lambda: 1000)
     path = tmp_path / "input.json"
     arguments = ["--root", str(root), "--pipelines", "resident", *TINY, "--repeats", "2", "--json", str(path)]
@@ -101,7 +101,7 @@ def test_an_executor_that_cannot_have_the_images_is_left_out_with_a_note(root, t
 
 
 @pytest.mark.parametrize("recipe", ["pillow", pytest.param("dali", marks=needs_dali)])
-def test_plain_views_of_a_recipe_are_the_normalized_images(root, recipe):
+def test_plain_views_of_a_peer_are_the_normalized_images(root, recipe):
     config = config_of(views=(PLAIN, replace(PLAIN, size=16)))
     source = open_source(split_roots(root)[0])
     files = sorted(root.rglob("*.jpg"))
@@ -109,8 +109,8 @@ def test_plain_views_of_a_recipe_are_the_normalized_images(root, recipe):
     with closing(opened) as batches:
         seen = list(islice(batches, 4))
     colors = np.concatenate([_colors(first, config) for first, _ in seen])
-    expected = np.array([[10 * number, 200 - 10 * number, 60] for number in range(16)])
-    assert np.abs(colors[colors[:, 0].argsort()] - expected).max() < 3  # a lossy JPEG
+    expected = np.array([[10 * index, 200 - 10 * index, 60] for index in range(16)])
+    assert np.abs(colors[colors[:, 0].argsort()] - expected).max() < 3  # JPEG is lossy
     for first, second in seen:
         assert (first.shape, second.shape) == ((4, 3, 32, 32), (4, 3, 16, 16))
         assert first.dtype == torch.float32
@@ -123,7 +123,7 @@ def _colors(views: torch.Tensor, config) -> np.ndarray:
 
 
 @needs_dali
-def test_the_random_steps_of_the_dali_recipe_change_what_they_should(root):
+def test_the_random_operations_of_the_dali_peer_have_their_effects(root):
     files = sorted(root.rglob("*.jpg"))
 
     def first(view: ViewSpec) -> tuple[torch.Tensor, np.ndarray]:
@@ -138,10 +138,10 @@ def test_the_random_steps_of_the_dali_recipe_change_what_they_should(root):
     _, plain = first(PLAIN)
     assert np.abs(jittered - plain).max() > 10
     _, blurred = first(replace(PLAIN, blur=1.0))
-    assert np.abs(blurred - plain).max() < 1  # there is nothing to blur in one color
+    assert np.abs(blurred - plain).max() < 1  # A single color has nothing to blur
 
 
-def test_the_pillow_recipe_has_the_steps_of_the_view():
+def test_the_pillow_peer_has_the_operations_of_the_view():
     def names(view: ViewSpec) -> list[str]:
         return [type(step).__name__ for step in pil_transform(view, (0, 0, 0), (1, 1, 1)).transforms]
 
@@ -177,12 +177,12 @@ def test_the_rate_counts_images_of_whole_groups():
     consumed = []
 
     def batches():
-        for number in range(100):
-            consumed.append(number)
+        for index in range(100):
+            consumed.append(index)
             yield (torch.zeros(4, 3, 8, 8),)
 
     start_s, images_per_s = rates.rate(batches, group=3, seconds=1e-9)
-    assert len(consumed) == 9  # two groups to warm up and one that counts
+    assert len(consumed) == 9  # Two groups to warm up and one that counts
     assert start_s > 0
     assert images_per_s > 0
 
@@ -203,18 +203,18 @@ def test_the_rate_counts_images_of_whole_groups():
 )
 def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     assert main(["bench", *arguments]) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("drawing")]
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("generating")]
     assert len(error) == 1
     assert sentence in error[0]
 
 
-def test_a_pipeline_that_is_not_installed_is_told(monkeypatch, capsys):
+def test_a_pipeline_that_is_not_installed_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(bench_input, "available_executors", lambda: {"dali": "it is not installed", "resident": None})
     assert main(["bench", "input", "--pipelines", "dali"]) == 2
     assert "--pipelines dali was given; it does not work here: it is not installed" in capsys.readouterr().err
 
 
-def test_large_sources_are_cut_and_broken_images_left_out(root, monkeypatch):
+def test_large_sources_are_sampled_without_defective_images(root, monkeypatch):
     source = open_source(split_roots(root)[0])
     source.defects = {3: "broken"}
     monkeypatch.setattr(bench_input, "IMAGES_AT_MOST", 8)
@@ -225,7 +225,7 @@ def test_large_sources_are_cut_and_broken_images_left_out(root, monkeypatch):
     assert {name[0] for name in names} == {"a", "b"}
 
 
-def test_workers_are_those_of_a_run_where_nobody_says(monkeypatch, root, tmp_path, capsys):
+def test_the_default_workers_are_those_of_a_run(monkeypatch, root, tmp_path, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
     path = tmp_path / "input.json"
     at = TINY.index("--workers")

@@ -1,4 +1,4 @@
-"""`fastssl bench step`: what is measured is what a run does, and the sentences follow from the numbers."""
+"""`fastssl bench step`: it measures the step of a run, and its sentences follow from the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastssl.benchmark import step_variants as training
-from fastssl.benchmark.command import write_trace
+from fastssl.benchmark.harness import write_trace
 from fastssl.benchmark.step_variants import CHOSEN, SUPERVISED, Candidate, Passes, Result
 from fastssl.commands import bench_step as step
 from fastssl.device import choose_dtype
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(name="mocov2-cifar10", batch_size=8):
-    """The preset with the smallest encoder and queue that it can have."""
+    """The preset with the smallest possible encoder and queue."""
     config = load(name)
     method = replace(config.method, queue_size=32) if hasattr(config.method, "queue_size") else config.method
     model = replace(config.model, width=1 / 32, splits=2)
@@ -32,7 +32,7 @@ def tiny(name="mocov2-cifar10", batch_size=8):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """torch.compile takes minutes on two cores; what it is given is remembered."""
+    """Replaces torch.compile, which takes minutes on two cores, and records its arguments."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
     return compiled
@@ -55,13 +55,13 @@ def test_all_variants_are_measured_and_written(tmp_path, monkeypatch, uncompiled
         assert result["name"] in table
         assert len(result["images_per_s"]) == 2
         assert result["peak_bytes"] > 0
-        assert result["losses"][0] == result["losses"][1]  # a round begins at the start
+        assert result["losses"][0] == result["losses"][1]  # Every round starts from the same state
         step_ms = 1e3 * 8 / result["images_per_s"][0]
         parts = {"forward", "backward", "optimizer"} | ({"loss"} if result["name"] != SUPERVISED else set())
         assert set(result["parts_ms"]) == parts
         assert 0.5 * step_ms < sum(values[0] for values in result["parts_ms"].values()) < step_ms
     _, autocast, _, chosen, supervised = written["results"]
-    assert chosen["losses"] == autocast["losses"]  # the same on a CPU
+    assert chosen["losses"] == autocast["losses"]  # The same on a CPU
     assert chosen["peak_bytes"] == pytest.approx(autocast["peak_bytes"], rel=0.1)
     limit = written["ceiling"]
     assert limit["share_of_supervised"] == 0.75
@@ -73,16 +73,16 @@ def test_all_variants_are_measured_and_written(tmp_path, monkeypatch, uncompiled
     assert str(trace) in table
 
 
-def test_the_chosen_step_is_that_of_a_run(uncompiled):
+def test_the_chosen_step_equals_that_of_a_run(uncompiled):
     config = tiny()
     batches = training.synthetic_batches(config, CPU)
     dtype = choose_dtype(config.train, CPU)
     chosen = training.candidates(config, CPU)[-2]
     chosen.measure(2)
     train_step = build_step(config, build_method(config, CPU), device=CPU, dtype=dtype)
-    for number in range(2):
-        batch = training.as_training(batches[number], dtype, torch.channels_last)
-        output = train_step(batch, training.TrainProgress(number, training.NO_END, training.NO_END), config.optim.lr)
+    for index in range(2):
+        batch = training.as_training(batches[index], dtype, torch.channels_last)
+        output = train_step(batch, training.TrainProgress(index, training.NO_END, training.NO_END), config.optim.lr)
     assert chosen.result.losses == [output.loss.item()]
 
 
@@ -143,7 +143,7 @@ def made_up(name, images_per_s, **parts_ms):
 
 
 def test_the_ceiling_and_the_cause_of_the_gap_follow_from_the_parts():
-    # forward 10 + backward 20 supervised, so 40 ms with a key forward, of 43 + 5 measured
+    # Supervised forward 10 + backward 20, so 40 ms with a key forward; measured are 43 + 5
     supervised = made_up(SUPERVISED, 100 / 0.032, forward=10, backward=20, optimizer=1)
     chosen = made_up(CHOSEN, 100 / 0.048, forward=21, loss=1, backward=20.5, optimizer=5)
     limit = step.ceiling(chosen, supervised, Passes(1, 1), 100)
@@ -155,9 +155,9 @@ def test_the_ceiling_and_the_cause_of_the_gap_follow_from_the_parts():
     assert limit["supervised_forward_share"] == pytest.approx(1 / 3)
     facts = {"ceiling": limit, "settings": {"batch_size": 100}, "method": "mocov2"}
     text = "\n".join(step._sentences(facts, chosen))
-    assert "makes 1 + 1 passes, with + without gradient" in text
-    assert "reaches 89% of it with 48.0 ms" in text
-    assert "cause: 4.0 ms more than the supervised step's share go to optimizer, momentum encoder and queue" in text
+    assert "makes 1 passes with gradient and 1 without" in text
+    assert "takes 48.0 ms and reaches 89% of the ceiling" in text
+    assert "cause: optimizer, momentum encoder and queue, with 4.0 ms more than expected" in text
 
 
 def test_with_a_graph_its_time_is_compared_as_a_whole():
@@ -168,7 +168,7 @@ def test_with_a_graph_its_time_is_compared_as_a_whole():
     assert limit["supervised_forward_share"] is None
 
 
-def test_a_variant_that_does_not_run_leaves_a_note_and_the_chosen_one_an_error():
+def test_a_variant_that_does_not_run_gets_a_note_and_the_chosen_one_an_error():
     def broken():
         raise RuntimeError("no compiler\nin a long story")
 
@@ -186,7 +186,7 @@ def test_the_supervised_step_trains_the_encoder_of_the_method():
     train_step = build_step(config, method, device=CPU, dtype=torch.float32)
     before = {name: value.clone() for name, value in method.state_dict().items()}
     batch = training.synthetic_batches(config, CPU)[0]
-    losses = [train_step(batch, training.TrainProgress(number, 10, 10), 0.05).loss.item() for number in range(4)]
+    losses = [train_step(batch, training.TrainProgress(step, 10, 10), 0.05).loss.item() for step in range(4)]
     assert losses[-1] < losses[0]
     convolutions = [name for name, module in method.named_modules() if isinstance(module, nn.Conv2d)]
     assert all(
@@ -214,14 +214,14 @@ def test_bad_options_are_one_sentence(given, sentence, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_threads_are_put_back():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     with step.torch_threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 
 
-def test_a_folder_for_traces_that_cannot_be_made_is_told(tmp_path):
+def test_an_unwritable_trace_folder_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--profile .*file cannot be written to"):
         write_trace(tmp_path / "file", "step", lambda: None)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is taken, what is kept, what is found damaged, and disks that take no more."""
+"""Checkpoints: saving, retention, damaged files and full disks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fail(error=errno.ENOSPC):
     return function
 
 
-def test_a_state_comes_back_as_it_was(folder, notes):
+def test_a_state_is_restored_unchanged(folder, notes):
     Checkpoints(folder, keep=2).save(a_state(), step=7, wait=True)
     reader = Checkpoints(folder, keep=2)
     expected = {"format": checkpoint.FORMAT, "step": 7, **a_state()}
@@ -58,7 +58,7 @@ def test_a_state_comes_back_as_it_was(folder, notes):
     assert notes.take() == []
     (path,) = checkpoint.checkpoints(folder)
     assert_same(checkpoint.load(path), expected)
-    # other programs can read it, too
+    # Other programs can read it too
     assert_same(torch.load(path, weights_only=True), expected)
     assert_same(torch.load(path, weights_only=True, mmap=True), expected)
     assert zipfile.ZipFile(path).testzip() is None
@@ -69,10 +69,10 @@ def test_memory_format_and_views(folder):
     checkpoints = Checkpoints(folder, keep=9)
     checkpoints.save({"image": image, "row": torch.randn(1000, 100)[3]}, step=2, wait=True)
     assert checkpoints.newest()["image"].is_contiguous(memory_format=torch.channels_last)
-    assert checkpoint.checkpoints(folder)[0].stat().st_size < 10_000  # the row without the rest of its storage
+    assert checkpoint.checkpoints(folder)[0].stat().st_size < 10_000  # Saves the row without the rest of its storage
 
 
-def test_no_checkpoint_is_none(folder):
+def test_newest_is_none_without_checkpoints(folder):
     assert Checkpoints(folder, keep=1).newest() is None
     folder.mkdir(parents=True)
     (folder / "step_000000004.tmp").touch()
@@ -81,7 +81,7 @@ def test_no_checkpoint_is_none(folder):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Writes wait for this event."""
+    """An event that writes wait for."""
     gate, fsync = threading.Event(), os.fsync
 
     def slow(descriptor):
@@ -93,14 +93,14 @@ def gate(monkeypatch):
     gate.set()
 
 
-def test_what_training_changes_after_save_is_not_seen(folder, gate):
+def test_changes_after_save_are_not_saved(folder, gate):
     checkpoints = Checkpoints(folder, keep=2)
     state = a_state(1.0)
     checkpoints.save(state, step=1)
     state["method"]["weight"].add_(5)
     state["optimizer"]["state"][0]["step"].add_(5)
     state["optimizer"]["param_groups"][0]["lr"] = 0.7
-    assert steps(folder) == []  # it is still being written
+    assert steps(folder) == []  # Still being written
     gate.set()
     checkpoints.flush()
     assert_same(checkpoints.newest(), {"format": checkpoint.FORMAT, "step": 1, **a_state(1.0)})
@@ -119,7 +119,7 @@ def test_a_second_save_waits_for_the_first(folder, gate):
     assert [checkpoint.load(path)["method"]["weight"][0, 0] for path in checkpoint.checkpoints(folder)] == [1.0, 2.0]
 
 
-def test_only_tensors_and_plain_types_are_taken(folder):
+def test_only_tensors_and_plain_types_are_accepted(folder):
     with pytest.raises(TypeError, match=r"method\.path is of type .*Path"):
         Checkpoints(folder, keep=1).save({"method": {"path": folder}}, step=1)
 
@@ -136,7 +136,7 @@ def test_retention(folder, keep, keep_every, expected):
     assert steps(folder) == expected
 
 
-def test_other_files_stay_and_leftovers_go(folder):
+def test_other_files_stay_and_leftovers_are_removed(folder):
     folder.mkdir(parents=True)
     for name in ("step_best.pt", "mine.pt", "step_000000009.tmp"):
         (folder / name).touch()
@@ -144,13 +144,13 @@ def test_other_files_stay_and_leftovers_go(folder):
     assert {path.name for path in folder.iterdir()} == {"step_best.pt", "mine.pt", "step_000000003.pt"}
 
 
-def test_a_checkpoint_after_the_step_at_hand_does_not_push_it_out(folder):
+def test_a_checkpoint_of_a_later_step_does_not_displace_the_new_one(folder):
     checkpoint.save(folder, a_state(), step=40, keep=1)
     checkpoint.save(folder, a_state(), step=25, keep=1)
     assert steps(folder) == [25, 40]
 
 
-def test_a_changed_bit_is_found_wherever_it_is(file, tmp_path):
+def test_every_flipped_bit_is_detected(file, tmp_path):
     generator = random.Random(0)
     good = file.read_bytes()
     path = tmp_path / "changed.pt"
@@ -163,7 +163,7 @@ def test_a_changed_bit_is_found_wherever_it_is(file, tmp_path):
             checkpoint.load(path)
 
 
-def test_every_truncation_is_found(file, tmp_path):
+def test_every_truncation_is_detected(file, tmp_path):
     good = file.read_bytes()
     path = tmp_path / "torn.pt"
     for length in (*range(0, len(good) - 300, 61), *range(len(good) - 300, len(good))):
@@ -182,7 +182,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_the_one_before_a_damaged_one_is_used(folder, damage, notes):
+def test_the_checkpoint_before_a_damaged_one_is_used(folder, damage, notes):
     writer = Checkpoints(folder, keep=3)
     for step in (1, 2, 3):
         writer.save(a_state(step), step=step)
@@ -195,7 +195,7 @@ def test_the_one_before_a_damaged_one_is_used(folder, damage, notes):
     assert "step_000000003.pt" in note
     assert "step_000000003.pt.damaged" in note
     assert (folder / "step_000000003.pt.damaged").read_bytes() == bad
-    # it is not met again, and counts no more
+    # It is not tried again, and does not count for retention
     again = Checkpoints(folder, keep=2)
     assert again.newest()["step"] == 2
     assert notes.take() == []
@@ -203,15 +203,15 @@ def test_the_one_before_a_damaged_one_is_used(folder, damage, notes):
     assert steps(folder) == [2, 3]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(folder):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(folder):
     for step in (1, 2):
         checkpoint.save(folder, a_state(), step=step, keep=2).write_bytes(b"torn")
-    for _ in range(2):  # nor at the second try
+    for _ in range(2):  # Nor at the second attempt
         with pytest.raises(ConfigError, match=r"step_000000001.*step_000000002"):
             Checkpoints(folder, keep=2).newest()
 
 
-def test_a_file_that_cannot_be_read_is_passed_over(folder, notes):
+def test_an_unreadable_file_is_skipped(folder, notes):
     checkpoint.save(folder, a_state(), step=1, keep=2)
     (folder / "step_000000002.pt").symlink_to("nowhere")
     reader = Checkpoints(folder, keep=2)
@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_read_is_passed_over(folder, notes):
 
 
 @pytest.mark.parametrize("version", [2, 5])
-def test_another_format_is_refused_and_left_alone(folder, version):
+def test_another_format_is_refused_and_kept(folder, version):
     folder.mkdir(parents=True)
     path = folder / "step_000000005.pt"
     torch.save({"format": version, "step": 5}, path)
@@ -232,7 +232,7 @@ def test_another_format_is_refused_and_left_alone(folder, version):
 
 
 @pytest.mark.parametrize("where", ["os.fsync", "os.replace", "fastssl_pipelines.files.new_file"])
-def test_a_failed_write_leaves_training_and_the_older_checkpoints_alone(folder, monkeypatch, where, notes):
+def test_a_failed_write_interrupts_nothing_and_keeps_older_checkpoints(folder, monkeypatch, where, notes):
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(a_state(1), step=1, wait=True)
     with monkeypatch.context() as patch:
@@ -265,14 +265,14 @@ def test_a_failed_write_is_logged_once(folder, monkeypatch, notes):
 
 @pytest.fixture
 def room():
-    """Limits the bytes of every file that this process writes; the kernel cuts a longer write short, then EFBIG."""
+    """Limits the size of files that this process writes; the kernel shortens a longer write, then raises EFBIG."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 500, 300_000, 800_000])
-def test_a_disk_that_takes_no_more_in_the_middle_of_a_file(folder, room, size):
+def test_a_disk_that_fills_up_in_the_middle_of_a_file(folder, room, size):
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(a_state(1.0), step=1, wait=True)
     room(size)
@@ -293,7 +293,7 @@ def test_a_state_on_a_gpu_is_copied_before_later_updates_and_into_the_same_memor
     for step in (1, 2, 3):
         weight.fill_(step)
         checkpoints.save({"weight": weight}, step=step)
-        weight.fill_(-1)  # queued behind the copy
+        weight.fill_(-1)  # Queued behind the copy
         (buffer,) = checkpoints._pinned.values()
         assert buffer.is_pinned()
         addresses.add(buffer.data_ptr())

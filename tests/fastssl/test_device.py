@@ -1,4 +1,4 @@
-"""The device of a rank, as torch's distributed part takes it; with a machine of two GPUs on paper."""
+"""The device of a rank, as torch.distributed requires it, on a simulated machine with two GPUs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def _two_gpus(monkeypatch):
 
 
 @pytest.mark.usefixtures("_two_gpus")
-@pytest.mark.parametrize("number", [0, 1])
-def test_every_rank_gets_a_gpu_by_its_number(number, monkeypatch):
-    """`torch.cuda.set_device` refuses a device without one, which stopped every run on several GPUs."""
-    monkeypatch.setenv("LOCAL_RANK", str(number))
-    assert choose_device(TrainConfig()) == torch.device("cuda", number)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_gets_the_gpu_of_its_local_rank(rank, monkeypatch):
+    """`torch.cuda.set_device` refuses a device without an index, which once stopped every run on several GPUs."""
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert choose_device(TrainConfig()) == torch.device("cuda", rank)
 
 
 @pytest.mark.usefixtures("_two_gpus")
@@ -31,7 +31,7 @@ def test_the_ranks_are_joined_on_their_own_gpus(monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_PORT", "29500")
     current, groups = [], []
-    # As torch itself turns a device into a number, before it touches CUDA
+    # torch's own conversion of a device to an index, before it touches CUDA
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: current.append(torch.cuda._utils._get_device_index(device))
     )

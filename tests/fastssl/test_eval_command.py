@@ -1,4 +1,4 @@
-"""`fastssl eval knn|linear` on whole runs."""
+"""`fastssl eval knn|linear` on complete runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def evaluate(run, arguments):
     return json.loads((run / f"eval-{protocol}.json").read_text())
 
 
-def test_knn_of_a_run_is_the_one_that_training_ended_with(run, capsys):
+def test_knn_of_a_run_equals_the_last_one_during_training(run, capsys):
     result = evaluate(run, "knn")
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["top1"] == pytest.approx(last["knn_top1"])
@@ -64,18 +64,18 @@ def test_linear_probe_of_a_run(run, capsys):
     assert "cached protocol" in capsys.readouterr().out
 
 
-def test_a_linear_probe_tells_bright_images_from_dark_ones(run, tmp_path):
+def test_a_linear_probe_separates_bright_from_dark_images(run, tmp_path):
     rng = np.random.default_rng(0)
     for split, count in (("train", 30), ("test", 20)):
         for name, level in (("dark", 60), ("bright", 190)):
             (tmp_path / split / name).mkdir(parents=True)
-            for number in range(count):
+            for index in range(count):
                 image = (level + rng.normal(0, 20, (32, 32, 3))).clip(0, 255).astype(np.uint8)
-                Image.fromarray(image).save(tmp_path / split / name / f"{number}.png")
+                Image.fromarray(image).save(tmp_path / split / name / f"{index}.png")
     assert evaluate(run, f"linear --epochs 30 --data {tmp_path}")["top1"] == 100
 
 
-def test_the_same_run_gives_the_same_numbers(run):
+def test_the_same_run_gives_the_same_results(run):
     first, again = (evaluate(run, "linear --epochs 3 --batch-size 32") for _ in range(2))
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
 
@@ -91,8 +91,8 @@ def test_full_protocol(run, capsys, schedule, words):
     assert "epoch 2/2: loss" in out
 
 
-def test_the_full_protocol_learns_from_shuffled_images_and_leaves_the_encoder_alone(run, monkeypatch):
-    """On its own training images, without the noise of a tiny test split."""
+def test_the_full_protocol_learns_from_shuffled_images_and_keeps_the_encoder_frozen(run, monkeypatch):
+    """Tested on its training images, to avoid the noise of a tiny test split."""
     frozen = open_run(LinearOptions(run=run))
     frozen.encoder.train()
     before = {name: value.clone() for name, value in frozen.encoder.state_dict().items()}
@@ -113,7 +113,7 @@ def test_the_full_protocol_learns_from_shuffled_images_and_leaves_the_encoder_al
         lr=1 / scale**2,
         recipe=Recipe(epochs=20, batch_size=48, schedule="cosine"),
         dtype=frozen.dtype,
-        say=lambda text: losses.append(float(text.split("loss ")[1].split(",")[0])),
+        info=lambda text: losses.append(float(text.split("loss ")[1].split(",")[0])),
     )
     assert len(losses) == 20
     assert losses[-1] < losses[0]
@@ -123,7 +123,7 @@ def test_the_full_protocol_learns_from_shuffled_images_and_leaves_the_encoder_al
     assert first != second != sorted(second)
 
 
-def test_a_loss_that_is_not_finite_is_one_sentence(run, capsys):
+def test_a_non_finite_loss_is_one_sentence(run, capsys):
     arguments = f"{run} --protocol full --epochs 3 --lr 1e37 --batch-size 16"
     assert main(["eval", "linear", *arguments.split()]) == 1
     error = capsys.readouterr().err.strip()
@@ -153,8 +153,8 @@ def run_on_a_folder(image_folder, tmp_path):
     return folder
 
 
-def test_test_labels_choose_nothing(run_on_a_folder, image_folder, capsys):
-    """With the test classes swapped the rate and the scores of the rates stay and every hit becomes a miss."""
+def test_nothing_is_chosen_on_test_labels(run_on_a_folder, image_folder, capsys):
+    """With swapped test classes, the chosen rate and all held-out scores stay, and every hit becomes a miss."""
     arguments = "linear --epochs 20 --lr 0.1 1 10"
     before = evaluate(run_on_a_folder, arguments)
     test = image_folder / "test"
@@ -168,7 +168,7 @@ def test_test_labels_choose_nothing(run_on_a_folder, image_folder, capsys):
     assert before["top1"] != 50
 
 
-def test_data_that_moved(run_on_a_folder, image_folder, tmp_path, capsys):
+def test_data_can_move(run_on_a_folder, image_folder, tmp_path, capsys):
     before = evaluate(run_on_a_folder, "knn --k 5")
     image_folder.rename(tmp_path / "elsewhere")
     assert main(["eval", "knn", str(run_on_a_folder)]) == 2

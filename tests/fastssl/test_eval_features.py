@@ -1,4 +1,4 @@
-"""What an evaluation takes from a source: every labeled image, in order, and no other."""
+"""An evaluation uses every labeled image of a source, in order, and no other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def executor_of(source):
 
 
 class CountingEncoder(nn.Module):
-    """Gives the pixels and counts the images it saw."""
+    """Returns the pixels and counts the images."""
 
     seen = 0
 
@@ -56,7 +56,7 @@ def test_the_knn_of_a_run_does_not_encode_the_unlabeled_tail():
     assert encoder.seen == 33
 
 
-def test_an_image_without_a_label_in_between_is_left_out():
+def test_an_unlabeled_image_between_labeled_ones_is_left_out():
     features = extract_features(
         CountingEncoder(), executor_of(random_source([0, -1, 2, -1])), VIEW, dtype=torch.float32
     )
@@ -70,7 +70,7 @@ def test_a_source_without_labels_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_features_come_from_eval_mode_in_float32_and_the_mode_comes_back(dtype):
+def test_features_are_float32_from_eval_mode_and_the_mode_is_restored(dtype):
     encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     before = encoder[1].running_mean.clone()
     features = extract_features(encoder, executor_of(random_source([0, 1] * 4)), VIEW, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The linear probe against plain torch, on features with a known answer, and what may choose its rate."""
+"""The linear probe: compared with plain torch, on features with a known answer, and how its rate is chosen."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def in_plain_torch(features, rate, classes, recipe):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step"])
-def test_all_rates_at_once_are_the_same_as_one_after_the_other_in_plain_torch(schedule):
+def test_parallel_rates_equal_separate_runs_in_plain_torch(schedule):
     features, rates = blobs(90), (0.01, 0.1, 0.7)
     recipe = Recipe(epochs=10, batch_size=32, schedule=schedule, seed=5)
     classifiers = train_classifiers(features, rates, 7, recipe)
@@ -56,7 +56,7 @@ def test_all_rates_at_once_are_the_same_as_one_after_the_other_in_plain_torch(sc
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
-def test_separable_features_are_classified_whatever_their_scale(scale):
+def test_separable_features_are_classified_at_any_scale(scale):
     probe = train_probe(blobs(350, spread=0.2, scale=scale), RATES, Recipe(epochs=20, batch_size=64))
     assert probe.test(blobs(700, spread=0.2, scale=scale, seed=1)) == (100, 100)
     assert probe.lr in RATES
@@ -64,7 +64,7 @@ def test_separable_features_are_classified_whatever_their_scale(scale):
     assert probe.scale == pytest.approx(scale * float(blobs(350, spread=0.2).rows.norm(dim=1).mean()))
 
 
-def test_random_labels_are_chance():
+def test_random_labels_give_chance_accuracy():
     """Of 7000 test images a seventh is hit, within five standard deviations of sqrt(1/7 * 6/7 / 7000) = 0.42 %."""
     generator = torch.Generator().manual_seed(0)
     train, test = (
@@ -76,7 +76,7 @@ def test_random_labels_are_chance():
     assert abs(accuracy.top5 - 500 / 7) < 5 * 0.54
 
 
-def test_the_rate_is_the_best_on_held_out_training_images_and_then_trains_on_all():
+def test_the_rate_is_chosen_on_held_out_images_and_then_trains_on_all():
     features, recipe, rates = blobs(210, spread=2.0), Recipe(epochs=8, batch_size=32, seed=3), (0.001, 0.03, 1.0, 30.0)
     probe = train_probe(features, rates, recipe)
     scaled = Features(features.rows / probe.scale, features.labels)
@@ -98,7 +98,7 @@ def test_the_rate_is_the_best_on_held_out_training_images_and_then_trains_on_all
     assert probe.test(test).top1 == pytest.approx(100 * float((guess == test.labels).double().mean()))
 
 
-def test_one_rate_leaves_nothing_to_choose():
+def test_a_single_rate_needs_no_choice():
     probe = train_probe(blobs(20), (0.5,), Recipe(epochs=2))
     assert probe.lr == 0.5
     assert probe.held_out_top1 == {}
@@ -120,7 +120,7 @@ def test_every_tenth_image_of_each_class_is_held_out():
         held_out(torch.tensor([0]))
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_one_other_batches():
+def test_results_depend_only_on_the_seed():
     features = blobs(100)
     first, again, other = (
         train_classifiers(features, (0.1, 1.0), 7, Recipe(epochs=3, batch_size=16, seed=seed)) for seed in (1, 1, 2)
@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_other_batches():
     assert not torch.equal(first.weight, other.weight)
 
 
-def test_a_rate_that_diverges_is_not_chosen_and_alone_is_an_error():
+def test_a_diverging_rate_is_not_chosen_and_is_an_error_alone():
     features = blobs(100, spread=3.0)
     probe = train_probe(features, (0.1, 1e38), Recipe(epochs=5, batch_size=10))
     assert probe.lr == 0.1

@@ -1,4 +1,4 @@
-"""Every method on a GPU: it computes what the CPU computes, and its steps never wait for the device."""
+"""Every method on a GPU computes the same as on a CPU, and its steps never wait for the device."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastssl_pipelines.batch import Batch
 from tests.fastssl.small_methods import STEPS_PER_EPOCH, TOTAL_STEPS, VARIANTS, a_batch, build
 
 pytestmark = pytest.mark.gpu
-DRAWS_NUMBERS = ("mixco", "unmix")  # the generators of CPU and GPU differ
+DRAWS_NUMBERS = ("mixco", "unmix")  # The generators of CPU and GPU differ
 OPTIMIZERS = (OptimConfig(lr=0.01, momentum=0.9), OptimConfig(optimizer="lars", lr=0.1), OptimConfig(optimizer="adamw"))
 
 
 @pytest.fixture(autouse=True)
 def exact_fp32():
-    """As a run sets it; torch's own default are convolutions in TF32."""
+    """As in a run; torch's default is TF32 convolutions."""
     set_numerics(TrainConfig(device="cuda", precision="fp32"), torch.device("cuda"))
 
 
@@ -33,7 +33,7 @@ def on_gpu(batch: Batch) -> Batch:
 
 
 @pytest.mark.parametrize("variant", [name for name, (method, _) in VARIANTS.items() if method not in DRAWS_NUMBERS])
-def test_the_loss_and_gradient_are_those_of_the_cpu(variant):
+def test_loss_and_gradient_equal_the_cpus(variant):
     name, options = VARIANTS[variant]
     method, batch = build(name, "local", **options), a_batch(name)
     twin = copy.deepcopy(method).cuda()
@@ -50,27 +50,27 @@ def a_step(method, dtype=torch.bfloat16, optim=OPTIMIZERS[0], **options):
     return TrainStep(method, build_optimizer(method, optim), **options)
 
 
-def train(step, batches, window=None):
+def train(step, batches, meter=None):
     for batch in batches:
         output = step(batch, TrainProgress(batch.step, TOTAL_STEPS, STEPS_PER_EPOCH), 0.01)
-        if window:
-            window.add(batch, output)
+        if meter:
+            meter.add(batch, output)
     return output
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_does_not_wait_for_the_device(variant, dtype):
-    """Also not the last step of an epoch, in which SMoG makes new groups."""
+    """Including the last step of an epoch, in which SMoG recomputes its groups."""
     name, options = VARIANTS[variant]
     step = a_step(build(name, **options).cuda(), dtype, clip_norm=1.0)
-    window = StepMeter(step.stopwatch, scaled=False)
-    batches = [on_gpu(a_batch(name, number)) for number in range(2 * STEPS_PER_EPOCH)]
+    meter = StepMeter(step.stopwatch, scaled=False)
+    batches = [on_gpu(a_batch(name, index)) for index in range(2 * STEPS_PER_EPOCH)]
     train(step, batches[:STEPS_PER_EPOCH])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output = train(step, batches[STEPS_PER_EPOCH:], window)
+        output = train(step, batches[STEPS_PER_EPOCH:], meter)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert output.loss.isfinite()
@@ -78,8 +78,8 @@ def test_a_step_does_not_wait_for_the_device(variant, dtype):
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_graph_trains_as_a_plain_step_does(variant, compile):
-    """With the same random numbers, and as if it had not been warmed up."""
+def test_a_graph_trains_like_a_plain_step(variant, compile):
+    """With the same random numbers, and without traces of the warm-ups."""
     name, options = VARIANTS[variant]
     if compile and name in DRAWS_NUMBERS:
         pytest.skip("compiled code draws other numbers")
@@ -88,13 +88,13 @@ def test_a_graph_trains_as_a_plain_step_does(variant, compile):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: optim.optimizer)
-def test_a_graph_holds_every_optimizer(optim, dtype):
-    """And in float16 the scale of the loss, which finds its size in the first steps."""
+def test_a_graph_works_with_every_optimizer(optim, dtype):
+    """And in float16 with the scaler, which adjusts the loss scale in the first steps."""
     assert_a_graph_trains_the_same("mocov2", {}, dtype, optim=optim)
 
 
 def assert_a_graph_trains_the_same(name, options, dtype=torch.float32, **more):
-    batches = [on_gpu(a_batch(name, number)) for number in range(STEPS_PER_EPOCH + 2)]
+    batches = [on_gpu(a_batch(name, index)) for index in range(STEPS_PER_EPOCH + 2)]
     states = []
     for cuda_graph in (False, True):
         method = build(name, **options).cuda()

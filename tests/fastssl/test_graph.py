@@ -1,4 +1,4 @@
-"""The captured step, with a graph on paper: one on the CPU that runs anew at a replay."""
+"""The captured step, with a fake CUDA graph on the CPU that reruns the step at each replay."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastssl.train.optim import build_optimizer
 from fastssl.train.step import TrainStep
 from tests.fastssl.small_methods import STEPS_PER_EPOCH, TOTAL_STEPS, VARIANTS, a_batch, build
 
-DRAWS_NUMBERS = ("mixco", "unmix")  # here a replay draws them anew, which a GPU does by its own generator
+DRAWS_NUMBERS = ("mixco", "unmix")  # A fake replay draws other random numbers than a GPU's graph
 CPU = torch.device("cpu")
 
 
-class PaperGraph:
-    """Does at a replay what the call that was captured did, into the output of that call."""
+class FakeGraph:
+    """Reruns the captured call at a replay, and writes the results into the output of that call."""
 
     def __init__(self, graphed: Graphed) -> None:
         self.graphed = graphed
@@ -37,7 +37,7 @@ def tensors(output):
 
 @pytest.fixture(autouse=True)
 def modes(monkeypatch):
-    """The error modes of the captures so far."""
+    """The error modes of all captures so far."""
     modes: list[str] = []
     capture = Graphed.capture
 
@@ -49,11 +49,11 @@ def modes(monkeypatch):
         modes.append(capture_error_mode)
         yield
 
-    def capture_on_paper(self, batch):
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: PaperGraph(self))
+    def fake_capture(self, batch):
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         capture(self, batch)
 
-    monkeypatch.setattr(Graphed, "capture", capture_on_paper)
+    monkeypatch.setattr(Graphed, "capture", fake_capture)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
@@ -69,11 +69,11 @@ def trained(variant, optimizer, cuda_graph, *, restart):
     built = build_optimizer(method, OptimConfig(optimizer=optimizer, lr=0.05, trust=0.02))
     step = TrainStep(method, built, seed=0, device=CPU, dtype=torch.float32, compile=False, cuda_graph=cuda_graph)
     outputs = []
-    for number in range(STEPS_PER_EPOCH + 1):
-        if restart and number == 3:  # as after a step that broke
+    for index in range(STEPS_PER_EPOCH + 1):
+        if restart and index == 3:  # As after a non-finite step
             for part in (method, built):
                 part.load_state_dict(copy.deepcopy(part.state_dict()))
-        output = step(a_batch(name, number), TrainProgress(number, TOTAL_STEPS, STEPS_PER_EPOCH), 2.0 ** -(5 + number))
+        output = step(a_batch(name, index), TrainProgress(index, TOTAL_STEPS, STEPS_PER_EPOCH), 2.0 ** -(5 + index))
         outputs.append([output.loss.item(), *(value.item() for value in output.metrics.values())])
     return outputs, method.state_dict(), step
 
@@ -81,8 +81,8 @@ def trained(variant, optimizer, cuda_graph, *, restart):
 @pytest.mark.parametrize("restart", [False, True], ids=["", "after a restart"])
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 @pytest.mark.parametrize("variant", [name for name, (method, _) in VARIANTS.items() if method not in DRAWS_NUMBERS])
-def test_a_captured_step_is_the_plain_one(variant, optimizer, restart, modes):
-    """Whose learning rate and place in the queue move on, and whose warm-ups leave no trace."""
+def test_a_captured_step_equals_the_plain_one(variant, optimizer, restart, modes):
+    """The learning rate and the position in the queue advance, and the warm-ups leave no trace."""
     (expected, state, _), (got, graphed, step) = (
         trained(variant, optimizer, cuda_graph, restart=restart) for cuda_graph in (False, True)
     )
@@ -91,8 +91,8 @@ def test_a_captured_step_is_the_plain_one(variant, optimizer, restart, modes):
         torch.testing.assert_close(graphed[key], value, rtol=1e-5, atol=1e-6, msg=key)
     assert modes == ["thread_local"]
     outside = set() if METHODS[VARIANTS[variant][0]].capturable else {"optimizer"}
-    on_paper = {"forward", "loss", "backward"}  # which a replay does not mark
-    assert set(step.stopwatch.read()) - on_paper == {"graph"} | outside
+    only_here = {"forward", "loss", "backward"}  # A real replay does not mark these
+    assert set(step.stopwatch.read()) - only_here == {"graph"} | outside
 
 
 def test_an_overflow_in_a_captured_step_halves_the_scale_once():

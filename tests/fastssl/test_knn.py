@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from fastssl.benchmark.memory import peak_bytes
+from fastssl.benchmark.harness import peak_bytes
 from fastssl.evaluate import knn
 from fastssl.evaluate.features import extract_features
 from fastssl.evaluate.knn import knn_accuracy, knn_of_encoder
@@ -20,7 +20,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def by_definition(bank, bank_labels, queries, query_labels, k, temperature):
-    """Wu et al.: every one of the k nearest adds exp(similarity / temperature) to its class."""
+    """Wu et al.: each of the k nearest adds exp(similarity / temperature) to its class."""
     first, among_five = 0, 0
     for query, truth in zip(queries, query_labels, strict=True):
         similarity = [float(query @ row) for row in bank]
@@ -45,7 +45,7 @@ def test_knn_equals_its_definition(k, temperature, chunk, monkeypatch):
     bank, queries = rows[:120], rows[120:]
     got = knn_accuracy(bank, labels[:120], queries, labels[120:], k=k, temperature=temperature)
     assert got == pytest.approx(by_definition(bank, labels[:120], queries, labels[120:], k, temperature))
-    assert 20 < got.top1 <= got.top5 < 100  # neither chance nor trivial, so that a wrong vote shows
+    assert 20 < got.top1 <= got.top5 < 100  # Neither chance nor trivial, so that a wrong vote shows
 
 
 def test_top5_by_hand():
@@ -76,8 +76,8 @@ def test_rows_without_a_label_neither_vote_nor_count():
         knn_accuracy(bank, torch.full((3,), -1), queries, truth, k=1, temperature=0.1)
 
 
-def test_the_length_of_features_does_not_matter():
-    """Cosine similarity: features of very different lengths vote as their directions do."""
+def test_the_norm_of_features_does_not_matter():
+    """Cosine similarity: features of very different norms vote by their directions."""
 
     class Stretched(nn.Module):
         def forward(self, images):
@@ -85,7 +85,7 @@ def test_the_length_of_features_does_not_matter():
 
     pixels = np.random.default_rng(0).integers(0, 256, (240, 4, 4, 3), dtype=np.uint8)
     labels = np.arange(240) % 3
-    pixels[np.arange(240), labels] = pixels[np.arange(240), labels] // 4 * 3  # one darker row of pixels a class
+    pixels[np.arange(240), labels] = pixels[np.arange(240), labels] // 4 * 3  # One darker row of pixels per class
     bank, queries = (
         build_executor("resident", ArraySource("rows", pixels[part], labels[part], ("0", "1", "2")), mean=MEAN, std=STD)
         for part in (slice(0, 180), slice(180, 240))
@@ -108,7 +108,7 @@ def test_the_length_of_features_does_not_matter():
 
 
 def test_features_are_in_memory_once(monkeypatch):
-    """Those of ImageNet take 10 GB; three copies and the similarities of many queries filled a GPU."""
+    """ImageNet's features take 10 GB; three copies and the similarities of many queries once filled a GPU."""
     monkeypatch.setattr(knn, "_SIMILARITIES", 2**16)
     count, features = 8192, 1024
 

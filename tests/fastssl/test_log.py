@@ -1,4 +1,4 @@
-"""metrics.jsonl on disks that take no more, after kills, and with damaged lines."""
+"""metrics.jsonl on full disks, after kills, and with damaged lines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_records_are_on_the_disk_when_write_returns(log):
     assert log.read() == expected
 
 
-def test_records_wait_for_the_disk_and_go_in_before_the_next(log, monkeypatch):
+def test_records_wait_for_the_disk_and_are_written_before_the_next(log, monkeypatch):
     log.write("train", step=1)
     with monkeypatch.context() as patch:
         patch.setattr("fastssl.observe.metrics_log.open_to_append", no_space)
@@ -52,7 +52,7 @@ def test_records_wait_for_the_disk_and_go_in_before_the_next(log, monkeypatch):
     assert lines(log) == [1, 2, 3, 4]
 
 
-def test_a_problem_is_told_once_for_each_outage(log, monkeypatch):
+def test_a_problem_is_reported_once_per_outage(log, monkeypatch):
     for _ in range(2):
         with monkeypatch.context() as patch:
             patch.setattr("fastssl.observe.metrics_log.open_to_append", no_space)
@@ -82,8 +82,8 @@ for room in map(int, sys.argv[2:]):
 ROOMS = (0, 1, 20, 35, 80)
 
 
-def test_a_write_that_the_disk_cuts_short_corrupts_nothing(tmp_path):
-    """A record takes 30 bytes, so the disk is full at once, in the first record after it, the second, the third."""
+def test_short_writes_corrupt_nothing(tmp_path):
+    """A record takes 30 bytes, so the disk fills up at once, or within the first, second or third record."""
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), *map(str, ROOMS)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     for room, line in zip(ROOMS, result.stdout.splitlines(), strict=True):
@@ -112,7 +112,7 @@ def test_a_damaged_line_hides_only_itself(log, damaged, end):
     assert lines(log) == [1, 3, 4]
 
 
-def test_rewind_keeps_what_was_before_a_step(log):
+def test_rewind_keeps_the_records_up_to_a_step(log):
     for step in range(1, 5):
         log.write("train", step=step)
     log.write("end", step=2)
@@ -122,7 +122,7 @@ def test_rewind_keeps_what_was_before_a_step(log):
     assert lines(log) == []
 
 
-def test_rewind_takes_what_waits_in_memory(log, monkeypatch):
+def test_rewind_includes_records_waiting_in_memory(log, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("fastssl.observe.metrics_log.open_to_append", no_space)
         for step in (1, 2):
@@ -133,7 +133,7 @@ def test_rewind_takes_what_waits_in_memory(log, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["os.fsync", "os.replace"])
-def test_a_rewind_that_cannot_be_written_is_a_sentence_and_keeps_the_file(log, monkeypatch, where):
+def test_a_failed_rewind_is_a_config_error_and_keeps_the_file(log, monkeypatch, where):
     log.write("train", step=1)
     log.write("train", step=2)
     with monkeypatch.context() as patch:

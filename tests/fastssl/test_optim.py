@@ -33,7 +33,7 @@ def set_gradients(params, step):
 
 
 def plain_lars(p, gradient, buffer, *, lr, momentum, weight_decay, trust):
-    """One tensor, one line a rule: adaptive rate, decay folded into the gradient, SGD with momentum."""
+    """For one tensor, a line per rule: adaptive rate, decay added to the gradient, SGD with momentum."""
     size, slope = float(p.norm()), float(gradient.norm())
     rate = 1.0 if size == 0 or slope == 0 else trust * size / (slope + weight_decay * size + EPS)
     buffer = momentum * buffer + rate * (gradient + weight_decay * p)
@@ -41,11 +41,11 @@ def plain_lars(p, gradient, buffer, *, lr, momentum, weight_decay, trust):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_lars_is_its_definition_for_every_tensor(dtype, tolerance):
+def test_lars_equals_its_definition_for_every_tensor(dtype, tolerance):
     options = {"lr": 3.0, "momentum": 0.9, "weight_decay": 0.05, "trust": 0.02}
     params = parameters(dtype)
     with torch.no_grad():
-        params[1].zero_()  # as biases are at first
+        params[1].zero_()  # As biases are initially
     expected = [(p.detach().double(), torch.zeros_like(p, dtype=torch.float64)) for p in params]
     optimizer = LARS(params, **options)
     for step in range(5):
@@ -75,7 +75,7 @@ def test_lars_does_not_depend_on_the_size_of_the_gradient():
         assert float(one.detach().norm()) == pytest.approx(0.01 * float(start.norm()))
 
 
-def test_lars_leaves_parameters_without_gradient_alone():
+def test_lars_does_not_change_parameters_without_gradient():
     params = parameters()
     set_gradients(params, 0)
     params[0].grad = None
@@ -87,8 +87,8 @@ def test_lars_leaves_parameters_without_gradient_alone():
     optimizer.step()
 
 
-def test_lars_never_asks_the_device_for_a_value(monkeypatch):
-    """A tensor on the meta device has no values, so that every look at one raises; torch's kernel is not for it."""
+def test_lars_never_reads_a_value_from_the_device(monkeypatch):
+    """A tensor on the meta device has no values, so reading one raises; torch's fused kernel is replaced."""
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *given, **options: None)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
     optimizer = LARS(params, lr=1.0, momentum=0.9, weight_decay=0.1, trust=0.1)
@@ -100,15 +100,15 @@ def test_lars_never_asks_the_device_for_a_value(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 def test_an_overflow_at_the_first_step_leaves_no_trace(optimizer, monkeypatch):
-    """torch's SGD took unwritten memory for the momentum, and LARS waited for the device to know of the overflow."""
-    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", None)  # which reads found_inf on the host
+    """torch's SGD once used uninitialized momentum, and LARS waited for the device to learn of the overflow."""
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", None)  # It reads found_inf on the host
     monkeypatch.setattr(torch, "empty_like", lambda like, **options: torch.full_like(like, 1e30, **options))
     config = OptimConfig(optimizer=optimizer, lr=0.5, trust=0.02)
     results = []
     for overflows in (False, True):
         model = nn.ParameterList(parameters())
         built, scaler = build_optimizer(model, config), torch.amp.GradScaler("cpu", init_scale=4.0)
-        scaler.scale(torch.ones(()))  # makes the scale
+        scaler.scale(torch.ones(()))  # Creates the scale
         for step in [None, 0, 1] if overflows else [0, 1]:
             set_gradients(list(model), step or 0)
             for p in model:
@@ -123,14 +123,14 @@ def test_an_overflow_at_the_first_step_leaves_no_trace(optimizer, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
-def test_what_is_loaded_goes_into_the_tensors_that_a_graph_knows(optimizer):
+def test_loaded_state_goes_into_the_existing_tensors(optimizer):
     model = nn.ParameterList(parameters())
     built = build_optimizer(model, OptimConfig(optimizer=optimizer, lr=0.5))
     new = built.state_dict()
     held = {p: dict(values) for p, values in built.state.items()}
     assert all(torch.count_nonzero(value) == 0 for values in held.values() for value in values.values())
     for p, start in zip(model, drawn(torch.float32), strict=True):
-        assert torch.equal(p, start)  # the state was made without moving them
+        assert torch.equal(p, start)  # Creating the state did not change them
         assert p.grad is None
     set_gradients(list(model), 0)
     built.step()
@@ -138,14 +138,14 @@ def test_what_is_loaded_goes_into_the_tensors_that_a_graph_knows(optimizer):
     built.step()
     for state, expected in ((saved, saved["state"]), ({**new, "state": {}}, None)):
         built.load_state_dict(state)
-        for number, (p, values) in enumerate(held.items()):
+        for index, (p, values) in enumerate(held.items()):
             for name, value in values.items():
                 assert built.state[p][name] is value
-                assert torch.equal(value, expected[number][name] if expected else torch.zeros_like(value))
+                assert torch.equal(value, expected[index][name] if expected else torch.zeros_like(value))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(optimizer):
+def test_a_restored_optimizer_continues_bit_for_bit(optimizer):
     config = OptimConfig(optimizer=optimizer, lr=0.5, decay_norm_and_bias=False)
 
     def stepped(model, optimizer, steps):
@@ -171,7 +171,7 @@ def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(optimizer):
 
 
 @pytest.mark.parametrize("decay", [True, False])
-def test_weight_decay_spares_norm_and_bias_on_demand(decay):
+def test_weight_decay_excludes_norm_and_bias_on_request(decay):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model[0].bias.requires_grad = False
@@ -222,8 +222,8 @@ def test_learning_rate_follows_the_published_schedules():
     assert warm[10] == 2.0
 
 
-def test_warm_up_and_cosine_go_between_the_rates_that_are_given():
-    """SMoG and SwAV: from 0.1 over 2.0 to 0.5; half-way between them in the middle of either part."""
+def test_warm_up_and_cosine_go_between_the_given_rates():
+    """SMoG and SwAV: from 0.1 via 2.0 to 0.5, and halfway between them in the middle of each part."""
     both = OptimConfig(lr=2.0, warmup_epochs=2, warmup_lr=0.1, final_lr=0.5)
     values = rates(both)
     assert [values[0], values[10], values[20], values[30]] == pytest.approx([0.1, 1.05, 2.0, 1.25])

@@ -1,4 +1,4 @@
-"""What `fastssl plot` draws: every run a line, in the pictures whose numbers there are."""
+"""`fastssl plot` draws a line per run, in a plot for every logged metric."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def test_several_runs_share_the_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(Options(runs=runs)) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == PICTURES
-    # matplotlib's first two colors; the legend alone has enough pixels of a line that another one hides
+    # matplotlib's first two colors; the legend alone has enough pixels of a hidden line
     assert {rgb("#1f77b4"), rgb("#ff7f0e")} <= colors(tmp_path / "loss.png")
 
 
-def test_a_number_that_no_run_has_is_named_and_not_drawn(tmp_path, capsys):
+def test_a_metric_that_no_run_has_is_named_and_not_drawn(tmp_path, capsys):
     bare = {"event": "train", "step": 1, "loss": 2.0}
     folder = write_run(tmp_path / "run", [START, bare])
     assert run(Options(runs=(folder,), out=tmp_path / "new" / "out")) == 0
     assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["loss.png"]
-    said = capsys.readouterr().out
-    assert all(f"no {name}" in said for name in PICTURES - {"loss.png"})
+    output = capsys.readouterr().out
+    assert all(f"no {name}" in output for name in PICTURES - {"loss.png"})
 
 
 def test_a_single_log_line_is_enough(tmp_path):
@@ -64,9 +64,9 @@ def test_a_single_log_line_is_enough(tmp_path):
 
 @pytest.mark.parametrize(
     ("records", "words"),
-    [(None, ["no metrics.jsonl", "run folder"]), ([START], ["logged no number", "--train.log-every"])],
+    [(None, ["no metrics.jsonl", "run folder"]), ([START], ["no logged metrics", "--train.log-every"])],
 )
-def test_a_folder_without_numbers_is_told(tmp_path, records, words):
+def test_a_folder_without_metrics_is_an_error(tmp_path, records, words):
     folder = tmp_path / "run" if records is None else write_run(tmp_path / "run", records)
     with pytest.raises(ConfigError) as error:
         run(Options(runs=(folder,)))
@@ -80,7 +80,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
         run(Options(runs=(folder,)))
 
 
-def test_history_leaves_out_what_is_damaged_or_not_finite(tmp_path):
+def test_history_leaves_out_damaged_and_non_finite_values(tmp_path):
     records = [START, train(1, loss=float("nan")), train(2, loss=5.0), train(3, loss="x"), train(4, loss=True)]
     folder = write_run(tmp_path / "run", [*records, evaluation(4, 50.0), {"event": "eval"}, {"step": 3}], cut='{"eve')
     with (folder / "metrics.jsonl").open("ab") as file:

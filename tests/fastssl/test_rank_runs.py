@@ -1,4 +1,4 @@
-"""Whole runs on several processes: they train as one does, stop together, and none is left hanging."""
+"""Complete runs on several processes: they train as one, stop together, and none hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fastssl.test_runs import assert_same, final_state, records
 
 pytestmark = pytest.mark.slow
 STEPS = 16
-# the rate is small, as training amplifies what differs by rounding
+# The rate is small, as training amplifies rounding differences
 RUN = (
     f"--train.steps {STEPS} --train.batch-size 16 --train.checkpoint-every 5 --train.log-every 1 --train.device cpu "
     "--train.precision fp32 --train.timeout-s 8 --data.pictures 240 --data.workers 0 --model.width 0.0625 "
@@ -37,7 +37,7 @@ def commands(output):
 
 @pytest.fixture(scope="module")
 def runs(commands, tmp_path_factory):
-    """Run folders of undisturbed runs by number of ranks."""
+    """Folders of uninterrupted runs by number of ranks."""
     folder = tmp_path_factory.mktemp("runs")
     for ranks in (1, 2, 4):
         assert commands.run(["pretrain", *RUN, "--run.dir", str(folder / f"{ranks}")], ranks) == [0] * ranks
@@ -46,7 +46,7 @@ def runs(commands, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(commands, tmp_path_factory):
-    """The folder of a run that was stopped after some steps by a signal to one of its two ranks."""
+    """The folder of a run that was stopped after a few steps by a signal to one of its two ranks."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     _, second = commands.start(["pretrain", *RUN, "--run.dir", str(folder)], 2)
     wait_for_step(commands, folder, 7)
@@ -67,7 +67,7 @@ def trained(folder):
 
 
 def assert_close_runs(folder, other):
-    """But for rounding."""
+    """Assert equality up to rounding."""
     for record, expected in zip(trained(folder), trained(other), strict=True):
         assert record["step"] == expected["step"]
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -85,40 +85,40 @@ def test_ranks_train_as_one_process(runs, ranks):
     assert_close_runs(runs[ranks], runs[1])
 
 
-def test_all_ranks_stop_where_one_is_asked_to(stopped):
+def test_all_ranks_stop_when_one_is_asked_to(stopped):
     (end,) = [record for record in records(stopped) if record["event"] == "end"]
     assert end["reason"] == "stopped"
     assert 7 <= end["step"] < STEPS
     assert final_state(stopped)["step"] == end["step"]
 
 
-def test_a_run_resumed_on_as_many_ranks_ends_the_same_bit_for_bit(commands, runs, stopped, tmp_path):
+def test_a_run_resumed_on_as_many_ranks_is_the_same_bit_for_bit(commands, runs, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     assert commands.run(["resume", str(tmp_path / "run")], 2) == [0, 0]
     assert_same(final_state(tmp_path / "run"), final_state(runs[2]))
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_a_run_goes_on_with_another_number_of_ranks(commands, runs, stopped, tmp_path, ranks):
+def test_a_run_resumes_with_another_number_of_ranks(commands, runs, stopped, tmp_path, ranks):
     shutil.copytree(stopped, tmp_path / "run")
     assert commands.run(["resume", str(tmp_path / "run")], ranks) == [0] * ranks
     assert_close_runs(tmp_path / "run", runs[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
-def test_the_others_end_when_a_rank_does_not_answer(commands, output, runs, tmp_path, number):
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
+def test_the_others_end_when_a_rank_does_not_answer(commands, output, runs, tmp_path, signum):
     folder = tmp_path / "run"
     _, victim = commands.start(["pretrain", *RUN, "--run.dir", str(folder), "--train.steps", "100000"], 2)
     wait_for_step(commands, folder, 6)
     before = output.stat().st_size
-    os.kill(victim, number)
+    os.kill(victim, signum)
     deadline = time.monotonic() + 60
     while "rank 0 ends too" not in output.read_bytes()[before:].decode():
         assert time.monotonic() < deadline, output.read_bytes()[before:].decode()
         time.sleep(0.1)
     os.kill(victim, signal.SIGKILL)
     assert commands.exit_codes() == [1, -signal.SIGKILL]
-    assert final_state(folder)["step"] >= 5  # from which it can go on
+    assert final_state(folder)["step"] >= 5  # It can resume from there
 
 
 def test_bad_numbers_of_processes_are_refused_in_a_sentence(commands, output, tmp_path):

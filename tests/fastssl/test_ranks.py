@@ -36,7 +36,7 @@ def run_of(variant):
     name, options, norm = VARIANTS[variant]
     method = a_method(name, options, norm)
     if name == "smog":
-        method.train(norm == "sync")  # its heads need the statistics of the whole batch
+        method.train(norm == "sync")  # Its heads need the statistics of the whole batch
         method.prepare(iter([part(a_batch(name, 9))]))
     return a_run(method, range(3))
 
@@ -78,15 +78,15 @@ def normalization(kind):
 
 
 def shuffling():
-    """For each of many shuffles, the images whose keys this rank computed; whether its rows came back in order."""
+    """For many shuffles, the images whose keys this rank computed, and whether its rows came back in order."""
     computed = []
 
     def encoder(images):
         computed.append(images[:, 0].int())
         return images
 
-    numbers = torch.arange(float(IMAGES))
-    images = torch.stack([numbers, numbers + 1], 1)  # no two have the same direction
+    values = torch.arange(float(IMAGES))
+    images = torch.stack([values, values + 1], 1)  # No two have the same direction
     in_order = True
     for seed in range(SHUFFLES):
         torch.manual_seed(seed)
@@ -95,12 +95,12 @@ def shuffling():
     return torch.stack(computed), in_order
 
 
-def a_rank(number, store, results):
-    join(store, number, RANKS)
-    torch.save({variant: run_of(variant) for variant in VARIANTS}, f"{results}{number}")
-    torch.save({kind: normalization(kind) for kind in norm_layers()}, f"{results}norm{number}")
-    torch.save(gathering(), f"{results}rows{number}")
-    torch.save(shuffling(), f"{results}shuffle{number}")
+def a_rank(of_rank, store, results):
+    join(store, of_rank, RANKS)
+    torch.save({variant: run_of(variant) for variant in VARIANTS}, f"{results}{of_rank}")
+    torch.save({kind: normalization(kind) for kind in norm_layers()}, f"{results}norm{of_rank}")
+    torch.save(gathering(), f"{results}rows{of_rank}")
+    torch.save(shuffling(), f"{results}shuffle{of_rank}")
     dist.destroy_process_group()
 
 
@@ -116,47 +116,47 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_equal_one(two_ranks, variant):
     expected = run_of(variant)
-    for number in range(RANKS):
-        assert_same_run(torch.load(f"{two_ranks}{number}")[variant], expected)
+    for of_rank in range(RANKS):
+        assert_same_run(torch.load(f"{two_ranks}{of_rank}")[variant], expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", norm_layers())
 def test_synchronized_batch_norm_is_that_of_the_whole_batch(two_ranks, kind):
     expected = normalization(kind)
-    for number in range(RANKS):
-        torch.testing.assert_close(torch.load(f"{two_ranks}norm{number}")[kind], expected, rtol=1e-12, atol=1e-13)
+    for of_rank in range(RANKS):
+        torch.testing.assert_close(torch.load(f"{two_ranks}norm{of_rank}")[kind], expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.slow
 def test_gathered_rows_and_their_gradient(two_ranks):
     expected = torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 10])
-    for number in range(RANKS):
-        ranks, own, constant, with_gradient, gradient = torch.load(f"{two_ranks}rows{number}")
-        assert (ranks, own) == (2, number)
+    for of_rank in range(RANKS):
+        ranks, own, constant, with_gradient, gradient = torch.load(f"{two_ranks}rows{of_rank}")
+        assert (ranks, own) == (2, of_rank)
         assert torch.equal(constant, expected)
         assert torch.equal(with_gradient, expected)
-        # both ranks' losses, weighted 1 and 2
-        assert torch.equal(gradient, 3 * torch.arange(12.0).view(6, 2)[3 * number : 3 * number + 3])
+        # Both ranks' losses, weighted 1 and 2
+        assert torch.equal(gradient, 3 * torch.arange(12.0).view(6, 2)[3 * of_rank : 3 * of_rank + 3])
 
 
 @pytest.mark.slow
 def test_shuffled_keys_share_batch_norm_with_their_queries_by_chance_alone(two_ranks):
-    first, second = (torch.load(f"{two_ranks}shuffle{number}") for number in range(RANKS))
+    first, second = (torch.load(f"{two_ranks}shuffle{of_rank}") for of_rank in range(RANKS))
     assert first[1]
     assert second[1]
-    # each key is computed once, on one of the ranks
+    # Each key is computed once, on one of the ranks
     everyone = torch.cat([first[0], second[0]], 1).sort(1).values
     assert torch.equal(everyone, torch.arange(IMAGES, dtype=torch.int32).expand(SHUFFLES, -1))
     queries_here = (first[0] < IMAGES // RANKS).sum(1)
-    # 4 of 8, hypergeometric: mean 2, variance 4/7; all of its own once in 70 shuffles. Bounds of 4 deviations
+    # 4 of 8, hypergeometric: mean 2, variance 4/7; all 4 its own once in 70 shuffles. Bounds of 4 standard deviations
     assert abs(queries_here.double().mean() - 2) < 4 * (4 / 7 / SHUFFLES) ** 0.5
     assert (queries_here == 4).sum() < SHUFFLES / 70 + 4 * (SHUFFLES / 70) ** 0.5
     with_query_of_image = (first[0] == 0).sum(1).double().mean()
     assert abs(with_query_of_image - 0.5) < 4 * (0.25 / SHUFFLES) ** 0.5
 
 
-def test_one_process_gathers_itself():
+def test_a_single_process_gathers_its_own_rows():
     rows = torch.randn(4, 2, requires_grad=True)
     assert (world_size(), rank()) == (1, 0)
     assert torch.equal(gather_rows(rows), rows)
@@ -165,7 +165,7 @@ def test_one_process_gathers_itself():
     assert torch.equal(local_rows(rows), rows)
 
 
-def test_statistics_of_one_process_are_their_own_mean():
+def test_statistics_of_a_single_process_are_not_changed():
     method = a_method("mocov2")
     method(a_batch("mocov2"))
     before = {name: buffer.clone() for name, buffer in method.named_buffers()}

@@ -1,4 +1,4 @@
-"""report.html: complete, self-contained, escaped, and written whatever the records hold."""
+"""report.html: complete, self-contained, escaped, and written for any records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastssl.config import to_json
 from fastssl.errors import ConfigError
 from fastssl.observe import svg as chart
 from fastssl.observe.history import History, read_history
-from fastssl.observe.report import page, write_report
+from fastssl.observe.html_report import page, write_report
 from fastssl.observe.summary import ADVICE, training_s
 from tests.fastssl.written_runs import CONFIG, FINISHED, START, evaluation, train, write_run
 
@@ -25,7 +25,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects the text and the attributes."""
+    """Check that tags are closed in order, and collect the text and the attributes."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -55,12 +55,12 @@ def report_of(folder) -> Page:
     return Page(write_report(folder).read_text())
 
 
-def test_a_finished_run_tells_its_numbers(tmp_path):
+def test_a_finished_run_reports_its_results(tmp_path):
     folder = write_run(tmp_path / "run", FINISHED)
     page = report_of(folder)
     for text in (
         "40 of 40 steps (4.0 epochs); finished",
-        "7.6",  # loss
+        "7.6",  # Loss
         "62.50 %",
         "12.50 % before training, 33.25 % on raw pixels",
         "640",  # images/s
@@ -76,14 +76,14 @@ def test_a_finished_run_tells_its_numbers(tmp_path):
     assert page.tags.count("svg") == 6  # loss, accuracy, kNN, images/s, learning rate, shares of the time
 
 
-def test_the_page_needs_nothing_else(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     page = report_of(write_run(tmp_path / "run", FINISHED))
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not {"src", "href"} & {name for name, _ in page.attributes}
     assert "url(" not in page.text
 
 
-def test_what_comes_from_outside_is_escaped(tmp_path):
+def test_external_text_is_escaped(tmp_path):
     evil = "<script>alert('&')</script>"
     records = [*FINISHED, {"event": "note", "step": 40, "text": evil}]
     folder = write_run(tmp_path / "<i>run", records)
@@ -96,7 +96,7 @@ def test_what_comes_from_outside_is_escaped(tmp_path):
     assert "<i>run" in page.text
 
 
-def test_a_killed_run_is_reported_as_far_as_it_came(tmp_path):
+def test_a_killed_run_is_reported_up_to_its_last_record(tmp_path):
     folder = write_run(tmp_path / "run", [START, train(10), train(20)], cut='{"event": "train", "step": 30, "los')
     page = report_of(folder)
     assert "20 of 40 steps (2.0 epochs) are logged" in page.text
@@ -110,7 +110,7 @@ def test_a_run_before_its_first_record_has_a_report(tmp_path):
     assert "svg" not in page.tags
 
 
-def test_a_run_that_left_a_step_out_and_was_stopped(tmp_path):
+def test_a_stopped_run_with_a_skipped_step(tmp_path):
     broken = {"event": "non_finite", "step": 20, "broken_step": 27, "loss": "inf", "action": "skipped"}
     note = {"event": "note", "step": 10, "text": "a.jpg cannot be read"}
     records = [
@@ -159,13 +159,13 @@ def test_no_record_breaks_the_report(tmp_path_factory, records, config):
     report_of(folder)
 
 
-def test_a_folder_that_is_no_run_is_told(tmp_path):
+def test_a_folder_that_is_not_a_run_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="run folder"):
         run(Options(run=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_option_that_is_advised_exists():
+def test_every_option_in_the_advice_exists():
     config = json.loads(to_json(parse([])))
     named = [option for text in ADVICE.values() for option in re.findall(r"--([a-z]+)\.([a-z-]+)", text)]
     assert len(named) > 5
@@ -194,7 +194,7 @@ def points_of(svg: str, shape: str) -> list[tuple[float, float]]:
     return [tuple(map(float, pair.split(","))) for pair in element.get("points").split()]
 
 
-def test_a_line_runs_from_corner_to_corner():
+def test_a_line_spans_the_plotted_area():
     svg = chart.line_chart({0: 0.0, 50: 1.0, 100: 0.0}, title="t")
     left, right = chart.LEFT, chart.WIDTH - chart.RIGHT
     assert points_of(svg, "polyline") == [
@@ -220,6 +220,6 @@ def test_the_parts_of_the_time_fill_the_whole_height(tmp_path):
     assert (min(heights), max(heights)) == (chart.TOP, chart.HEIGHT - chart.BOTTOM)
 
 
-def test_history_is_all_a_page_needs(tmp_path):
+def test_a_page_is_made_from_a_history_alone(tmp_path):
     empty = History(tmp_path / "gone", records=[], config={}, environment={}, warnings=[])
     assert "gone" in Page(page(empty)).text

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: what is written, stopping, resuming, and bad input."""
+"""Complete runs through the command line: output files, stopping, resuming and bad input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def final_state(folder):
 
 
 def assert_same(a, b):
-    """Two checkpoints are equal bit for bit."""
+    """Assert that two checkpoints are equal bit for bit."""
     assert a.keys() == b.keys()
     for key in a:
         if isinstance(a[key], dict):
@@ -65,7 +65,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_a_run_writes_what_scripts_rely_on(undisturbed):
+def test_a_run_writes_the_documented_files(undisturbed):
     lines = records(undisturbed)
     assert lines[0]["event"] == "start"
     assert lines[-1]["event"] == "end"
@@ -89,8 +89,8 @@ def test_a_run_writes_what_scripts_rely_on(undisturbed):
     ]
 
 
-def interrupted(folder, number, at_step):
-    """Start the same run in a process of its own and send it a signal once `at_step` is logged."""
+def interrupted(folder, signum, at_step):
+    """Start the same run in a separate process and send it a signal once `at_step` is logged."""
     command = [
         sys.executable,
         "-m",
@@ -109,18 +109,18 @@ def interrupted(folder, number, at_step):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(number)
+    process.send_signal(signum)
     process.wait(timeout=60)
     assert len([line for line in records(folder) if line["event"] == "train"]) < 40
     return process.returncode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_a_stopped_run_ends_with_the_same_weights(undisturbed, tmp_path, number):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_stopped_run_ends_with_the_same_weights(undisturbed, tmp_path, signum):
     folder = tmp_path / "run"
-    code = interrupted(folder, number, at_step=8)
-    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 75)
+    code = interrupted(folder, signum, at_step=8)
+    assert code == (-signal.SIGKILL if signum == signal.SIGKILL else 75)
     assert main(["resume", str(folder)]) == 0
     assert_same(final_state(folder), final_state(undisturbed))
     comparable = [
@@ -134,7 +134,7 @@ def test_a_stopped_run_ends_with_the_same_weights(undisturbed, tmp_path, number)
     assert comparable[0] == comparable[1]
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_anew(undisturbed, tmp_path):
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(undisturbed, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text((undisturbed / "config.json").read_text())
@@ -199,7 +199,7 @@ def test_presets_train_on_a_folder_with_every_pipeline(image_folder, tmp_path, p
     ]
 
 
-def test_a_handful_of_images_leaves_one_to_judge_by(image_folder):
+def test_a_few_images_still_leave_one_for_testing(image_folder):
     small = image_folder / "test"
     for path in list((small / "dog").iterdir())[:4]:
         path.unlink()
@@ -207,7 +207,7 @@ def test_a_handful_of_images_leaves_one_to_judge_by(image_folder):
     assert (len(train), len(test)) == (7, 1)
 
 
-def test_a_folder_without_a_test_split_is_judged_on_images_kept_from_training(image_folder, tmp_path):
+def test_a_folder_without_a_test_split_is_tested_on_held_out_images(image_folder, tmp_path):
     folder = tmp_path / "run"
     arguments = ["--data.root", str(image_folder / "train"), "--run.dir", str(folder)]
     assert main(["pretrain", "mocov2-cifar10", *SMALL, *arguments]) == 0
@@ -246,11 +246,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, image_folde
         assert word.format(data=image_folder) in error
 
 
-def test_of_two_runs_that_start_at_once_the_later_is_refused(tmp_path, capsys, monkeypatch):
+def test_of_two_runs_that_start_together_the_later_is_refused(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
 
     class Slow:
-        """While this trainer is made, another run takes the folder."""
+        """Let another run take the folder while this trainer is built."""
 
         identity: ClassVar[dict] = {}
 
@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path, capsys):
     assert "step_000000005.pt" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(tmp_path, capsys):
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_good_checkpoints(tmp_path, capsys):
     folder = tmp_path / "run"
     arguments = [*TINY, "--run.dir", str(folder), "--train.steps", "40", "--optim.lr", "1e30"]
     assert main(["pretrain", *arguments]) == 1
@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
         assert all(torch.isfinite(value).all() for value in state.values())
 
 
-def test_lists_and_help(capsys):
+def test_list_commands_and_help_show_names_and_options(capsys):
     assert main(["methods"]) == 0
     assert main(["presets"]) == 0
     assert main(["doctor"]) == 0

@@ -1,4 +1,4 @@
-"""The training step: parts, clipping, scaled losses, optimizers, clocks and what is compiled."""
+"""The training step: accumulation, clipping, loss scaling, optimizers, the stopwatch and compilation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastssl.train.step import TrainStep, _data_parallel, joined, parts
 from tests.fastssl.small_methods import BATCH, LR, VARIANTS, a_batch, build, sgd
 
 CPU = torch.device("cpu")
-# without what draws numbers for a part at a time, and batch norm over a part in the head
+# Without methods that draw random numbers per part, and heads with batch norm over a part
 CUT = [
     variant
     for variant, (name, options) in VARIANTS.items()
@@ -37,7 +37,7 @@ def train_step(method, optimizer=None, *, dtype=torch.float32, **options):
 
 
 def steps(step, name, count=3, lr=LR):
-    return [step(a_batch(name, number), TrainProgress(number, 50, 5), lr) for number in range(count)]
+    return [step(a_batch(name, index), TrainProgress(index, 50, 5), lr) for index in range(count)]
 
 
 def assert_close(state, expected, tolerance=1e-5):
@@ -49,7 +49,7 @@ def assert_close(state, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("variant", CUT)
 def test_parts_of_a_step_equal_the_whole(variant):
-    """Split batch norm counts its groups over all parts, so half as many in each of two."""
+    """Split batch norm counts its groups over all parts, so each of two parts has half as many."""
     name, options = VARIANTS[variant]
     options = {**options, "shuffle": False}
     whole, cut = build(name, splits=4, **options), build(name, splits=2, **options)
@@ -59,7 +59,7 @@ def test_parts_of_a_step_equal_the_whole(variant):
         torch.testing.assert_close(output.loss, other.loss.detach(), rtol=1e-5, atol=1e-6)
         for metric, value in other.metrics.items():
             torch.testing.assert_close(output.metrics[metric], value, rtol=1e-4, atol=1e-5)
-    statistics = ("running_", "num_batches")  # which follow one another over the parts
+    statistics = ("running_", "num_batches")  # Updated once per part
     states = [
         {key: value for key, value in method.state_dict().items() if not any(word in key for word in statistics)}
         for method in (cut, whole)
@@ -73,7 +73,7 @@ def test_methods_that_need_the_whole_batch_refuse_parts():
         replace(config, train=replace(config.train, accumulate=2))
 
 
-def test_parts_come_in_order_and_are_joined_in_order():
+def test_parts_are_cut_and_joined_in_order():
     batch = a_batch("mocov2")
     cut = list(parts(batch, 4))
     assert [len(part.ids) for part in cut] == [BATCH // 4] * 4
@@ -87,13 +87,13 @@ def test_parts_come_in_order_and_are_joined_in_order():
     assert torch.equal(keys, torch.cat([output.updates[1] for output in outputs]))
 
 
-def test_a_long_gradient_is_shortened():
+def test_a_long_gradient_is_clipped():
     free, clipped = build("mocov2"), build("mocov2")
     before = [p.clone() for p in free.query_encoder.parameters()]
     (norm,) = (output.metrics["gradient_norm"] for output in steps(train_step(free), "mocov2", 1))
     limit = float(norm) / 3
     (same,) = (output.metrics["gradient_norm"] for output in steps(train_step(clipped, clip_norm=limit), "mocov2", 1))
-    assert same == norm  # as it was before
+    assert same == norm  # The norm before clipping
     moved = [
         torch.cat([(p - old).detach().flatten() for p, old in zip(m.query_encoder.parameters(), before, strict=True)])
         for m in (free, clipped)
@@ -104,7 +104,7 @@ def test_a_long_gradient_is_shortened():
 
 
 def test_a_scaled_loss_gives_the_gradient_of_the_loss():
-    """fp16 autocast: the scale of 65536 is gone from the gradient when the optimizer sees it."""
+    """fp16 autocast: the optimizer sees the gradient without the scale of 65536."""
     exact, scaled = build("mocov2"), build("mocov2")
     (expected,) = steps(train_step(exact), "mocov2", 1)
     step = train_step(scaled, dtype=torch.float16)
@@ -131,7 +131,7 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_halves_the_scale():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
-def test_every_optimizer_takes_the_rate_of_the_step(optimizer):
+def test_every_optimizer_uses_the_learning_rate_of_the_step(optimizer):
     method = build("mocov2")
     step = train_step(method, build_optimizer(method, OptimConfig(optimizer=optimizer, lr=1.0, trust=0.01)))
     before = copy.deepcopy(method.query_encoder.state_dict())
@@ -166,7 +166,7 @@ def test_the_stopwatch_has_all_parts_of_a_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mocov2", "ressl"])
 def test_nothing_is_compiled_after_the_first_step(name):
-    """Also where the learning rate, the step and the position in the queue change, at its end too."""
+    """Even though the learning rate, the step and the position in the queue change, and the queue wraps around."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -174,8 +174,8 @@ def test_nothing_is_compiled_after_the_first_step(name):
     steps(step, name, 1)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    for number in range(1, 6):
-        step(a_batch(name, number), TrainProgress(number, 50, 5), LR / number)
+    for index in range(1, 6):
+        step(a_batch(name, index), TrainProgress(index, 50, 5), LR / index)
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -187,31 +187,31 @@ def test_a_graph_is_refused_without_a_gpu():
 
 
 class Work(TorchDispatchMode):
-    """Takes down each op with the sizes of what it reads and writes, but for the losses, whose work is their own."""
+    """Records each op with the sizes of its inputs and outputs, except for the losses."""
 
     def __init__(self):
         super().__init__()
-        self.done = []
+        self.ops = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not (function.namespace == "fastssl" or function.is_view):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-            self.done.append((str(function), [tensor.numel() for tensor in tensors]))
+            self.ops.append((str(function), [tensor.numel() for tensor in tensors]))
         return result
 
 
 @pytest.mark.parametrize("variant", [name for name, (method, _) in VARIANTS.items() if method != "smog"])
-def test_only_the_loss_has_more_to_do_for_a_longer_queue(variant):
+def test_only_the_loss_does_more_work_for_a_longer_queue(variant):
     name, options = VARIANTS[variant]
-    done = []
+    ops = []
     for size in (4 * BATCH, 400 * BATCH):
         step = train_step(build(name, **options, queue_size=size))
         with Work() as work:
             steps(step, name, 2)
-        done.append(work.done)
-    assert len(done[0]) > 100
-    assert done[0] == done[1]
+        ops.append(work.ops)
+    assert len(ops[0]) > 100
+    assert ops[0] == ops[1]
 
 
 @pytest.fixture
@@ -222,8 +222,8 @@ def _one_rank_group(tmp_path):
 
 
 @pytest.mark.usefixtures("_one_rank_group")
-def test_gradients_of_a_compiled_method_are_exchanged_while_others_are_computed(monkeypatch):
-    """A graph for each bucket of gradients: with one for all, no exchange would begin before backward ends."""
+def test_gradients_of_a_compiled_method_are_exchanged_during_backward(monkeypatch):
+    """There is a graph for each bucket of gradients; with a single graph, no exchange would begin before its end."""
     torch.compiler.reset()
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 2000)
     graphs = []

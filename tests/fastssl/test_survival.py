@@ -1,4 +1,4 @@
-"""What a run does about a loss that is not finite, a full disk, a folder that cannot be written and a jumping clock."""
+"""How a run handles non-finite losses, a full disk, an unwritable folder and a jumping clock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(folder, *more):
 
 @pytest.fixture
 def breaking(monkeypatch):
-    """Call with numbers of steps whose loss is to be NaN."""
+    """Call with the steps whose loss shall be NaN."""
 
     def of(*steps):
         forward = TrainStep._forward_part
@@ -46,8 +46,8 @@ def breaking(monkeypatch):
     return of
 
 
-def test_a_step_that_breaks_is_left_out(tmp_path, breaking):
-    """From whichever checkpoint the run goes on, it ends with the same weights."""
+def test_a_non_finite_step_is_skipped(tmp_path, breaking):
+    """The run ends with the same weights whichever checkpoint it resumes from."""
     breaking(7, 13)
     assert run(tmp_path / "a", "--train.non-finite", "skip") == 0
     assert run(tmp_path / "b", "--train.non-finite", "skip", "--train.checkpoint-every", "20") == 0
@@ -67,13 +67,13 @@ def test_a_step_that_breaks_is_left_out(tmp_path, breaking):
     assert trained == [3, 6, 9, 12, 15, 18, 20]
 
 
-def test_a_run_that_breaks_again_and_again_stops(tmp_path, breaking, capsys):
+def test_a_run_with_too_many_non_finite_steps_stops(tmp_path, breaking, capsys):
     breaking(*range(5, 20))
     assert run(tmp_path / "run", "--train.non-finite", "skip") == 1
-    assert "after 10 that were skipped" in capsys.readouterr().err
+    assert "after 10 skipped steps" in capsys.readouterr().err
 
 
-def test_a_step_that_breaks_stops_the_run_by_default(tmp_path, breaking, capsys):
+def test_a_non_finite_step_stops_the_run_by_default(tmp_path, breaking, capsys):
     breaking(7)
     assert run(tmp_path / "run") == 1
     error = capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_a_step_that_breaks_stops_the_run_by_default(tmp_path, breaking, capsys)
     assert final_state(tmp_path / "run")["step"] == 5
 
 
-def test_a_gradient_that_is_not_finite_is_found_at_its_step(tmp_path, monkeypatch):
+def test_a_non_finite_gradient_is_found_at_its_step(tmp_path, monkeypatch):
     forward_and_backward = TrainStep._forward_and_backward
 
     def broken(self, batch):
@@ -100,7 +100,7 @@ def test_a_gradient_that_is_not_finite_is_found_at_its_step(tmp_path, monkeypatc
     assert math.isfinite(float(event["loss"]))
 
 
-def test_a_full_disk_is_told_and_training_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_training_continues(tmp_path, monkeypatch):
     save = checkpoint.save
 
     def full(folder, state, *, step, **options):
@@ -118,8 +118,8 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0, 20])
-def test_a_checkpoint_that_must_be_written_and_cannot_ends_the_run(tmp_path, monkeypatch, capsys, step):
-    """The first, so that nobody trains for days on a disk that takes nothing, and the last."""
+def test_a_failed_first_or_last_checkpoint_ends_the_run(tmp_path, monkeypatch, capsys, step):
+    """The first, so that nobody trains for days on an unwritable disk, and the last."""
     save = checkpoint.save
 
     def full(folder, state, **options):
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_must_be_written_and_cannot_ends_the_run(tmp_path, mon
     assert "fastssl resume" in error
 
 
-def test_a_run_folder_that_cannot_be_made_is_named(capsys):
+def test_a_run_folder_that_cannot_be_created_is_named(capsys):
     assert run("/proc/fastssl-run") == 2
     assert "/proc/fastssl-run" in capsys.readouterr().err
 
@@ -151,13 +151,13 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     assert all(0 <= share <= 1 for share in shares)
 
 
-def test_checkpoints_are_kept_for_good_where_asked(tmp_path):
+def test_checkpoints_are_kept_permanently_on_request(tmp_path):
     assert run(tmp_path / "run", "--train.keep-every", "10", "--train.keep-checkpoints", "1") == 0
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step_000000000.pt", "step_000000010.pt", "step_000000020.pt"]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path):
     assert run(tmp_path / "whole") == 0
     assert run(tmp_path / "run") == 0
     newest = tmp_path / "run" / "checkpoints" / "step_000000020.pt"
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert_same(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
 
 
-def test_a_run_tells_what_it_chose(tmp_path):
+def test_a_run_logs_its_choices(tmp_path):
     assert run(tmp_path / "run", "--train.precision", "fp32") == 0
     assert "cpu, float32, not compiled, resident pipeline" in (tmp_path / "run" / "console.log").read_text()
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
@@ -184,7 +184,7 @@ def test_two_processes_cannot_train_the_same_run(tmp_path, capsys):
     assert main(["resume", str(tmp_path / "run")]) == 0
 
 
-def test_every_end_leaves_a_report(tmp_path, breaking):
+def test_a_report_is_written_however_the_run_ends(tmp_path, breaking):
     assert run(tmp_path / "good") == 0
     breaking(7)
     assert run(tmp_path / "bad") == 1
@@ -192,7 +192,7 @@ def test_every_end_leaves_a_report(tmp_path, breaking):
         assert "</html>" in (tmp_path / name / "report.html").read_text()
 
 
-def test_what_only_tells_does_not_end_a_run_when_the_disk_is_full(tmp_path, monkeypatch):
+def test_logs_that_hit_a_full_disk_do_not_end_a_run(tmp_path, monkeypatch):
     def full(*given):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

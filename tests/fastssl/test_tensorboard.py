@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: the numbers of its records, every step once."""
+"""TensorBoard shows the values of a run's records, every step once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastssl.observe.tensorboard import TensorBoardMirror
 
 @pytest.fixture(autouse=True)
 def files_in_order(monkeypatch):
-    """TensorBoard reads files by name, which ends in second and count, and 10 would come before 9."""
+    """TensorBoard reads files in name order; names end in a global counter, and 10 would come before 9."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def shown(folder) -> dict[str, dict[int, float]]:
-    """Values by name and step as TensorBoard loads them; a step that is there twice fails."""
+    """Values by name and step, as TensorBoard loads them; asserts that no step appears twice."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
@@ -44,7 +44,7 @@ def slowed(function):
     return later
 
 
-def test_numbers_are_there_as_soon_as_they_are_written(tmp_path, monkeypatch):
+def test_values_are_on_disk_when_write_returns(tmp_path, monkeypatch):
     monkeypatch.setattr(RecordWriter, "write", slowed(RecordWriter.write))
     mirror = TensorBoardMirror(tmp_path)
     write(mirror, 0, range(1, 3), 0.5)
@@ -65,7 +65,7 @@ def test_a_resumed_run_shows_every_step_once(tmp_path):
     assert shown(tmp_path)["train/loss"] == {**dict.fromkeys(range(1, 6), 1.0), **dict.fromkeys(range(6, 11), 2.0)}
 
 
-def test_a_run_that_starts_anew_hides_all_of_the_first_try(tmp_path):
+def test_a_restarted_run_hides_the_first_attempt(tmp_path):
     for top1 in (1.0, 2.0):
         mirror = TensorBoardMirror(tmp_path)
         mirror.write("start", {"step": 0})
@@ -74,7 +74,7 @@ def test_a_run_that_starts_anew_hides_all_of_the_first_try(tmp_path):
     assert shown(tmp_path)["eval/knn_top1"] == {0: 2.0}
 
 
-def test_a_run_that_goes_back_to_a_checkpoint_hides_what_it_left(tmp_path):
+def test_a_run_that_goes_back_to_a_checkpoint_hides_the_discarded_steps(tmp_path):
     mirror = TensorBoardMirror(tmp_path)
     write(mirror, 0, range(1, 9), 1.0)
     mirror.write("non_finite", {"step": 5, "broken_step": 8, "loss": float("nan"), "ids": [1]})
@@ -105,7 +105,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
         patch.setattr(RecordWriter, "write", full)
         for step in range(3, 6):
             mirror.write("train", {"step": step, "loss": 1.0})
-    # TensorBoard can tell of a failure one record later
+    # TensorBoard can report a failure one record later
     for step in range(6, 8):
         mirror.write("train", {"step": step, "loss": 1.0})
     assert {1, 2, 7} <= set(shown(tmp_path)["train/loss"]) <= {1, 2, 6, 7}

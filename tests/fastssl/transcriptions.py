@@ -90,11 +90,11 @@ def moco(loss):
 def mixco(method, batch):
     """Lee-Gihun/MixCo: moco/models/encoder.py and utils/loss_fn.py, with neighbors as pairs."""
     config, images = method.config, batch.views[0]
-    share = torch.rand(len(images) // 2)
+    weight = torch.rand(len(images) // 2)
     everything = []
     for pair in range(len(images) // 2):
         first, second = images[2 * pair], images[2 * pair + 1]
-        everything += [first, second, share[pair] * first + (1 - share[pair]) * second]
+        everything += [first, second, weight[pair] * first + (1 - weight[pair]) * second]
     # Another memory format rounds differently, which flips some ReLUs
     features = rows(method.query_encoder, torch.stack(everything).contiguous(memory_format=torch.channels_last))
     mixed, query = features[2::3], features[torch.arange(len(features)) % 3 != 2]
@@ -102,7 +102,7 @@ def mixco(method, batch):
     bank = torch.cat([key, method.queue.keys]).double()
     target = torch.zeros(len(mixed), len(bank), dtype=torch.float64)
     for pair in range(len(mixed)):
-        target[pair, 2 * pair], target[pair, 2 * pair + 1] = share[pair], 1 - share[pair]
+        target[pair, 2 * pair], target[pair, 2 * pair + 1] = weight[pair], 1 - weight[pair]
     mix = -(target * log_softmax(mixed.double() @ bank.T / config.mix_temperature, dim=1)).sum(1).mean()
     loss = info_nce(method, query, key) + config.mix_weight * mix
     return loss, enqueued(method.queue, key, batch.labels, batch.step)
@@ -112,23 +112,23 @@ def unmix(method, batch):
     """szq0214/Un-Mix, moco_cifar10.py and the README's pseudo-code, with the neighbor as partner."""
     images = batch.views[0]
     size = images.shape[2]
-    chance, share, center_y, center_x = torch.rand(4).tolist()
+    chance, weight, center_y, center_x = torch.rand(4).tolist()
     partner = torch.arange(len(images)) ^ 1
     if chance < method.config.global_probability:
-        mixed = share * images + (1 - share) * images[partner]
+        mixed = weight * images + (1 - weight) * images[partner]
     else:
-        cut = int(size * (1 - share) ** 0.5)
+        cut = int(size * (1 - weight) ** 0.5)
         top, bottom = (min(max(int(center_y * size) + side * (cut // 2), 0), size) for side in (-1, 1))
         left, right = (min(max(int(center_x * size) + side * (cut // 2), 0), size) for side in (-1, 1))
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = images[partner][:, :, top:bottom, left:right]
-        share = 1 - (bottom - top) * (right - left) / size**2
+        weight = 1 - (bottom - top) * (right - left) / size**2
     query = rows(method.query_encoder, mixed)
     loss, state = moco(info_nce)(method, batch)
     keys_a_step = len(images) * method.config.keys_per_image
     slots = (batch.step * keys_a_step + torch.arange(keys_a_step)) % len(method.queue.keys)
     for key in state["queue.keys"][slots].split(len(images)):
-        loss = loss + share * info_nce(method, query, key) + (1 - share) * info_nce(method, query, key[partner])
+        loss = loss + weight * info_nce(method, query, key) + (1 - weight) * info_nce(method, query, key[partner])
     return loss, state
 
 
@@ -176,8 +176,8 @@ def smog(method, batch):
         for index, group in enumerate(old):
             members = features[assigned == index]
             if len(members):
-                share = method.group_momentum.double()
-                group = share * group + (1 - share) * members.mean(0)
+                weight = method.group_momentum.double()
+                group = weight * group + (1 - weight) * members.mean(0)
             groups.append(group)
         new = normalize(torch.stack(groups), dim=1)
         moved.append(new.detach().float())

@@ -1,4 +1,4 @@
-"""Run folders with made-up records, for the tests of what is drawn and reported."""
+"""Run folders with made-up records, for the tests of plots and reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FINISHED = [START, evaluation(0, 12.5), *(train(step) for step in range(10, 50, 
 
 
 def write_run(folder: Path, records: list[dict[str, Any]], *, cut: str = "") -> Path:
-    """A run folder that holds these records and, as a kill leaves it, a last line without an end."""
+    """A run folder with these records and the incomplete last line `cut`, as after a kill."""
     folder.mkdir()
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(lines + cut)

@@ -1,4 +1,4 @@
-"""Runs of half a second for the tests of faults, and how their refusals are read."""
+"""Tiny runs of half a second for the fault tests, and how to read their errors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PICTURES = ["--data.pictures", "40"]
 
 
 def train(folder, *more, steps=4, data=PICTURES, preset="quickstart"):
-    """The exit code of a new tiny run in `folder`."""
+    """Train a new tiny run in `folder`; returns the exit code."""
     return main(["pretrain", preset, *TINY, *data, "--train.steps", str(steps), "--run.dir", str(folder), *more])
 
 
 def refusal(capsys, arguments):
-    """The one sentence with which a command refuses its arguments, exit code 2."""
+    """Run a command that must be refused with exit code 2; returns its one-sentence error."""
     capsys.readouterr()
     assert main(arguments) == 2
     return sentence(capsys)
 
 
 def sentence(capsys):
-    """The one line that a command left on stderr."""
+    """The one line that a command printed to stderr."""
     error = capsys.readouterr().err
     assert "Traceback" not in error
     (line,) = error.splitlines()
@@ -37,7 +37,7 @@ def sentence(capsys):
 
 
 def image_folder(folder, count=12, classes=("cat", "dog")):
-    """Class folders of small PNG files; returns `folder`."""
+    """Write class folders of small PNG files; returns `folder`."""
     rng = np.random.default_rng(0)
     for name in classes:
         (folder / name).mkdir(parents=True)
@@ -47,5 +47,5 @@ def image_folder(folder, count=12, classes=("cat", "dog")):
 
 
 def contents(folder):
-    """Every file under a folder with its bytes."""
+    """The bytes of every file under a folder, by path."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""Checkpoint files from strangers: nothing in them runs, none takes more memory than it has bytes, none hangs a run."""
+"""Untrusted checkpoint files: none runs code, takes more memory than its size, or hangs a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEBIBYTE = 2**20
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of 4 steps; not to be changed."""
+    """A run of 4 steps; read-only."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert train(folder) == 0
     return folder
@@ -41,7 +41,7 @@ def run(finished, tmp_path):
 
 @pytest.fixture
 def newest(run):
-    """The checkpoint that a resume opens first."""
+    """The checkpoint that resume opens first."""
     return run / "checkpoints" / "step_000000004.pt"
 
 
@@ -51,7 +51,7 @@ class Evil:
 
 
 def sealed(path):
-    """With the checksum that belongs to what is there, as an attacker can compute it too."""
+    """Append the matching checksum, as an attacker could."""
     content = path.read_bytes()
     path.write_bytes(content + checkpoint._trailer(hashlib.sha256(content).hexdigest()))
 
@@ -104,7 +104,7 @@ def zip_bomb(path):
 
 
 def bomb_that_lies(path):
-    """Its directory says that its one entry, which is stored, is 8 GiB large."""
+    """Its directory claims that its one uncompressed entry has 8 GiB."""
     with_other_pickle(path, bytes(1000))
     with zipfile.ZipFile(path) as archive:
         (info, *_) = archive.infolist()
@@ -127,7 +127,7 @@ CONTENTS += [zip_bomb, bomb_that_lies, deep_pickle, many_keys]
 
 @pytest.mark.parametrize("seal", [False, True], ids=["as it is", "with a right checksum"])
 @pytest.mark.parametrize("content", CONTENTS, ids=lambda f: f.__name__)
-def test_a_strangers_file_is_damage_and_nothing_in_it_runs(run, newest, finished, recwarn, content, seal):
+def test_an_untrusted_file_counts_as_damaged_and_runs_nothing(run, newest, finished, recwarn, content, seal):
     content(newest)
     if seal:
         sealed(newest)
@@ -164,7 +164,7 @@ def loop(path):
 
 
 @pytest.mark.parametrize("kind", [pipe, folder, device, dead_link, loop], ids=lambda f: f.__name__)
-def test_what_is_no_regular_file_is_put_aside_at_once(run, newest, finished, kind):
+def test_anything_but_a_regular_file_is_moved_aside_at_once(run, newest, finished, kind):
     newest.unlink()
     kind(newest)
     started = time.monotonic()
@@ -175,7 +175,7 @@ def test_what_is_no_regular_file_is_put_aside_at_once(run, newest, finished, kin
 
 
 @pytest.mark.parametrize("kind", [pipe, folder, device, dead_link, loop], ids=lambda f: f.__name__)
-def test_an_evaluation_of_what_is_no_regular_file_is_a_sentence(run, newest, capsys, kind):
+def test_evaluating_anything_but_a_regular_file_is_one_sentence(run, newest, capsys, kind):
     newest.unlink()
     kind(newest)
     capsys.readouterr()
@@ -183,33 +183,33 @@ def test_an_evaluation_of_what_is_no_regular_file_is_a_sentence(run, newest, cap
     assert "step_000000004.pt" in sentence(capsys)
 
 
-def fails(number, path):
-    """`os.open`, which fails for this path."""
+def fails(code, path):
+    """An `os.open` that fails for this path."""
     real = os.open
 
     def function(name, *arguments, **options):
         if os.fspath(name) == os.fspath(path):
-            raise OSError(number, os.strerror(number), name)
+            raise OSError(code, os.strerror(code), name)
         return real(name, *arguments, **options)
 
     return function
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_a_machine_that_cannot_read_leaves_a_good_checkpoint_in_its_place(run, newest, monkeypatch, capsys, number):
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_failing_machine_does_not_move_a_good_checkpoint(run, newest, monkeypatch, capsys, code):
     before = newest.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", fails(number, newest))
-        with pytest.raises(MachineError, match=os.strerror(number)):
+        patch.setattr(os, "open", fails(code, newest))
+        with pytest.raises(MachineError, match=os.strerror(code)):
             Checkpoints(newest.parent, keep=2).newest()
         capsys.readouterr()
         assert main(["resume", str(run)]) == 1
-        assert os.strerror(number) in sentence(capsys)
+        assert os.strerror(code) in sentence(capsys)
     assert newest.read_bytes() == before
     assert main(["resume", str(run)]) == 0
 
 
-def test_a_checkpoint_that_may_not_be_read_stays_in_its_place(run, newest, monkeypatch, capsys):
+def test_a_checkpoint_without_read_permission_is_not_moved(run, newest, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", fails(errno.EACCES, newest))
         with pytest.raises(ConfigError, match="may not be read") as error:
@@ -223,7 +223,7 @@ def test_a_checkpoint_that_may_not_be_read_stays_in_its_place(run, newest, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["anywhere", "header and trailer"])
-def test_every_flipped_bit_of_a_real_checkpoint_is_found(newest, where):
+def test_every_flipped_bit_of_a_real_checkpoint_is_detected(newest, where):
     good = newest.read_bytes()
     generator = random.Random(0)
     edges = [*range(64), *range(len(good) - 200, len(good))]
@@ -236,8 +236,8 @@ def test_every_flipped_bit_of_a_real_checkpoint_is_found(newest, where):
 
 
 @pytest.mark.slow
-def test_a_giant_with_holes_is_found_without_memory(run, newest, monkeypatch):
-    """Of half a GiB, as reading a TiB of zeros would take an hour; what counts is that it streams."""
+def test_a_huge_sparse_file_is_detected_without_memory(run, newest, monkeypatch):
+    """Half a GiB, as reading a TiB of zeros would take an hour; the point is that it is streamed."""
     newest.unlink()
     with newest.open("wb") as file:
         file.truncate(2**29)

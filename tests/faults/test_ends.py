@@ -1,4 +1,4 @@
-"""How runs end: signals once and twice, between log lines, before training, and without memory."""
+"""How runs end: by one or two signals, between log lines, before training, and out of memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fastssl.test_runs import assert_same, final_state
 from tests.faults.runs import PICTURES, TINY, sentence, train
 
 STEPS = 60
-# checkpoints and log lines that do not fall together
+# Checkpoints and log lines at different steps
 UNEVEN = ["--train.steps", str(STEPS), "--train.log-every", "5", "--train.checkpoint-every", "7"]
 
 
@@ -30,18 +30,18 @@ def commands(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(commands, tmp_path_factory):
-    """The same run, left alone."""
+    """The same run without interruptions."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
     assert commands.run(["pretrain", *TINY, *PICTURES, *UNEVEN, "--run.dir", str(folder)]) == [0]
     return folder
 
 
 def log_of(folder):
-    """What the log tells, without times and restarts."""
+    """The records of the log, without times and restarts."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = ("event", "step", "loss", "lr", "gradient_norm", "contrast_accuracy", "knn_top1", "reason")
-    told = [record for record in records if record["event"] in ("train", "eval", "end")]
-    return [{name: record[name] for name in names if name in record} for record in told]
+    kept = [record for record in records if record["event"] in ("train", "eval", "end")]
+    return [{name: record[name] for name in names if name in record} for record in kept]
 
 
 def checkpointed(folder):
@@ -49,17 +49,17 @@ def checkpointed(folder):
     return max((int(path.stem.removeprefix("step_")) for path in (folder / "checkpoints").glob("*.pt")), default=-1)
 
 
-def stop_after(commands, folder, arguments, step, number, wait_s):
-    """Start a command and send it a signal `wait_s` seconds after the checkpoint of `step` is there."""
+def stop_after(commands, folder, arguments, step, signum, wait_s):
+    """Start a command and send it a signal `wait_s` seconds after the checkpoint of `step` appears."""
     (process,) = commands.start(arguments)
     while not commands.ended(within_s=0.001) and checkpointed(folder) < step:
         pass
     commands.ended(within_s=wait_s)
-    os.kill(process, number)
+    os.kill(process, signum)
     return commands.exit_codes()[0]
 
 
-def stopped_and_resumed(commands, folder, seed, number):
+def stopped_and_resumed(commands, folder, seed, signum):
     """Stop a run three times, then let it end; returns the steps after which it was stopped."""
     generator = random.Random(seed)
     stops, step = [], 0
@@ -67,7 +67,7 @@ def stopped_and_resumed(commands, folder, seed, number):
         resumes = (folder / "config.json").exists()
         new = ["pretrain", *TINY, *PICTURES, *UNEVEN, "--run.dir", str(folder)]
         arguments = ["resume", str(folder)] if resumes else new
-        stop_after(commands, folder, arguments, step, number, generator.uniform(0, 0.2))
+        stop_after(commands, folder, arguments, step, signum, generator.uniform(0, 0.2))
         stops.append(checkpointed(folder))
         step = stops[-1] + generator.randrange(1, 8)
     assert commands.run(["resume", str(folder)]) == [0]
@@ -75,27 +75,27 @@ def stopped_and_resumed(commands, folder, seed, number):
 
 
 @pytest.mark.slow
-def test_the_log_of_a_stopped_run_is_that_of_one_left_alone(commands, alone, tmp_path):
+def test_the_log_of_a_stopped_run_equals_that_of_an_uninterrupted_one(commands, alone, tmp_path):
     stops = stopped_and_resumed(commands, tmp_path / "run", 0, signal.SIGTERM)
-    assert any(step % 5 for step in stops)  # between two log lines
+    assert any(step % 5 for step in stops)  # Between two log lines
     assert_same(final_state(tmp_path / "run"), final_state(alone))
     assert log_of(tmp_path / "run") == log_of(alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("seed", "number"),
+    ("seed", "signum"),
     [(1, signal.SIGTERM), (2, signal.SIGKILL), (3, signal.SIGKILL)],
     ids=lambda x: getattr(x, "name", x),
 )
-def test_the_log_is_the_same_wherever_a_run_is_stopped(commands, alone, tmp_path, seed, number):
-    stopped_and_resumed(commands, tmp_path / "run", seed, number)
+def test_the_log_is_the_same_wherever_a_run_is_stopped(commands, alone, tmp_path, seed, signum):
+    stopped_and_resumed(commands, tmp_path / "run", seed, signum)
     assert_same(final_state(tmp_path / "run"), final_state(alone))
     assert log_of(tmp_path / "run") == log_of(alone)
 
 
 def process_of(folder, *more):
-    """A run that goes on for long, as the program that users start, when its second log line is there."""
+    """Start a long run through the installed program; returns the process after its second log line."""
     arguments = [*TINY, *PICTURES, "--train.steps", "100000", "--train.checkpoint-every", "1000", "--run.dir", folder]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastssl", "pretrain", *map(str, arguments), *more],
@@ -112,7 +112,7 @@ def process_of(folder, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("between_s", [0.0, 0.2, 0.9])
-def test_a_second_signal_within_a_second_belongs_to_the_first(tmp_path, between_s):
+def test_a_second_signal_within_a_second_is_ignored(tmp_path, between_s):
     process = process_of(tmp_path / "run")
     process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + between_s
@@ -127,8 +127,8 @@ def test_a_second_signal_within_a_second_belongs_to_the_first(tmp_path, between_
 
 
 @pytest.mark.slow
-def test_signals_in_a_row_give_the_exit_code_of_one(tmp_path):
-    """A terminal, a launcher and an impatient user."""
+def test_repeated_signals_give_the_same_exit_code_as_one(tmp_path):
+    """As from a terminal, a launcher and an impatient user."""
     process = process_of(tmp_path / "run")
     started = time.monotonic()
     while process.poll() is None and time.monotonic() - started < 0.9:
@@ -139,7 +139,7 @@ def test_signals_in_a_row_give_the_exit_code_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_exit_code_of_torchrun_is_its_own(tmp_path):
-    """torchrun gives 1 whatever its ranks returned, as the README says; the run is saved and goes on."""
+    """torchrun exits with 1 whatever its ranks return, as the README says; the run is saved and can be resumed."""
     arguments = [*TINY, *PICTURES, "--train.steps", "100000", "--run.dir", str(tmp_path / "run")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
@@ -163,7 +163,7 @@ def test_the_exit_code_of_torchrun_is_its_own(tmp_path):
     assert process.returncode == 1
 
 
-def test_an_interrupt_before_training_is_a_line_and_130(tmp_path, monkeypatch, capsys):
+def test_an_interrupt_before_training_prints_one_line_and_exits_with_130(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -181,7 +181,7 @@ def test_an_interrupt_before_training_is_a_line_and_130(tmp_path, monkeypatch, c
     ],
     ids=["python", "torch on a CPU", "torch on a GPU"],
 )
-def test_memory_that_runs_out_is_a_sentence(tmp_path, monkeypatch, capsys, error):
+def test_running_out_of_memory_is_one_sentence(tmp_path, monkeypatch, capsys, error):
     def fail(*_, **__):
         raise error
 
@@ -192,7 +192,7 @@ def test_memory_that_runs_out_is_a_sentence(tmp_path, monkeypatch, capsys, error
     assert "--train.batch-size" in line
 
 
-def test_another_error_of_torch_is_a_fault_of_ours_and_stays_a_traceback(tmp_path, monkeypatch):
+def test_any_other_error_of_torch_keeps_its_traceback(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("expected scalar type Float but found Half")
 
@@ -202,11 +202,11 @@ def test_another_error_of_torch_is_a_fault_of_ours_and_stays_a_traceback(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_limit_of_address_space_is_a_sentence(tmp_path):
-    """The allocator itself says no, not a stand-in."""
+def test_a_limited_address_space_is_one_sentence(tmp_path):
+    """Here the real allocator fails, without a mock."""
     code = (
         "import resource, sys; from fastssl.cli import main; import fastssl.train.trainer, fastssl.commands.doctor\n"
-        # A module whose loading runs out of memory may fail in ways that are not ours.
+        # A module that runs out of memory while loading may fail in other ways.
         "import torchvision.models, torch.optim, torch._dynamo\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)\n"
@@ -237,7 +237,7 @@ sys.exit(main(["pretrain"]))
 """
 
 
-def test_a_platform_without_posix_has_the_losses_and_a_sentence():
+def test_without_posix_losses_work_and_commands_are_refused_in_one_sentence():
     done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()

@@ -223,7 +223,7 @@ def test_a_cosine_run_of_another_length_is_refused(tmp_path, capsys, schedule):
 
 def test_a_run_cannot_become_shorter_than_its_past(run, capsys):
     edit(run, "train.steps", 3)
-    assert "4 steps behind it" in refusal(capsys, ["resume", str(run)])
+    assert "completed 4 steps" in refusal(capsys, ["resume", str(run)])
 
 
 def test_nothing_is_bound_before_the_first_checkpoint(run):

@@ -1,4 +1,4 @@
-"""A run whose process is killed again and again ends with the weights of one that was left alone."""
+"""A run whose process is killed repeatedly ends with the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def newest(folder):
 
 
 def is_writing(folder, since_ns):
-    """Whether there is a checkpoint written in part since then, and not one that was left by an earlier kill."""
+    """Whether a checkpoint has been partly written since then, ignoring leftovers of earlier kills."""
     for path in (folder / "checkpoints").glob("*.tmp"):
         with suppress(FileNotFoundError):
             return path.stat().st_mtime_ns > since_ns
@@ -55,24 +55,24 @@ def is_writing(folder, since_ns):
 
 
 def in_a_write(folder, step, since_ns):
-    """Holds while a checkpoint after `step` is being written, and two later for good, as a look can miss a write."""
+    """True while a checkpoint after `step` is being written, and from two later on, as polling can miss a write."""
     return lambda: newest(folder) >= step + (0 if is_writing(folder, since_ns) else 2)
 
 
 def after(folder, seconds, step):
-    """Holds after so long, or when `step` is done."""
+    """True after that many seconds, or once `step` has a checkpoint."""
     deadline = time.monotonic() + seconds
     return lambda: time.monotonic() > deadline or newest(folder) >= step
 
 
 def wait(commands, until):
-    """Return when `until()` holds or the command has ended."""
+    """Wait until `until()` is true or the command has ended."""
     while not (commands.ended(within_s=0.0003) or until()):
         pass
 
 
 def kill_again_and_again(commands, folder, start_s):
-    """Ends a run KILLS times; returns how often by which signal, and how often of these in the middle of a write."""
+    """End a run KILLS times; returns the counts by signal, and of those in the middle of a write."""
     generator = random.Random(0)
     counts = Counter()
     for number in range(KILLS):
@@ -93,7 +93,7 @@ def kill_again_and_again(commands, folder, start_s):
             assert code == -signal.SIGKILL
             hit = is_writing(folder, since_ns)
         else:
-            assert code in (75, -signal.SIGTERM)  # the latter before training begins
+            assert code in (75, -signal.SIGTERM)  # The latter before training begins
             counts["exit code 75"] += code == 75
         counts[signal_number.name] += 1
         counts[f"{signal_number.name} in a write"] += hit
@@ -101,7 +101,7 @@ def kill_again_and_again(commands, folder, start_s):
 
 
 def history(folder):
-    """What the log tells of every step, without times."""
+    """The records of the log for every step, without times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = ("event", "step", "loss", "lr", "gradient_norm", "knn_top1", "reason")
     told = [record for record in records if record["event"] in ("train", "eval", "end")]
@@ -120,7 +120,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(commands, tmp_p
     assert commands.run(["resume", str(killed)]) == [0]
 
     names = [[path.name for path in sorted((run / "checkpoints").iterdir())] for run in (alone, killed)]
-    assert names[0] == names[1]  # nothing half written or damaged among them
+    assert names[0] == names[1]  # No partial or damaged files among them
     for name in names[0]:
         assert_same(*(checkpoint.load(run / "checkpoints" / name) for run in (alone, killed)))
     assert history(killed) == history(alone)

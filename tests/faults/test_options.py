@@ -1,4 +1,4 @@
-"""Whatever options, variables and configuration files hold: it is taken, or refused in one sentence."""
+"""Any options, variables and configuration files are accepted, or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ WORDS = (
 
 
 def outcome(attempt):
-    """What `attempt` returns, or the ConfigError that it raises; any other error is a fault."""
+    """The result of `attempt`, or the ConfigError that it raises; any other error is a bug."""
     try:
         return attempt()
     except ConfigError as error:
@@ -61,7 +61,7 @@ def outcome(attempt):
 
 
 def fine(result):
-    """Whether this is a configuration that its file gives back, or one sentence that can be shown."""
+    """Whether this is a configuration that survives a round trip through its file, or a printable sentence."""
     if isinstance(result, Config):
         return from_json(to_json(result)) == result
     text = str(result)
@@ -69,7 +69,7 @@ def fine(result):
 
 
 def places(tree, path=()):
-    """The paths of all values of a JSON object, also those of its objects and lists."""
+    """The paths of all values of a JSON object, including nested objects and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield (*path, key)
@@ -77,7 +77,7 @@ def places(tree, path=()):
 
 
 def changed(tree, path, change, value):
-    """The text of the configuration with one thing replaced, removed, added, or there twice."""
+    """The text of the configuration with one entry replaced, removed, added or duplicated."""
     *parents, last = path
     holder = tree
     for key in parents:
@@ -95,21 +95,21 @@ def changed(tree, path, change, value):
 
 
 FILES = [json.loads(to_json(load(name))) for name in ("quickstart", "smog-imagenet", "msvq-cifar10", "unmix-cifar10")]
-PLACES = [(number, path) for number, file in enumerate(FILES) for path in places(file)]
+PLACES = [(index, path) for index, file in enumerate(FILES) for path in places(file)]
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(PLACES), st.sampled_from(("replace", "remove", "added", "twice")), VALUES)
-def test_a_configuration_with_a_change_is_taken_or_refused(place, change, value):
-    number, path = place
-    assert fine(outcome(lambda: from_json(changed(deepcopy(FILES[number]), path, change, value))))
+def test_a_changed_configuration_is_accepted_or_refused(place, change, value):
+    index, path = place
+    assert fine(outcome(lambda: from_json(changed(deepcopy(FILES[index]), path, change, value))))
 
 
-def test_a_wrong_type_is_never_taken():
+def test_a_wrong_type_is_never_accepted():
     tried = 0
-    for number, path in PLACES:
+    for index, path in PLACES:
         for value in ({"a": 1}, [["a"]]):
-            result = outcome(lambda: from_json(changed(deepcopy(FILES[number]), path, "replace", value)))  # noqa: B023
+            result = outcome(lambda: from_json(changed(deepcopy(FILES[index]), path, "replace", value)))  # noqa: B023
             assert isinstance(result, ConfigError), (path, value)
             assert fine(result)
             tried += 1
@@ -118,7 +118,7 @@ def test_a_wrong_type_is_never_taken():
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.randoms(use_true_random=False), st.binary(max_size=20))
-def test_a_damaged_file_is_taken_or_refused(tmp_path_factory, random, data):
+def test_a_damaged_file_is_accepted_or_refused(tmp_path_factory, random, data):
     whole = json.dumps(FILES[0]).encode()
     start, end = sorted(random.choices(range(len(whole)), k=2)) if random.random() < 0.5 else (0, len(whole))
     position = random.randrange(start, end + 1)
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_taken_or_refused(tmp_path_factory, random, data):
 
 
 def option_names():
-    """The options of a preset for each method that adds some, by preset."""
+    """The options by preset, one preset for each method that adds options."""
     for preset in ("quickstart", "co2-cifar10", "smog-imagenet", "msvq-cifar10", "unmix-cifar10", "mixco-cifar10"):
         config = load(preset)
         yield preset, "--seed"
@@ -144,13 +144,13 @@ ARGUMENTS = st.sampled_from(WORDS) | st.text(st.characters(exclude_characters="\
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(OPTIONS), st.lists(ARGUMENTS, max_size=3))
-def test_an_option_is_taken_or_refused(option, values):
+def test_an_option_is_accepted_or_refused(option, values):
     preset, name = option
     assert fine(outcome(lambda: parse([preset, name, *values])))
 
 
 @pytest.mark.slow
-def test_every_option_is_taken_or_refused():
+def test_every_option_is_accepted_or_refused():
     tried = 0
     for preset, name in OPTIONS:
         word = Random(name).choice(WORDS)
@@ -176,7 +176,7 @@ ENVIRONMENTS = st.builds(
 
 @pytest.fixture
 def joined(monkeypatch):
-    """The environments in which a process group was asked for; none is made."""
+    """The environments in which a process group was requested; none is created."""
     environments = []
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -185,7 +185,7 @@ def joined(monkeypatch):
     return environments
 
 
-def test_an_environment_is_taken_or_refused(joined):
+def test_an_environment_is_accepted_or_refused(joined):
     refused = []
 
     def join():
@@ -210,7 +210,7 @@ def test_an_environment_is_taken_or_refused(joined):
         assert 1 <= int(variables["MASTER_PORT"]) < 65536
 
 
-def test_what_a_run_found_out_about_itself_is_no_option():
+def test_facts_that_are_not_options_cannot_be_given_as_options():
     config = json.loads(to_json(load("quickstart")))
     for identity in ({}, 3, None, [{"a": [1, {}]}], {"images": {"count": 3}}):
         assert from_json(json.dumps({**config, "identity": identity})) == load("quickstart")

@@ -1,4 +1,4 @@
-"""What is known to be wrong in options, variables and files: one sentence, exit code 2, and no folder is touched."""
+"""Known errors in options, variables and files: one sentence, exit code 2, and no folder is changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastssl.presets import load
 
 
 def refused(arguments, capsys, folder):
-    """Whether the command ends with exit code 2 and one line, and leaves the folder as it was."""
+    """Whether the command ends with exit code 2 and one line, and does not change the folder."""
     before = sorted(path.name for path in folder.iterdir())
     code = main(arguments)
     error = capsys.readouterr().err
@@ -35,7 +35,7 @@ OF_PRETRAIN = [
 
 
 @pytest.mark.parametrize("arguments", OF_PRETRAIN)
-def test_pretrain_refuses_before_there_is_a_folder(arguments, capsys, tmp_path, monkeypatch):
+def test_pretrain_refuses_before_it_creates_a_folder(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refused(["pretrain", *arguments.split(" ")], capsys, tmp_path)
 
@@ -61,7 +61,7 @@ def test_an_empty_argument_is_refused(command, more, capsys, tmp_path, monkeypat
         "WORLD_SIZE=2 RANK=a\nb",
     ],
 )
-def test_variables_of_torchrun_are_refused_before_there_is_a_folder(variables, capsys, tmp_path, monkeypatch):
+def test_bad_torchrun_variables_are_refused_before_a_folder_is_created(variables, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for variable in variables.split(" "):
         monkeypatch.setenv(*variable.split("="))

@@ -1,4 +1,4 @@
-"""Run folders that somebody else had a hand in: links, pipes and devices in them, and folders that go away."""
+"""Run folders modified by others: links, pipes and devices in them, and folders that disappear."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMMANDS = {"resume": ["resume"], "report": ["report"], "eval": ["eval", "knn"]}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of 4 steps; not to be changed."""
+    """A run of 4 steps; read-only."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert train(folder) == 0
     return folder
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it, whose last checkpoint is gone, so that there is something to write."""
+    """A copy of it without the last checkpoint, so that resume has something to write."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step_000000004.pt").unlink()
     return tmp_path / "run"
@@ -66,8 +66,8 @@ def plant(path, kind, target):
     "kind", ["link", "pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("device", "folder"))]
 )
 @pytest.mark.parametrize("name", WRITTEN)
-def test_what_is_planted_in_a_run_folder_is_not_followed(run, tmp_path, capsys, name, kind):
-    """Every command ends soon, with success or a sentence, and leaves the target alone."""
+def test_links_and_devices_in_a_run_folder_are_not_followed(run, tmp_path, capsys, name, kind):
+    """Every command ends soon, with success or one sentence, and does not change the target."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     plant(run / name, kind, victim)
@@ -98,7 +98,7 @@ def test_a_new_run_follows_no_links_either(tmp_path, capsys, name):
 
 @pytest.fixture
 def at_checkpoint(monkeypatch):
-    """Have a function called when the checkpoint after a step has been given to be written."""
+    """Call a function when the checkpoint after a step has been submitted for writing."""
 
     def at(step, call):
         save = Checkpoints.save
@@ -117,7 +117,7 @@ def at_checkpoint(monkeypatch):
 
 @pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 4))])
 @pytest.mark.parametrize("how", ["removed", "moved", "replaced", "without its configuration"])
-def test_a_run_whose_folder_goes_away_ends_with_a_sentence(tmp_path, capsys, at_checkpoint, how, step):
+def test_a_run_whose_folder_disappears_ends_with_one_sentence(tmp_path, capsys, at_checkpoint, how, step):
     run = tmp_path / "run"
 
     def strike():
@@ -140,7 +140,7 @@ def test_a_run_whose_folder_goes_away_ends_with_a_sentence(tmp_path, capsys, at_
         assert main(["resume", str(tmp_path / "elsewhere")]) == 0
 
 
-def test_two_runs_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+def test_two_runs_in_the_same_second_have_separate_folders(tmp_path, monkeypatch):
     class Midnight(datetime):
         @classmethod
         def now(cls, tz=None):
@@ -166,7 +166,7 @@ def train_by_default(*more):
     return main(["pretrain", *TINY, *PICTURES, "--train.steps", "1", *more])
 
 
-def test_a_folder_name_with_any_byte_is_a_folder_name(tmp_path, capsys):
+def test_a_folder_name_may_have_any_bytes(tmp_path, capsys):
     name = os.fsdecode(b"run $x_ \xe9\n\x1b[31m %s")
     run = tmp_path / name
     assert train(run, "--run.tensorboard") == 2
@@ -183,7 +183,7 @@ def test_a_folder_name_with_any_byte_is_a_folder_name(tmp_path, capsys):
     assert r"\xe9\n\x1b[31m" in refusal(capsys, ["eval", "knn", str(run)])
 
 
-def test_a_read_only_folder_costs_an_evaluation_its_file_alone(finished, monkeypatch, capsys):
+def test_in_a_read_only_folder_an_evaluation_lacks_only_its_file(finished, monkeypatch, capsys):
     def fail(path, content):
         raise OSError(30, os.strerror(30), path)
 

@@ -1,4 +1,4 @@
-"""Input that does not come: dead disks, worker processes that die or stop, no shared memory; a sentence, and an end."""
+"""Input that never arrives: dead disks, dead or stopped worker processes, no shared memory; each is one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNT = 40
 
 
 class Faulty(ArraySource):
-    """An image that is asked for makes the process sleep for ever, or raises, or ends it, once `broken`."""
+    """Reading the image `broken` makes the process sleep forever, raise or die."""
 
     def __init__(self, fault):
         images = np.stack([photo(24, 24, seed) for seed in range(COUNT)])
@@ -84,12 +84,12 @@ def one_line(raised):
     return text
 
 
-ANSWER_S = 4.0  # within which a worker process gives a batch, once the fork server has imported torch
+ANSWER_S = 4.0  # Time for a worker process to deliver a batch, once the fork server has imported torch
 
 
 @pytest.fixture(scope="module")
 def fork_server():
-    """Worker processes start in milliseconds afterwards; in a process that just began it takes seconds."""
+    """Start the fork server, after which worker processes start in milliseconds instead of seconds."""
     assert len(stream(build("torchvision", nothing, workers=1))) == 5
 
 
@@ -113,7 +113,7 @@ def test_a_dead_disk_ends_the_decoding_of_resident_in_time():
         build("resident", sleep, timeout_s=1.0)
 
 
-def test_slow_input_that_goes_on_is_not_ended():
+def test_slow_but_steady_input_is_not_aborted():
     executor = build("torchvision", lambda: None, timeout_s=3.0)
     calls = []
     executor.source._act = lambda index: (calls.append(index), time.sleep(0.12))
@@ -122,7 +122,7 @@ def test_slow_input_that_goes_on_is_not_ended():
 
 
 @pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("dali", 1)])
-def test_a_fault_of_the_machine_excludes_no_image(name, workers):
+def test_a_machine_error_excludes_no_image(name, workers):
     executor = build(name, no_descriptor, workers)
     with pytest.raises(MachineError, match="this machine failed") as raised:
         stream(executor)
@@ -130,15 +130,15 @@ def test_a_fault_of_the_machine_excludes_no_image(name, workers):
     assert executor.unreadable == {}
 
 
-def test_a_fault_of_the_machine_ends_the_decoding_of_resident():
+def test_a_machine_error_ends_the_decoding_of_resident():
     with pytest.raises(MachineError, match="this machine failed"):
         build("resident", no_descriptor)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "word"), [(killed, "signal 9, Killed"), (crashed, "signal 11, Segmentation fault")])
-def test_a_worker_process_that_dies_is_a_sentence(fault, word, capfd):
-    before = threading.enumerate()  # other tests leave stuck ones behind, on purpose
+def test_a_dead_worker_process_is_one_sentence(fault, word, capfd):
+    before = threading.enumerate()  # Other tests leave stuck threads behind, on purpose
     executor = build("torchvision", fault, workers=1)
     with pytest.raises(InputError, match=rf"a worker process .*{word}.*--data\.workers.*fastssl resume") as raised:
         stream(executor)
@@ -178,7 +178,7 @@ if __name__ == "__main__":
     ("name", "fault", "workers"),
     [("torchvision", "sleep", 0), ("torchvision", "sleep", 1), ("torchvision", "stopped", 1), ("dali", "sleep", 1)],
 )
-def test_a_process_whose_input_is_stuck_can_end(tmp_path, name, fault, workers):
+def test_a_process_with_stuck_input_can_exit(tmp_path, name, fault, workers):
     script = tmp_path / "script.py"
     root = str(Path(__file__).parents[2])
     script.write_text(END.format(root=root, name=name, fault=fault, workers=workers))
@@ -205,7 +205,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("torchvision", "100k"), ("resident", "1m")])
-def test_little_shared_memory_costs_a_note(tmp_path, name, size):
+def test_too_little_shared_memory_is_noted(tmp_path, name, size):
     script = tmp_path / "script.py"
     script.write_text(ROOM.format(root=str(Path(__file__).parents[2]), name=name))
     command = SMALL.format(size=size, python=sys.executable, script=script)
@@ -218,7 +218,7 @@ def test_little_shared_memory_costs_a_note(tmp_path, name, size):
     )
 
 
-def test_auto_tells_of_the_image_that_made_it_slow(notes):
+def test_auto_names_the_image_that_made_it_slow(notes):
     source = Faulty(lambda: None)
     source.heights[5], source.widths[5] = 13000, 12000
     executor = build_executor("auto", source, workers=0, resident_gib=1.0, **NORMALIZATION)

@@ -101,16 +101,16 @@ def test_consistency_is_symmetric(given: Inputs, include_positive: bool) -> None
 
 def test_soft_cross_entropy_of_its_own_teacher_is_the_entropy(given: Inputs) -> None:
     options = {"temperature": T, "teacher_temperature": T}
-    share = (given.query @ given.queue.T / T).softmax(1)
-    entropy = -(share * share.log()).sum(1)
+    probability = (given.query @ given.queue.T / T).softmax(1)
+    entropy = -(probability * probability.log()).sum(1)
     result = run(fk.soft_cross_entropy, given.query, given.query, given.queue, **options)
     assert_same(result, (entropy, torch.zeros_like(given.query)))
 
 
 def test_soft_cross_entropy_is_at_least_the_teachers_entropy(given: Inputs) -> None:
     rows, _ = run(fk.soft_cross_entropy, given.query, given.key, given.queue, temperature=T, teacher_temperature=T / 2)
-    share = (given.key @ given.queue.T / (T / 2)).softmax(1)
-    assert (rows > -(share * share.log()).sum(1)).all()
+    probability = (given.key @ given.queue.T / (T / 2)).softmax(1)
+    assert (rows > -(probability * probability.log()).sum(1)).all()
 
 
 def test_equal_teachers_equal_one_teacher(given: Inputs) -> None:

@@ -60,9 +60,9 @@ def group_arguments(
     given = parity.make_inputs(rows, entries, features).to(dtype, bank_dtype or dtype)
     lse = (given.query.double() @ given.queue.double().T / temperature).logsumexp(1).float()
     upstream = scale * torch.randn(rows, generator=torch.Generator().manual_seed(3))
-    share = torch.full((rows,), 1 / targets)
+    label_weight = torch.full((rows,), 1 / targets)
     labels = given.target[:targets], torch.arange(entries)
-    return given.query, given.queue, *labels, lse, share, upstream, temperature, False
+    return given.query, given.queue, *labels, lse, label_weight, upstream, temperature, False
 
 
 def batch_arguments(rows: int, features: int, dtype: torch.dtype, temperature: float) -> tuple:
@@ -139,6 +139,6 @@ def test_triton_bank_gradient_accepts_any_strides() -> None:
     wide = torch.cat([bank, bank], 1)
     strided = rows.T.contiguous().T, wide[:, :48], row_labels.T.contiguous().T, bank_labels, *rest
     assert torch.equal(gradient(*strided), gradient(*arguments))
-    share = torch.tensor(0.5).expand(40)
-    strided = rows, bank.T.contiguous().T, row_labels, bank_labels, rest[0], share, *rest[2:]
+    label_weight = torch.tensor(0.5).expand(40)
+    strided = rows, bank.T.contiguous().T, row_labels, bank_labels, rest[0], label_weight, *rest[2:]
     assert torch.equal(gradient(*strided), gradient(*arguments))

@@ -42,8 +42,8 @@ def test_triton_shares_cover_the_bank_once(rows: int, entries: int) -> None:
     from fastssl_kernels.triton.launch import TILES, make_plan
 
     plan = make_plan(rows, entries, 128, torch.bfloat16, TILES[False, 2], temperature=0.2, processors=132)
-    assert plan.share % plan.tiles.entries == 0
-    assert (plan.splits - 1) * plan.share < entries <= plan.splits * plan.share
+    assert plan.split_length % plan.tiles.entries == 0
+    assert (plan.splits - 1) * plan.split_length < entries <= plan.splits * plan.split_length
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.2])

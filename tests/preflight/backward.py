@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-Place = tuple[Any, int]  # a node and which of its inputs in backward: what `Tensor.grad_fn` and `output_nr` name
+Place = tuple[Any, int]  # A node and the index of its input in backward, as in `Tensor.grad_fn` and `output_nr`
 
 
 @contextmanager
 def install() -> Iterator[None]:
-    """Inside the `with` block Tensor.backward and torch.autograd.grad walk the graph here."""
+    """Inside the `with` block, Tensor.backward and torch.autograd.grad use this module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "backward", backward)
         patch.setattr(torch.autograd, "grad", grad)
@@ -29,14 +29,14 @@ def install() -> Iterator[None]:
 
 
 def backward(loss: Tensor) -> None:
-    """As Tensor.backward() of a scalar."""
+    """Like Tensor.backward() of a scalar."""
     _walk([(_place(loss), torch.ones_like(loss))], set())
 
 
 def grad(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None], **_: Any
 ) -> tuple[Tensor | None, ...]:
-    """As torch.autograd.grad with `allow_unused`."""
+    """Like torch.autograd.grad with `allow_unused`."""
     given = grad_outputs or [None] * len(outputs)
     roots = [
         (_place(output), torch.ones_like(output) if upstream is None else upstream)
@@ -54,7 +54,7 @@ def _place(tensor: Tensor) -> Place:
 
 @torch.no_grad()
 def _walk(roots: list[tuple[Place, Tensor]], wanted: set[Place]) -> dict[Place, Tensor]:
-    """Gradients at the wanted places, at which the walk ends; without any they are added to the leaves."""
+    """Gradients at the wanted places, where the walk ends; without any, adds gradients to the leaves."""
     waiting = _edges_into({node for (node, _), _ in roots})
     upstream: dict[Any, dict[int, Tensor]] = {}
     for place, gradient in roots:
@@ -94,14 +94,14 @@ def _edges_into(roots: set[Any]) -> Counter[Any]:
 def _add(upstream: dict[Any, dict[int, Tensor]], place: Place, gradient: Tensor) -> None:
     node, at = place
     metadata = node._input_metadata[at]
-    # the engine does these two for the formulas
+    # The engine does these two for the formulas
     gradient = gradient.sum_to_size(metadata.shape).to(metadata.dtype)
     sums = upstream.setdefault(node, {})
     sums[at] = sums[at] + gradient if at in sums else gradient
 
 
 def _apply(node: Any, given: dict[int, Tensor], *, accumulate: bool) -> Sequence[Tensor | None]:
-    """What a node passes on, nothing at all where nothing reached it."""
+    """The gradients that a node passes on; none if it received none."""
     leaf = hasattr(node, "variable")
     if leaf and accumulate and given:
         node.variable.grad = given[0] if node.variable.grad is None else node.variable.grad + given[0]
@@ -111,7 +111,7 @@ def _apply(node: Any, given: dict[int, Tensor], *, accumulate: bool) -> Sequence
     arguments = [given.get(at) for at in range(len(about))]
     if callable(node):
         results = node(*arguments)
-    else:  # of an autograd.Function
+    else:  # An autograd.Function
         if not getattr(node, "takes_none", False):
             arguments = [_zeros(about[at]) if x is None else x for at, x in enumerate(arguments)]
         results = node.apply(*arguments)
@@ -119,7 +119,7 @@ def _apply(node: Any, given: dict[int, Tensor], *, accumulate: bool) -> Sequence
 
 
 def _set_materialize_grads(ctx: Any, value: bool) -> None:
-    ctx.materialize_grads = value  # which cannot be read back
+    ctx.materialize_grads = value  # It cannot be read back
     ctx.takes_none = not value
 
 

@@ -1,4 +1,4 @@
-"""Triton's driver for GPUs that are not there: kernels are compiled for them and checked, and launches do nothing."""
+"""A Triton driver for absent GPUs: compiles and checks kernels for them, and launches nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastssl_kernels.aot import SHARED_BYTES
 
 
 class Driver:
-    """What a launch asks of a driver; the devices are numbered by their compute capability, 90 for sm_90."""
+    """The parts of a driver that a launch uses; device indices are compute capabilities, 90 for sm_90."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -39,13 +39,13 @@ class Driver:
         return torch.cuda
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """What launches a kernel: here it is kept."""
+        """The launcher of a kernel; here it records the kernel."""
         return lambda *_: self.launched.append((source.name, metadata.shared))
 
 
 @contextmanager
 def installed(target: str) -> Iterator[Driver]:
-    """Inside the `with` block Triton compiles for `target` ("sm_90") and launches on nothing.
+    """Inside the `with` block, Triton compiles for `target` ("sm_90") and launches on nothing.
 
     A launch that asks for more shared or tensor memory than the target has raises Triton's OutOfResources.
     """

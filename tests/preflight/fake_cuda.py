@@ -1,4 +1,4 @@
-"""A GPU that is not there: tensors without data that say they are on it, and what runs on them, op by op."""
+"""A fake GPU: tensors without data that claim to be on it, and the ops that run on them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DEVICE = torch.device("cuda", 0)
 
 
 class Properties:
-    """What torch tells of an H100."""
+    """The properties that torch reports for an H100."""
 
     name, major, minor, multi_processor_count, warp_size = "NVIDIA H100 80GB HBM3", 9, 0, 132, 32
     max_threads_per_multi_processor, max_threads_per_block, regs_per_multiprocessor = 2048, 1024, 65536
     shared_memory_per_block, shared_memory_per_block_optin, shared_memory_per_multiprocessor = 49152, 232448, 233472
     total_memory, L2_cache_size, clock_rate, memory_clock_rate, memory_bus_width = 2**36, 50 * 2**20, 1980, 2619, 5120
-    gcnArchName = ""  # read for AMD's alone
+    gcnArchName = ""  # Read only for AMD GPUs
 
 
 class Waits(AssertionError):
@@ -36,7 +36,7 @@ class Waits(AssertionError):
 
 
 def synchronize(*_: Any) -> None:
-    """What is called by the name in torch.cuda and of an event."""
+    """Stands in for `synchronize` of torch.cuda and of events."""
     raise Waits("the host waits for the device")
 
 
@@ -54,7 +54,7 @@ class Event:
 
 
 class Stream:
-    """A stream, and a graph, of the fake device."""
+    """A stream or a graph of the fake device."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -89,17 +89,17 @@ _PATCHES: dict[str, Any] = {
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
-    """Inside the `with` block all tensors are fake, a GPU seems to be there, and backward works on it."""
+    """Inside the `with` block, all tensors are fake, a GPU seems to exist, and backward works on it."""
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        # torch's own guards of the current device then do nothing
+        # Then torch's own device guards do nothing
         patch.setattr(FakeTensorMode, "avoid_device_init", True, raising=False)
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for name, value in _PATCHES.items():
             patch.setattr(torch.cuda, name, value)
-            if hasattr(CudaInterface, name) and not isinstance(value, type):  # which kept torch's
+            if hasattr(CudaInterface, name) and not isinstance(value, type):  # It kept torch's
                 patch.setattr(CudaInterface, name, staticmethod(value))
-        patch.setattr(torch.accelerator, "is_available", lambda: False)  # else torch.compile asks for its stream
+        patch.setattr(torch.accelerator, "is_available", lambda: False)  # Else torch.compile asks for its stream
         patch.setattr(torch._C, "_select_conv_backend", lambda *_, **__: None)
         patch.setattr(torch._C, "_conv_determine_backend_memory_format", _format_of_cudnn)
         patch.setattr(FakeTensor, "__deepcopy__", _copy, raising=False)
@@ -109,18 +109,18 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
 
 
 def _format_of_cudnn(images: Tensor, weight: Tensor, _: Any) -> torch.memory_format:
-    """What cuDNN gives; without a driver torch would expect the result of a kernel that knows no channels_last."""
+    """The memory format that cuDNN returns; without a driver, torch expects that of a kernel without channels_last."""
     last = torch.channels_last
     return last if last in map(suggest_memory_format, (images, weight)) else torch.contiguous_format
 
 
 def _copy(tensor: Tensor, _: Any) -> Tensor:
-    """A deep copy; torch's own would copy the fake mode, too."""
+    """A deep copy; torch's own would copy the fake mode too."""
     return _like(tensor, tensor.detach().clone())
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
-    """What Module.to calls; torch's own swaps tensors, which fake ones do not let it."""
+    """Replaces what Module.to calls, which swaps tensors; fake tensors do not allow that."""
     for child in module.children():
         _apply(child, function)
     for store in (module._parameters, module._buffers):
@@ -154,7 +154,7 @@ class Ops(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        # these change their arguments, and torch has no fake for them
+        # These change their arguments, and torch has no fake for them
         result = None if name.startswith(_IN_PLACE) else func(*args, **(kwargs or {}))
         inputs, outputs = _devices((args, kwargs)), _devices(result)
         if DEVICE in inputs | outputs and func.namespace != "prim":

@@ -1,4 +1,4 @@
-"""A recipe for each method, and a batch of it on the fake GPU."""
+"""A configuration for each method, and a batch for it on the fake GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def recipe(name: str, precision: str) -> Config:
-    """A preset, or a method's for CIFAR-10 (MoCo v1 has none and takes that of v2), in plain PyTorch."""
+    """A preset by name, or a method's CIFAR-10 preset (MoCo v1 uses that of v2), with torch's own kernels."""
     preset = name if name in PRESETS else f"{name}-cifar10"
     config = load(preset if preset in PRESETS else "mocov2-cifar10")
     if preset not in PRESETS:
@@ -27,7 +27,7 @@ def recipe(name: str, precision: str) -> Config:
 
 
 def batch_on_gpu(config: Config, step: int) -> Batch:
-    """Of the recipe's size, as an input hands it over: channels_last, in the dtype of the products."""
+    """A batch as the input delivers it: channels_last, in the dtype of the products."""
     count, dtype = config.train.batch_size, DTYPES[config.train.precision]
     views = tuple(
         torch.empty(count, 3, view.size, view.size, dtype=dtype, device=DEVICE, memory_format=torch.channels_last)

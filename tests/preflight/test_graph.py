@@ -1,4 +1,4 @@
-"""torch.compile on a fake GPU: one graph for all of a method, forward and backward, with nothing for the host in it."""
+"""torch.compile on a fake GPU: a method is one graph each way, without work for the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch.compile launches is within a written budget, and split batch norm costs little more than local."""
+"""The launches of torch.compile stay within a budget, and split batch norm costs little more than local."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.preflight.launches import of_encoder
 
 # Each kind of block once: with and without a shortcut convolution, with stride 1 and 2. The other blocks repeat these.
 BLOCKS = (2, 1, 0, 0)
-# Triton kernels and calls of libraries of one pass, (forward, backward), 256 images in bf16, as measured with torch
+# Triton kernels and library calls of one pass, (forward, backward), 256 images in bf16, measured with torch
 # 2.14.1; another version may need fewer. `python -m tests.preflight.launches resnet50` prints those of all blocks.
 BUDGET = {
     ("resnet18", 32, "local"): (55, 50),

@@ -1,4 +1,4 @@
-"""A whole training step of every method on a fake GPU: nothing waits for it, and every tensor is where it belongs."""
+"""A complete training step of every method on a fake GPU: nothing waits for it, and every tensor stays on it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.preflight import backward
 from tests.preflight.fake_cuda import DEVICE, Event, Ops, Waits, fake_cuda
 from tests.preflight.recipes import DTYPES, IMAGENET, SMALL, batch_on_gpu, recipe
 
-END = 99  # the step that ends an epoch, with enough images for the groups of SMoG
-# fp16 adds the scale of the loss: one method with SGD, one with groups, one with two key encoders, and one ResNet-50
+END = 99  # The last step of an epoch, with enough images for SMoG's groups
+# fp16 adds the loss scale: one method with SGD, one with groups, one with two key encoders, and one ResNet-50
 IN_FP16 = ("mocov2", "smog", "msvq")
 STEPS = [*((name, "bf16") for name in SMALL), *((name, "fp16") for name in IN_FP16)]
 STEPS += [
@@ -36,7 +36,7 @@ LATE_SMOG = {"bf16": 16, "fp16": 25}
 
 @pytest.mark.parametrize(("name", "precision"), STEPS)
 def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last two steps of an epoch, after which SMoG makes new groups."""
+    """The last two steps of an epoch, after which SMoG recomputes its groups."""
     config = recipe(name, precision)
     with fake_cuda():
         method = build_method(config, DEVICE)
@@ -57,14 +57,14 @@ def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pyte
     learning = {key: value for key, value in method.named_parameters() if value.requires_grad}
     assert described({key: value.grad for key, value in learning.items()}) == described(learning)
     assert {value.dtype for value in learning.values()} == {torch.float32}
-    if config.optim.optimizer == "sgd":  # a launch for each of its groups
+    if config.optim.optimizer == "sgd":  # One launch per parameter group
         budget = (LATE_SMOG if config.method.name == "smog" else LATE)[precision]
         assert 5 <= late <= budget + len(step.optimizer.param_groups) - 1
 
 
 @pytest.mark.parametrize(("name", "precision"), [*((name, "bf16") for name in METHODS), ("mocov2", "fp16")])
 def test_a_step_in_a_graph_stays_on_the_device(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is captured waits for nothing, and a later step hands over its batch, its number and its rate alone."""
+    """The captured step never waits, and later steps pass only the batch, the step index and the learning rate."""
     config = recipe(name, precision)
     config = replace(config, train=replace(config.train, cuda_graph=True))
     monkeypatch.setattr(graph, "_WARM_UPS", 0)
@@ -73,12 +73,12 @@ def test_a_step_in_a_graph_stays_on_the_device(name: str, precision: str, monkey
         with Ops() as ops:
             step = build_step(config, method, device=DEVICE, dtype=DTYPES[precision])
             with monkeypatch.context() as capture:
-                capture.setattr(Event, "synchronize", lambda _: None)  # the stopwatch's, for what was before
+                capture.setattr(Event, "synchronize", lambda _: None)  # The stopwatch waits for earlier events
                 step(batch_on_gpu(config, 0), TrainProgress(0, 2 * END, END), 0.1)
             captured = Counter(ops.counts)
             ops.counts.clear()
             step(batch_on_gpu(config, 1), TrainProgress(1, 2 * END, END), 0.1)
-    assert captured["_fused_sgd_"] == 2  # one when it was built
+    assert captured["_fused_sgd_"] == 2  # One from its construction
     assert captured["_foreach_lerp_"] == (2 if name == "msvq" else 1)
     handed_over = len(config.views) + 2 + 2
     assert sum(ops.counts.values()) <= handed_over + (0 if method.capturable else LATE_SMOG[precision])
@@ -103,7 +103,7 @@ WAITS = {
 
 
 @pytest.mark.parametrize("case", WAITS)
-def test_what_waits_for_the_device_is_seen(case: str) -> None:
+def test_waiting_for_the_device_is_detected(case: str) -> None:
     with fake_cuda(), Ops():
         x = torch.zeros(3, device=DEVICE)
         with pytest.raises((Waits, RuntimeError)):
@@ -119,7 +119,7 @@ def test_ops_that_launch_are_counted() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_walk_is_torchs_own_backward(variant: str) -> None:
+def test_the_walk_equals_torchs_own_backward(variant: str) -> None:
     name, options = VARIANTS[variant]
     method, batch = build(name, **options), a_batch(name)
     twin = copy.deepcopy(method)
@@ -131,7 +131,7 @@ def test_the_walk_is_torchs_own_backward(variant: str) -> None:
     gradients = gradients_of(twin)
     assert gradients.keys() == gradients_of(method).keys()
     for key, expected in gradients_of(method).items():
-        # where several meet they are added in another order
+        # Several gradients are added in another order
         torch.testing.assert_close(gradients[key], expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 

@@ -1,4 +1,4 @@
-"""Every launch function of the Triton kernels, called as on a GPU, compiles for the GPUs that are in use."""
+"""Every launch function of the Triton kernels, called as on a GPU, compiles for all supported GPUs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_kernel_too_large_for_a_target_fails() -> None:
         (False, ["--targets", "sm_70"], "'sm_70'; it takes sm_80, sm_90, sm_100, sm_120"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_do(
+def test_the_command_refuses_impossible_settings(
     interpret: bool,
     arguments: list[str],
     sentence: str,
@@ -81,7 +81,7 @@ def test_the_command_refuses_what_it_cannot_do(
     assert sentence in capsys.readouterr().err
 
 
-def test_the_driver_is_put_back() -> None:
+def test_the_driver_is_restored() -> None:
     from triton.runtime import driver
 
     before = driver._active

@@ -32,7 +32,7 @@ from tests.preflight.driver import installed
 from tests.preflight.fake_cuda import DEVICE, fake_cuda
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_BASE = 2**20  # address of every storage
+_BASE = 2**20  # Address of every storage
 
 
 class Size(NamedTuple):
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 class Inputs:
-    """Arguments on the fake device; rows are float32 as the heads give them, the bank has the case's dtype."""
+    """Arguments on the fake device; rows are float32 as from the heads, and the bank has the case's dtype."""
 
     def __init__(self, case: Case) -> None:
         rows, entries, features = case.size
@@ -80,7 +80,7 @@ class Inputs:
         return torch.empty(shape, dtype=torch.int64, device=DEVICE)
 
     def images(self) -> tuple[Tensor, AugmentParameters, torch.dtype]:
-        """As many as there are rows, and as wide as there are features."""
+        """As many images as rows, as wide as the number of features."""
         count, side = len(self.query), self.query.shape[1]
         numbers = {name: self.floats(count) for name in ("brightness", "contrast", "saturation", "hue", "blur_sigma")}
         switches = {name: self.longs(count).bool() for name in ("flip", "grayscale", "solarize")}
@@ -126,7 +126,7 @@ FUNCTIONS: dict[str, Callable[[Inputs], Any]] = {
 
 
 def training_cases() -> Iterator[Case]:
-    """What a bf16 run launches, each function once, and each with sizes of 1; SMoG's groups with a gradient in fp32."""
+    """The launches of a bf16 run: each function once, and once with sizes of 1; SMoG's groups with gradient in fp32."""
     for function in FUNCTIONS:
         for size in (TRAINING, ONE):
             yield Case(function, "bf16", size)
@@ -142,7 +142,7 @@ def training_tasks(targets: list[str]) -> list[tuple[Case, str]]:
 
 
 def every_case() -> Iterator[Case]:
-    """All functions, dtypes, sizes and temperatures, those of training first."""
+    """All functions, dtypes, sizes and temperatures, training cases first."""
     cases = [
         Case(function, dtype, size, temperature)
         for function in FUNCTIONS
@@ -154,18 +154,18 @@ def every_case() -> Iterator[Case]:
 
 
 class Result(NamedTuple):
-    """What became of a case on a target."""
+    """The outcome of a case on a target."""
 
     case: str
     target: str
     kernels: dict[str, int]
-    """Shared memory in bytes, the most of each."""
+    """Largest shared memory in bytes of each kernel."""
     error: str
     seconds: float
 
 
 def launch(case: Case, target: str) -> Result:
-    """Call the function of a case as on `target`; what its kernels raise is in the result."""
+    """Call the function of a case as on `target`; the result has any error of its kernels."""
     began, error = time.monotonic(), ""
     with installed(target) as driver, fake_cuda(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeTensor, "data_ptr", lambda x: _BASE + x.storage_offset() * x.element_size())
@@ -200,7 +200,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}, torch {torch.__version__}, {len(tasks)} cases on {given.targets}", flush=True)
     results = []
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # what is shown was compiled now
+        os.environ["TRITON_CACHE_DIR"] = cache  # So that everything is compiled now
         with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
             for result in pool.imap(_launch, tasks):
                 results.append(result)

@@ -113,10 +113,10 @@ def unmix_rows(
     rows, bank = in_base_2(query, temperature), Bank(query, queue)
     negatives = attention_read(rows, bank)
     loss, gradient = torch.zeros_like(negatives.total), torch.zeros_like(rows)
-    for key, share in ((bank.centered(first_key), weight), (bank.centered(second_key), 1 - weight)):
+    for key, key_weight in ((bank.centered(first_key), weight), (bank.centered(second_key), 1 - weight)):
         pairs = negatives.lse_above(dot(rows, key))
-        loss += share * _softplus(pairs)
-        gradient += (share * torch.sigmoid(pairs))[:, None] * (negatives.mean - key) / temperature
+        loss += key_weight * _softplus(pairs)
+        gradient += (key_weight * torch.sigmoid(pairs))[:, None] * (negatives.mean - key) / temperature
     return _without_accuracy(loss, gradient)
 
 

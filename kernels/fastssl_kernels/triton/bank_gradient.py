@@ -42,7 +42,7 @@ def bank_gradient_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     bank_stride: kind.Multiple,
-    share: kind.Multiple,  # rows per split, a multiple of ROWS
+    split_length: kind.Multiple,  # rows per split, a multiple of ROWS
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -58,7 +58,7 @@ def bank_gradient_kernel(
     scale = inverse_temperature * _LOG2_E
     entry_label = tl.load(bank_labels + entry, mask=entry < entries, other=0)
     total = tl.zeros([ENTRIES, FEATURES], tl.float32)
-    for first in range(split * share, tl.minimum(split * share + share, rows), ROWS):
+    for first in range(split * split_length, tl.minimum(split * split_length + split_length, rows), ROWS):
         row = first + tl.arange(0, ROWS)
         tile = load_tile(stream, first, rows, features, features, ROWS, FEATURES, FULL)
         # Beyond the tail these are all zero, and so is the weight
@@ -133,7 +133,7 @@ def _read(
         bank_gradient_kernel, plan.grid(entries),
         rows.contiguous(), bank, row_labels.contiguous(), bank_labels.contiguous(),
         lse.contiguous(), label_weight.contiguous(), upstream.contiguous(), gradient,
-        1 / temperature, count, entries, features, bank.stride(0), plan.share,
+        1 / temperature, count, entries, features, bank.stride(0), plan.split_length,
         TARGETS=len(row_labels), SKIP_OWN=skip_own, **_constants(plan), **plan.tiles.options,
     )  # fmt: skip
     return gradient[0] if plan.splits == 1 else gradient.sum(0)

@@ -42,7 +42,7 @@ def load_splits(base, row, rows, splits, beyond, SPLITS: tl.constexpr):
 
 @triton.jit
 def log_sum(parts):
-    """LSE of base-2 logarithms, and the logarithm of each one's share."""
+    """LSE of base-2 logarithms, and the logarithm of each one's weight in it."""
     highest = tl.max(parts, 0)
     rest = tl.log2(tl.sum(tl.exp2(parts - highest), 0))
     return highest + rest, parts - highest - rest
@@ -78,9 +78,9 @@ def combine_moments_kernel(
     """Merge the splits of the first pass, in a fixed order: the loss, and what the second pass needs."""
     row = tl.program_id(0)
     size = tl.cast(splits, tl.int64) * rows
-    row_lse, share = log_sum(load_splits(moments, row, rows, splits, LOWEST, SPLITS))
+    row_lse, log_weight = log_sum(load_splits(moments, row, rows, splits, LOWEST, SPLITS))
     # The tilted softmax is kept relative to the other, because the loss is in their difference
-    row_tilt, tilted_share = log_sum(share + load_splits(moments + 2 * size, row, rows, splits, 0.0, SPLITS))
+    row_tilt, tilted_log_weight = log_sum(log_weight + load_splits(moments + 2 * size, row, rows, splits, 0.0, SPLITS))
     if POSITIVE:
         # The pair's logit is the same for query and key: it has a share in both softmaxes, but no direction
         own = tl.sum(load_row(query, row, features, FEATURES) * scale * load_row(key, row, features, FEATURES), 0)
@@ -88,12 +88,12 @@ def combine_moments_kernel(
         tilted_own = own - row_tilt
         grown = log_one_plus(own)
         tilted_grown = log_one_plus(tilted_own)
-        share -= grown
-        tilted_share -= tilted_grown
+        log_weight -= grown
+        tilted_log_weight -= tilted_grown
         row_lse += grown
         row_tilt += tilted_grown - grown
-    weight = tl.exp2(share)
-    tilted = tl.exp2(tilted_share)
+    weight = tl.exp2(log_weight)
+    tilted = tl.exp2(tilted_log_weight)
     in_query = tl.sum(weight * load_splits(moments + size, row, rows, splits, 0.0, SPLITS), 0)
     in_key = tl.sum(tilted * load_splits(moments + 3 * size, row, rows, splits, 0.0, SPLITS), 0)
     value = in_key - in_query
@@ -161,7 +161,7 @@ class _Reader(NamedTuple):
         out = self.empty((7 if plan.constants["ROUNDED"] else 4) if self.tilted else 2, plan.splits, len(self.query))
         launch(
             moment_read_kernel, plan.grid(len(self.query)),
-            self.query, self.direction, self.bank, out, *self._scales(), *self._sizes(), plan.share,
+            self.query, self.direction, self.bank, out, *self._scales(), *self._sizes(), plan.split_length,
             TILTED=self.tilted, **plan.constants, **plan.tiles.options,
         )  # fmt: skip
         return out
@@ -173,7 +173,7 @@ class _Reader(NamedTuple):
         launch(
             moment_gradient_kernel, plan.grid(len(self.query)),
             self.query, self.direction, self.bank, lse, bias, tilt, out,
-            *self._scales(), scale, *self._sizes(), plan.share,
+            *self._scales(), scale, *self._sizes(), plan.split_length,
             TILTED=self.tilted, **plan.products, **plan.tiles.options,
         )  # fmt: skip
         return out

@@ -52,7 +52,7 @@ class Count(Any):
 
 
 class Multiple(Any):
-    """int32 that is a multiple of 16: the width of rows, a stride, a share."""
+    """int32 that is a multiple of 16: the width of rows, a stride, a split length."""
 
     triton = "i32"
 

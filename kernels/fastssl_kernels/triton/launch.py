@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
     tiles: Tiles
     splits: int
-    share: int
+    split_length: int
     """Entries per split."""
     constants: dict[str, Any]
 
@@ -108,7 +108,7 @@ def make_plan(
     if masked and tiles.rows * tiles.entries >= _MASKED_LOGITS:
         tiles = tiles._replace(entries=tiles.entries // 2)
     count = triton.cdiv(entries, tiles.entries)
-    share = triton.cdiv(count, choose_splits(triton.cdiv(rows, tiles.rows), count, processors))
+    split_length = triton.cdiv(count, choose_splits(triton.cdiv(rows, tiles.rows), count, processors))
     constants = {
         "ROWS": tiles.rows,
         "ENTRIES": tiles.entries,
@@ -119,7 +119,7 @@ def make_plan(
         "ROUNDED": dtype.itemsize == 2,
         "PRECISION": precision(padded),
     }
-    return Plan(tiles, triton.cdiv(count, share), share * tiles.entries, constants)
+    return Plan(tiles, triton.cdiv(count, split_length), split_length * tiles.entries, constants)
 
 
 @functools.cache
@@ -133,9 +133,9 @@ def choose_splits(row_blocks: int, tiles: int, processors: int) -> int:
 
 def wave_efficiency(row_blocks: int, tiles: int, splits: int, processors: int) -> float:
     """Fraction of the processors' time spent working, if each runs one program at a time."""
-    share = triton.cdiv(tiles, splits)
-    programs = row_blocks * triton.cdiv(tiles, share)
-    return row_blocks * tiles / (triton.cdiv(programs, processors) * processors * share)
+    split_length = triton.cdiv(tiles, splits)
+    programs = row_blocks * triton.cdiv(tiles, split_length)
+    return row_blocks * tiles / (triton.cdiv(programs, processors) * processors * split_length)
 
 
 def pad_columns(function: Callable[..., Any]) -> Callable[..., Any]:

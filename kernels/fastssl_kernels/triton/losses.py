@@ -130,9 +130,9 @@ def bank_cross_entropy_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient to the prediction, LSE; `target` [T, N]."""
     entries = read_banks(prediction, bank, temperature=temperature)
-    share = torch.full(target.shape, 1 / len(target), dtype=torch.float32, device=target.device)
+    label_weight = torch.full(target.shape, 1 / len(target), dtype=torch.float32, device=target.device)
     loss, gradient, lse, _, _ = _combine_target(
-        prediction, entries, temperature, "entries", targets=len(target), entries_of=(bank, target, share)
+        prediction, entries, temperature, "entries", targets=len(target), entries_of=(bank, target, label_weight)
     )
     return loss, gradient, lse
 
@@ -141,8 +141,8 @@ def bank_cross_entropy_rows(
 def nt_xent_rows(rows: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, each row's own part of the gradient, LSE, 1 / positives; `labels` has no -1."""
     entries, positives = read_labeled(rows, rows, labels, labels, temperature, pairs=False, skip_own=True)
-    loss, gradient, lse, share, _ = _combine_target(rows, entries, temperature, "positives", positives=positives)
-    return loss, gradient, lse, share
+    loss, gradient, lse, label_weight, _ = _combine_target(rows, entries, temperature, "positives", positives=positives)
+    return loss, gradient, lse, label_weight
 
 
 def mean_shift_rows(query: Tensor, key: Tensor, queue: Tensor, k: int) -> Rows:
@@ -206,18 +206,18 @@ def _combine_target(
     bank, index, weight = entries_of or (query, entries.lse, entries.lse)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     loss, gradient = _empty_rows(query)
-    lse, share, hits = empty(rows), empty(rows if positives else 0), empty(rows if accuracy else 0)
+    lse, label_weight, hits = empty(rows), empty(rows if positives else 0), empty(rows if accuracy else 0)
     launch(
         combine_target_kernel, (rows,),
         query, query if key is None else key.contiguous(),
         bank.contiguous(), index.contiguous(), weight.contiguous(),
         entries.lse, entries.mean, *(positives or entries)[:2], entries.largest,
-        loss, gradient, lse, share, hits,
+        loss, gradient, lse, label_weight, hits,
         LOG2_E / temperature, 1 / temperature, rows, len(bank), features, len(entries.lse), targets,
         TARGET=target, OWN=key is not None, ACCURACY=accuracy,
         **_combine_constants(entries, features),
     )  # fmt: skip
-    return loss, gradient, lse, share, hits
+    return loss, gradient, lse, label_weight, hits
 
 
 def _combine_constants(partials: Partials, features: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def moment_read_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     bank_stride: kind.Multiple,
-    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -114,7 +114,7 @@ def moment_read_kernel(
     tilted_pulled = tl.zeros([ROWS], tl.float32)
     tilted_off = tl.zeros([ROWS], tl.float32)
     tilted_pulled_off = tl.zeros([ROWS], tl.float32)
-    for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
+    for first in range(split * split_length, tl.minimum(split * split_length + split_length, entries), ENTRIES):
         tile, logits, pull = load_products(
             x, u, bank, first, entries, bank_stride, features, ROWS, ENTRIES, FEATURES, FULL, PRECISION
         )
@@ -162,7 +162,7 @@ def moment_gradient_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     bank_stride: kind.Multiple,
-    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -182,7 +182,7 @@ def moment_gradient_kernel(
     if TILTED:
         row_tilt = tl.load(tilt + row, mask=row < rows, other=0.0)[:, None]
     weighted = tl.zeros([ROWS, FEATURES], tl.float32)
-    for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
+    for first in range(split * split_length, tl.minimum(split * split_length + split_length, entries), ENTRIES):
         tile, logits, pull = load_products(
             x, u, bank, first, entries, bank_stride, features, ROWS, ENTRIES, FEATURES, FULL, PRECISION
         )

@@ -72,7 +72,7 @@ def nearest_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     bank_stride: kind.Multiple,
-    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -93,7 +93,7 @@ def nearest_kernel(
     # An empty slot loses against every entry, and holds a valid index
     best = key_of(tl.full([ROWS, COUNT], float("-inf"), tl.float32), tl.broadcast_to(slot[None, :], [ROWS, COUNT]))
     lowest = tl.min(best, 1)
-    for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
+    for first in range(split * split_length, tl.minimum(split * split_length + split_length, entries), ENTRIES):
         tile = load_tile(bank, first, entries, bank_stride, features, ENTRIES, FEATURES, FULL)
         similarity = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
         # A NaN counts as nearest, as in `topk`: comparisons with it are false and would hide it
@@ -135,7 +135,7 @@ def _read(rows: Tensor, bank: Tensor, count: int, limit: Tensor | None) -> Tenso
     launch(
         nearest_kernel, plan.grid(queries),
         rows, bank, kept if limit is None else limit, kept,
-        queries, entries, features, bank.stride(0), plan.share,
+        queries, entries, features, bank.stride(0), plan.split_length,
         COUNT=slots, LIMITED=limit is not None, **plan.products, **plan.tiles.options,
     )  # fmt: skip
     return kept.flatten(1)

@@ -33,7 +33,7 @@ def read_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     queue_stride: kind.Multiple,
-    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -43,7 +43,7 @@ def read_kernel(
     ACCURACY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """LSE and softmax-weighted mean of one share of the queue, per row."""
+    """LSE and softmax-weighted mean of one split of the queue, per row."""
     # Neighboring programs have different rows and the same part of the queue, so it is read from DRAM once
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
@@ -56,7 +56,7 @@ def read_kernel(
     total = tl.zeros([ROWS], tl.float32)
     rounded = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, FEATURES], tl.float32)
-    for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
+    for first in range(split * split_length, tl.minimum(split * split_length + split_length, entries), ENTRIES):
         tile = load_tile(queue, first, entries, queue_stride, features, ENTRIES, FEATURES, FULL)
         logits = dot(x, tl.trans(tile), tl.zeros([ROWS, ENTRIES], tl.float32), PRECISION)
         if not FULL:
@@ -88,7 +88,7 @@ def labeled_read_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     queue_stride: kind.Multiple,
-    share: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -100,7 +100,7 @@ def labeled_read_kernel(
     PAIRS: tl.constexpr,
     SKIP_OWN: tl.constexpr,  # Row i is not compared with entry i: a batch against itself
 ):
-    """Two accumulators over one share of the queue, per row.
+    """Two accumulators over one split of the queue, per row.
 
     PAIRS (UniCon): the negatives, and the negated positives. Otherwise (SupCon): all entries, and the positives
     with equal weights, so that their LSE is the logarithm of their count.
@@ -123,7 +123,7 @@ def labeled_read_kernel(
     positive_rounded = tl.zeros([ROWS], tl.float32)
     positive = tl.zeros([ROWS, FEATURES], tl.float32)
     lowest_label = tl.full([ENTRIES], -1, tl.int64)
-    for first in range(split * share, tl.minimum(split * share + share, entries), ENTRIES):
+    for first in range(split * split_length, tl.minimum(split * split_length + split_length, entries), ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         tile = load_tile(queue, first, entries, queue_stride, features, ENTRIES, FEATURES, FULL)
         entry_label = tl.load(queue_labels + entry, mask=entry < entries, other=-1)
@@ -210,7 +210,7 @@ def read_banks(
             read_kernel, plan.grid(stacked),
             query, teacher, bank, *(part[first:] for part in out),
             LOG2_E / temperature, LOG2_E / teacher_temperature,
-            len(query), stacked, *bank.shape, bank.stride(0), plan.share,
+            len(query), stacked, *bank.shape, bank.stride(0), plan.split_length,
             ACCURACY=accuracy, **plan.constants, **plan.tiles.options,
         )  # fmt: skip
         first += plan.splits
@@ -246,7 +246,7 @@ def read_labeled(
         labeled_read_kernel, plan.grid(rows),
         query, queue, query_labels.contiguous(), queue_labels.contiguous(),
         first.lse, first.mean, positives.lse, positives.mean, first.largest,
-        LOG2_E / temperature, rows, entries, features, queue.stride(0), plan.share,
+        LOG2_E / temperature, rows, entries, features, queue.stride(0), plan.split_length,
         PAIRS=pairs, SKIP_OWN=skip_own, ACCURACY=accuracy, **plan.constants, **plan.tiles.options,
     )  # fmt: skip
     return first, positives

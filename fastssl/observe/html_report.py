@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else, neither a network nor a plotting library."""
+"""A run's report as one self-contained HTML file; needs no network and no plotting library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from fastssl.observe import svg as chart
 from fastssl.observe.history import METRICS, History, Metric, read_history
-from fastssl.observe.summary import ADVICE, commands, entries, headlines, mean_shares, state, worth_a_look
+from fastssl.observe.summary import ADVICE, commands, entries, headlines, mean_shares, notable_parts, state
 from fastssl_pipelines.files import write_atomic
 from fastssl_pipelines.names import printable
 
@@ -49,9 +49,9 @@ summary { cursor: pointer; margin: .6rem 0; }
 
 
 def write_report(folder: Path) -> Path:
-    """Write FOLDER/report.html from what is readable there and return its path; damaged records are left out.
+    """Write FOLDER/report.html from the readable records there and return its path.
 
-    Raises ConfigError for a folder without metrics.jsonl, and OSError where the file cannot be written.
+    ConfigError for a folder without metrics.jsonl; OSError if the file cannot be written.
     """
     path = folder / "report.html"
     write_atomic(path, page(read_history(folder)).encode("utf-8", "replace"))
@@ -59,7 +59,7 @@ def write_report(folder: Path) -> Path:
 
 
 def escape(text: str) -> str:
-    """Text for the page, whatever names a disk gave it."""
+    """Escape text for the page, including unprintable characters of file names."""
     return html.escape(printable(text))
 
 
@@ -86,7 +86,7 @@ def page(history: History) -> str:
 
 
 def _subject(history: History) -> str:
-    """The method, the encoder, and the images that it was trained on."""
+    """The method, the encoder and the training images."""
     pictures = history.setting("data.pictures")
     images = history.setting("data.root") or (f"{pictures} procedural pictures" if pictures else None)
     known = history.setting("method.name"), history.setting("model.encoder"), images
@@ -113,7 +113,7 @@ def _charts(history: History) -> Iterator[str]:
 
 
 def _time(history: History) -> Iterator[str]:
-    """Where the time of a step goes, and what to do about it."""
+    """Where the time of a step goes, and how to reduce it."""
     shares, means = history.shares(), mean_shares(history)
     if not means:
         return
@@ -124,9 +124,9 @@ def _time(history: History) -> Iterator[str]:
         swatch = f'<span class="swatch" style="background: {part.color}"></span>'
         yield f"<tr><td>{swatch}{escape(part.title)}</td><td>{share:.1%}</td></tr>"
     yield "</table>"
-    for part in worth_a_look(means):
+    for part in notable_parts(means):
         yield f"<p><b>{escape(part.title)}, {means[part]:.0%}:</b> {escape(ADVICE[part.name])}</p>"
-    yield '<p class="faint">Means over the run without its first log line.</p></div></div>'
+    yield '<p class="faint">Means over the run, without its first log line.</p></div></div>'
 
 
 def _entries(history: History) -> Iterator[str]:
@@ -150,7 +150,7 @@ def _details(title: str, rows: Iterable[tuple[str, Any]]) -> Iterator[str]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names, such as data.label_fraction, and their values as JSON."""
+    """Dotted names (data.label_fraction) and their values as JSON."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""What the benchmark commands share: checks of their options, threads, and the files that they write."""
+"""Shared by the benchmark commands: option checks, threads, memory measurement and output files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastssl.errors import ConfigError
 
 
 def require_file(option: str, path: Path | None) -> None:
-    """Raise ConfigError for a path that no file can be written to."""
+    """Raise ConfigError for a path where no file can be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ConfigError(f"{option} {path} was given; it must be the name of a file in an existing folder")
 
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Inside the `with` block torch computes in `count` threads of the CPU; None leaves them as they are."""
+    """Set torch's number of CPU threads inside the `with` block; None keeps it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -32,13 +32,13 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def wait(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:
-    """ConfigError about --json where it cannot be written."""
+    """Write `facts` as JSON; ConfigError about --json if the file cannot be written."""
     try:
         path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     except OSError as error:
@@ -46,9 +46,9 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
 
 
 def write_trace(folder: Path, name: str, work: Callable[[], object]) -> Path:
-    """The trace of `work` by torch.profiler for chrome://tracing or Perfetto, in `folder`, which is made if need be.
+    """Write a torch.profiler trace of `work`, for chrome://tracing or Perfetto, to FOLDER/NAME.json; returns that path.
 
-    ConfigError about --profile where it cannot be written.
+    Creates the folder if necessary; ConfigError about --profile if it cannot be written.
     """
     path = folder / f"{name}.json"
     try:
@@ -61,3 +61,26 @@ def write_trace(folder: Path, name: str, work: Callable[[], object]) -> Path:
         work()
     profiler.export_chrome_trace(str(path))
     return path
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Peak memory of tensors during `work`, beyond what was allocated before.
+
+    On a CPU it is computed from torch's allocations and excludes scratch memory inside library calls.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    peak = held = 0
+    for _, change in events:
+        held += change
+        peak = max(peak, held)
+    return peak
