@@ -13,7 +13,7 @@ from typing import Protocol
 from fastssl.observe.table import Table, plain_lines
 from fastssl_pipelines.names import printable
 
-PATIENCE = 1.0  # seconds
+PATIENCE = 1.0  # Seconds
 
 
 class Bar(Protocol):

@@ -28,7 +28,7 @@ from .triton.configuration import Configuration, aligned_arguments
 
 # Shared memory available to one program.
 SHARED_BYTES = {f"sm_{number}": size * 1024 for number, size in ((80, 163), (90, 227), (100, 227), (120, 99))}
-TENSOR_MEMORY_COLUMNS = 512  # of sm_100
+TENSOR_MEMORY_COLUMNS = 512  # Of sm_100
 UNSHIFTED = ("read_kernel", "labeled_read_kernel")  # These skip the maximum where exponentials cannot overflow
 _COLUMNS = "{:24} {:64} {:7} {:>9} {:>6} {:>5} {:>7} {:12} {:>6} {:>6}"
 _HEADINGS = ("kernel", "config", "target", "registers", "spills", "stack", "shared", "tensor cores", "maxima", "/logit")

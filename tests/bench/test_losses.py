@@ -143,7 +143,7 @@ def test_peers_as_shipped(name: str) -> None:
     row = rows([name])[name]
     if name == "lightly":
         assert row.gradient_error < 1e-5
-    else:  # the batch's other keys are negatives too
+    else:  # The batch's other keys are negatives too
         assert 1e-3 < row.loss_error < 0.5
 
 

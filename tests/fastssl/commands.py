@@ -15,7 +15,7 @@ from contextlib import contextmanager
 SERVER = """
 import json, os, sys
 import fastssl.commands.doctor, fastssl.train.trainer
-import torch._dynamo, torchvision.models  # which a run imports for its encoder and its optimizer
+import torch._dynamo, torchvision.models  # A run imports them for its encoder and its optimizer
 from fastssl.cli import main
 
 assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"

@@ -258,7 +258,7 @@ def test_a_failed_write_is_logged_once(folder, monkeypatch, notes):
             checkpoints.save(a_state(2), step=2, wait=True)
         checkpoints.save(a_state(3), step=3)
         checkpoints.close()
-    first, third = notes.take()  # the second one is the error
+    first, third = notes.take()  # The second one is the error
     assert "step 1 was not written (Read-only file system" in first
     assert "step 3 was not written (Read-only file system" in third
 

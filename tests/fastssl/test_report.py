@@ -63,7 +63,7 @@ def test_a_finished_run_reports_its_results(tmp_path):
         "7.6",  # Loss
         "62.50 %",
         "12.50 % before training, 33.25 % on raw pixels",
-        "640",  # images/s
+        "640",  # Images/s
         "0:08",  # 40 steps of 64 at 640 images/s, and two evaluations of 2 s
         "backward, 45%",
         "waiting for data, 10%",

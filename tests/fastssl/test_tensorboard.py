@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path):
     mirror.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's thread
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Of TensorBoard's thread
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -16,7 +16,7 @@ from fastssl.train import checkpoint
 from tests.fastssl.commands import commands_into
 from tests.fastssl.test_runs import assert_same
 
-KILLS, STEPS = 16, 60  # half of the kills aim at the write of a checkpoint, half at any time from the start on
+KILLS, STEPS = 16, 60  # Half of the kills aim at the write of a checkpoint, half at any time from the start on
 RUN = (
     f"--train.steps {STEPS} --train.batch-size 8 --train.checkpoint-every 1 --train.log-every 1 --train.device cpu "
     "--data.pictures 80 --data.pipeline resident --data.workers 0 --model.width 0.0625 --model.splits 2 "

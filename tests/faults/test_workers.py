@@ -164,7 +164,7 @@ from tests.faults.test_workers import *
 
 if __name__ == "__main__":
     if {workers}:
-        stream(build({name!r}, nothing, workers={workers}))  # starts the fork server
+        stream(build({name!r}, nothing, workers={workers}))  # Starts the fork server
     try:
         stream(build({name!r}, {fault}, workers={workers}, timeout_s=3.0))
     except InputError as error:

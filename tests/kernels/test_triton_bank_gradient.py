@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastssl_kernels import parity, reference
 
-SHAPES = {  # rows, entries, features, targets
+SHAPES = {  # Rows, entries, features, targets
     "one": (1, 3, 5, 1),
     "fewer entries than a tile": (9, 20, 16, 2),
     "tails": (70, 150, 48, 1),

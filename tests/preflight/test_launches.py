@@ -17,7 +17,7 @@ BUDGET = {
     ("resnet50", 224, "split"): (100, 94),
 }
 ABOVE_LOCAL = 4 / 3
-CONVOLUTIONS = {"resnet18": 8, "resnet50": 12}  # with the stem; each is at least a call of a library
+CONVOLUTIONS = {"resnet18": 8, "resnet50": 12}  # With the stem; each is at least a call of a library
 
 
 @pytest.mark.slow

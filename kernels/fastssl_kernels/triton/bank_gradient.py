@@ -42,7 +42,7 @@ def bank_gradient_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     bank_stride: kind.Multiple,
-    split_length: kind.Multiple,  # rows per split, a multiple of ROWS
+    split_length: kind.Multiple,  # Rows per split, a multiple of ROWS
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,

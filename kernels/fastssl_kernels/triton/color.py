@@ -122,7 +122,7 @@ def color_kernel(
     hue: kind.Floats,
     order: kind.Longs,  # [B, 4] int64
     grayscale: kind.Bools,
-    blur_sigma: kind.Floats,  # not read unless BLUR
+    blur_sigma: kind.Floats,  # Not read unless BLUR
     solarize: kind.Bools,
     flip: kind.Bools,
     gray_sum: kind.Floats,  # [B, parts]

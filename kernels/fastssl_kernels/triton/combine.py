@@ -98,7 +98,7 @@ def sigmoid(x):
 def combine_pairs_kernel(
     query: kind.Floats,  # [rows, features] contiguous, as are the keys: unrounded, for the positive pair
     key: kind.Floats,
-    second_key: kind.Floats,  # not read unless MIXED
+    second_key: kind.Floats,  # Not read unless MIXED
     weight: kind.Floats,  # [rows], of the first key; not read unless MIXED
     negative_lse: kind.Floats,  # [splits, rows], base 2
     negative_mean: kind.Floats,  # [splits, rows, features]

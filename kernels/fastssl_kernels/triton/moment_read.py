@@ -76,7 +76,7 @@ def take_weights(logits, shift, ONLINE: tl.constexpr):
 @triton.jit
 def moment_read_kernel(
     query: kind.Floats,  # [rows, features] contiguous, as is direction
-    direction: kind.Floats,  # the key where TILTED: the direction is (key - query) / temperature
+    direction: kind.Floats,  # The key if TILTED: the direction is (key - query) / temperature
     bank: kind.Elements,  # [entries, features], last stride 1
     moments: kind.Floats,  # [2; splits, rows]: LSE (base 2), mean of d; 4 if TILTED; 7 if ROUNDED too
     scale: kind.Factor,
@@ -85,7 +85,7 @@ def moment_read_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     bank_stride: kind.Multiple,
-    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # Entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -149,7 +149,7 @@ def moment_read_kernel(
 @triton.jit
 def moment_gradient_kernel(
     query: kind.Floats,  # [rows, features] contiguous, as is direction
-    direction: kind.Floats,  # the key where TILTED
+    direction: kind.Floats,  # The key if TILTED
     bank: kind.Elements,  # [entries, features], last stride 1
     lse: kind.Floats,  # [rows], base 2: of the whole bank
     bias: kind.Floats,  # [rows]
@@ -162,7 +162,7 @@ def moment_gradient_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     bank_stride: kind.Multiple,
-    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # Entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,

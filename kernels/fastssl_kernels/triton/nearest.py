@@ -72,7 +72,7 @@ def nearest_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     bank_stride: kind.Multiple,
-    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # Entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,

@@ -33,7 +33,7 @@ def read_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     queue_stride: kind.Multiple,
-    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # Entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -88,7 +88,7 @@ def labeled_read_kernel(
     entries: kind.Entries,
     features: kind.Multiple,
     queue_stride: kind.Multiple,
-    split_length: kind.Multiple,  # entries per split, a multiple of ENTRIES
+    split_length: kind.Multiple,  # Entries per split, a multiple of ENTRIES
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
