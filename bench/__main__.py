@@ -9,11 +9,11 @@ from fastssl.commands import bench_input
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl_pipelines.errors import DataError
 
-from . import learning, load, losses, training_step
+from . import learning, load, loss_timing, training_step
 from .gpu import proof
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
-    "losses": losses.main,
+    "losses": loss_timing.main,
     "learning": learning.main,
     "step": training_step.main,
     "load": load.main,

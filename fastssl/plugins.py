@@ -7,7 +7,8 @@ decorators:
     my-plugin = "my_package.fastssl_plugin"
 
 The decorators are `fastssl.methods.register_method`, `fastssl.models.encoders.register_encoder` and
-`fastssl.presets.preset`. The command line calls `load` before it reads any option; Python code calls it itself.
+`fastssl.presets.preset`; a loss is registered by a call of `fastssl_kernels.register_loss`. The command line calls
+`load` before it reads any option; Python code calls it itself.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from bench import losses as loss_benchmark
+from bench import loss_timing
 from fastssl import cli
 from fastssl.benchmark.step_variants import CHOSEN, Variant, candidate, synthetic_batches
 from fastssl.config import Config
@@ -33,12 +33,12 @@ def losses(context: PartContext) -> None:
         return
     for shape in (SMALL, *LARGE):
         context.once(shape, partial(_losses, context, shape, STRONG))
-    context.once(f"{SMALL}, all", lambda: _losses(context, SMALL, tuple(loss_benchmark.COLUMNS)))
+    context.once(f"{SMALL}, all", lambda: _losses(context, SMALL, tuple(loss_timing.COLUMNS)))
 
 
 def _losses(context: PartContext, shape: str, columns: tuple[str, ...], *more: str) -> dict[str, Any]:
     options = ["--shapes", shape, "--device", context.device.type, "--out", str(context.folder), *more]
-    facts = json.loads(loss_benchmark.main([*options, "--columns", *columns]).read_text())
+    facts = json.loads(loss_timing.main([*options, "--columns", *columns]).read_text())
     return {"matmul_tflops": facts.get("matmul_tflops"), "rows": facts["rows"]}
 
 

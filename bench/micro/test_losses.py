@@ -11,7 +11,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.losses import exact
+from bench.loss_timing import exact
 from bench.peers import COLUMNS, Case, Unavailable
 from fastssl_kernels import available_backends, parity, use_backend
 

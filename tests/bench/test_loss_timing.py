@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import losses, measure, peers, run_record
+from bench import loss_timing, measure, peers, run_record
 from bench.__main__ import main
 from fastssl.benchmark.harness import peak_bytes
 from fastssl_kernels import parity
@@ -25,7 +25,7 @@ def case(loss: str = "info_nce") -> peers.Case:
 
 def rows(names: list[str], loss: str = "info_nce") -> dict[str, run_record.Row]:
     columns = {name: peers.COLUMNS[name] for name in ["fastssl", *names]}
-    return {row.column: row for row in losses.measure(case(loss), columns, repeats=3)}
+    return {row.column: row for row in loss_timing.measure(case(loss), columns, repeats=3)}
 
 
 def test_a_run_writes_every_column_with_the_circumstances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,10 +75,10 @@ def test_a_registered_loss_without_peers_is_measured_alone(loss: str) -> None:
 
 
 def test_the_truth_in_parts_is_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = losses.exact(case("unicon"))
+    whole = loss_timing.exact(case("unicon"))
     split = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda x, size: split(x, 3))
-    for part, expected in zip(losses.exact(case("unicon")), whole, strict=True):
+    for part, expected in zip(loss_timing.exact(case("unicon")), whole, strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-12, atol=0)
 
 
