@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,10 +136,10 @@ def training_cases() -> Iterator[Case]:
 
 
 def training_tasks(targets: list[str]) -> list[tuple[Case, str]]:
-    """Each case with each target; sizes of 1, whose tiles fit everywhere, with the first alone."""
-    return [
-        (case, target) for target in targets for case in training_cases() if case.size != ONE or target == targets[0]
-    ]
+    """Every case for the first target; those of TRAINING size also for one of the other targets, in turn."""
+    first, *others = targets
+    large = [case for case in training_cases() if case.size == TRAINING]
+    return [(case, first) for case in training_cases()] + list(zip(large, cycle(others), strict=False))
 
 
 def every_case() -> Iterator[Case]:
@@ -186,8 +187,8 @@ def _launch(task: tuple[Case, str]) -> Result:
 def main() -> int:
     """Run the command; 1 if any kernel fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.preflight.warmup", description=__doc__.split("\n")[0])
-    parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help="GPU targets (default: %(default)s)")
-    parser.add_argument("--all", action="store_true", help="all dtypes, sizes and temperatures, not training's alone")
+    parser.add_argument("--targets", default="sm_90,sm_80,sm_100", help="GPU targets (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="all dtypes, sizes and temperatures for every target")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     given = parser.parse_args()
     if triton.knobs.runtime.interpret:
