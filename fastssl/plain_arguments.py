@@ -22,7 +22,8 @@ _Options = TypeVar("_Options")
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
+        missing = message.removeprefix("the following arguments are required: ")
+        raise ConfigError(f"{f'no {missing} was given' if missing != message else message}; see --help")
 
 
 class _Option(NamedTuple):

@@ -29,10 +29,10 @@ from dataclasses import replace
 import fastssl.models.ema, fastssl.models.queue, fastssl_kernels.losses
 from fastssl_kernels import parity
 from fastssl_pipelines import SamplePlan
-from fastssl_pipelines.executors import augmentation
+from fastssl_pipelines.executors import pixels
 
 batch, info_nce = SamplePlan.batch, parity.LOSSES["info_nce"]
-augment = augmentation.Augmentation.__call__
+augment = pixels.Augmentation.__call__
 
 def wrong_boxes(self, *args, **options):
     plan = batch(self, *args, **options)
@@ -42,7 +42,7 @@ def wrong_boxes(self, *args, **options):
 
 fastssl.models.ema.ema_update_ = lambda *_: None
 fastssl.models.queue.KeyQueue.enqueue = lambda *_: None
-augmentation.Augmentation.__call__ = lambda *args: tuple(1.01 * view for view in augment(*args))
+pixels.Augmentation.__call__ = lambda *args: tuple(1.01 * view for view in augment(*args))
 SamplePlan.batch = wrong_boxes
 
 def scaled(function):

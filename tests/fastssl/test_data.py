@@ -14,7 +14,7 @@ from fastssl.commands.pretrain import parse
 from fastssl.config import from_json, to_json
 from fastssl.data import open_splits
 from fastssl.errors import ConfigError
-from fastssl.observe import progress
+from fastssl.observe import screen
 from fastssl_pipelines import ArraySource, DataError
 from fastssl_pipelines.sources.torchvision_sets import NamedSplits
 
@@ -240,8 +240,8 @@ def test_the_options_survive_json_and_another_folder(root, monkeypatch):
 def test_a_bar_shows_any_name(monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress.DelayedProgressBar() as bar:
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    with screen.DelayedProgressBar() as bar:
         now[0] = 1.5
         bar("reading caf\udce9\n[bold]\x1b[31m.jpg", 3, 10)
     assert r"caf\xe9\n[bold]\x1b[31m.jpg" in capsys.readouterr().err
@@ -251,8 +251,8 @@ def test_a_bar_shows_any_name(monkeypatch, capsys):
 def test_a_bar_appears_after_a_second(monkeypatch, capsys, waited, shown):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress.DelayedProgressBar() as bar:
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    with screen.DelayedProgressBar() as bar:
         now[0] = waited
         bar("reading image headers", 3, 10)
     printed = capsys.readouterr()

@@ -194,7 +194,7 @@ def test_the_unlabeled_images_of_a_run_are_not_needed(image_folder, tmp_path):
     [
         ("", ["knn", "linear"]),
         ("lineal {run}", ["lineal", "did you mean 'linear'"]),
-        ("knn", ["run folder"]),
+        ("knn", ["no run was given"]),
         ("knn /no/such/run", ["/no/such/run", "config.json"]),
         ("knn {empty}", ["{empty}", "checkpoint", "resume"]),
         ("knn {run} --checkpoint /no/such.pt", ["/no/such.pt"]),

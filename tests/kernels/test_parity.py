@@ -60,9 +60,11 @@ def assert_no_worse_than_the_definition(
     truth = parity.evaluate_truth(loss, prepared, temperature)
     errors = parity.errors(parity.evaluate(loss, prepared, temperature, backend), truth)
     plain = parity.errors(parity.evaluate(loss, prepared, temperature, "reference"), truth)
-    tolerated = parity.tolerances(loss, torch.float32)
-    assert errors.loss < max(tolerated.loss, 4 * plain.loss)
-    eps = torch.finfo(torch.float32).eps
+    tolerated, eps = parity.tolerances(loss, torch.float32), torch.finfo(torch.float32).eps
+    # Triton subtracts two sums, each up to |key - query| / temperature, so a tiny difference has their rounding
+    terms = (prepared.key - prepared.query).norm() / temperature / truth.values.norm()
+    rounding = eps * terms.item() if backend == "triton" and parity.LOSSES[loss].difference else 0.0
+    assert errors.loss < max(tolerated.loss, 4 * plain.loss, rounding)
     assert errors.gradient < max(tolerated.gradient, 4 * plain.gradient, 2 * eps / temperature)
 
 
