@@ -79,6 +79,7 @@ def statuses(out: Path) -> dict[str, str]:
     return {record["part"]: record["status"] for record in records}
 
 
+@pytest.mark.slow
 def test_parts_run_in_order_and_each_leaves_its_record(fakes: None, tmp_path: Path) -> None:
     started = time.monotonic()
     assert call(tmp_path) == 1  # One fails
@@ -99,6 +100,7 @@ def test_parts_run_in_order_and_each_leaves_its_record(fakes: None, tmp_path: Pa
     assert "ValueError: no such thing" in text
 
 
+@pytest.mark.slow
 def test_a_second_call_tries_again_what_did_not_pass(fakes: None, tmp_path: Path) -> None:
     for tries in (1, 2, 3):
         call(tmp_path)
@@ -154,6 +156,7 @@ def is_gone(process: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["slow", "stubborn"])
 def test_no_process_outlives_its_part(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_runner, "GRACE_S", 0.3)
@@ -166,6 +169,7 @@ def test_no_process_outlives_its_part(kind: str, tmp_path: Path, monkeypatch: py
     assert kind == "stubborn" or "sleeper" in record["tail"]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_part_and_keeps_what_there_is(tmp_path: Path) -> None:
     script = (
         "import sys; from tests.bench import test_gpu_proof as t\n"

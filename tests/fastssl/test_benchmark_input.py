@@ -53,6 +53,7 @@ def config_of(preset: str = "mocov2-cifar10", views=None, **data):
     return replace(config, train=train, model=model, data=data, views=views or config.views)
 
 
+@pytest.mark.slow
 def test_all_candidates_are_measured_and_written(root, tmp_path, capsys):
     path = tmp_path / "input.json"
     assert main(["bench", "input", "mocov2-cifar10", "--root", str(root), *TINY, "--json", str(path)]) == 0

@@ -38,6 +38,7 @@ def uncompiled(monkeypatch):
     return compiled
 
 
+@pytest.mark.slow
 def test_all_variants_are_measured_and_written(tmp_path, monkeypatch, uncompiled, capsys):
     monkeypatch.setattr(step, "load", tiny)
     path = tmp_path / "step.json"

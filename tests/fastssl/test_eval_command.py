@@ -91,6 +91,7 @@ def test_full_protocol(run, capsys, schedule, words):
     assert "epoch 2/2: loss" in out
 
 
+@pytest.mark.slow
 def test_the_full_protocol_learns_from_shuffled_images_and_keeps_the_encoder_frozen(run, monkeypatch):
     """Tested on its training images, to avoid the noise of a tiny test split."""
     frozen = open_run(LinearOptions(run=run))

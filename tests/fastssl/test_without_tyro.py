@@ -50,6 +50,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 def test_verify_prints_its_table_and_bad_options_are_one_sentence():
     verified, *refused = fastssl("verify info_nce --dtype float32 --device cpu", *BAD)
     assert (verified.code, verified.err) == (0, "")

@@ -125,6 +125,7 @@ CONTENTS = [raw_pickle, torch_pickle, old_torch_pickle, pickle_in_a_zip, script,
 CONTENTS += [zip_bomb, bomb_that_lies, deep_pickle, many_keys]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seal", [False, True], ids=["as it is", "with a right checksum"])
 @pytest.mark.parametrize("content", CONTENTS, ids=lambda f: f.__name__)
 def test_an_untrusted_file_counts_as_damaged_and_runs_nothing(run, newest, finished, recwarn, content, seal):

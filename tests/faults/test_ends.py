@@ -237,6 +237,7 @@ sys.exit(main(["pretrain"]))
 """
 
 
+@pytest.mark.slow
 def test_without_posix_losses_work_and_commands_are_refused_in_one_sentence():
     done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

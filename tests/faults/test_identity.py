@@ -61,6 +61,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", FOREIGN)
 def test_a_checkpoint_of_another_run_is_refused_with_both_values(run, tmp_path, capsys, difference):
     more, words = FOREIGN[difference]

@@ -93,6 +93,7 @@ def fork_server():
     assert len(stream(build("torchvision", nothing, workers=1))) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "workers"),
     [("torchvision", 0), pytest.param("torchvision", 1, marks=pytest.mark.slow), ("dali", 1)],
@@ -108,13 +109,16 @@ def test_a_dead_disk_ends_a_stream_in_time(name, workers, request):
     assert ("worker process" in one_line(raised)) == (name == "torchvision" and workers > 0)
 
 
+@pytest.mark.slow
 def test_a_dead_disk_ends_the_decoding_of_resident_in_time():
     with pytest.raises(InputError, match=r"image 0 of faulty, to be kept decoded, was not ready within 1 s.*timeout-s"):
         build("resident", sleep, timeout_s=1.0)
 
 
+@pytest.mark.slow
 def test_slow_but_steady_input_is_not_aborted():
     executor = build("torchvision", lambda: None, timeout_s=3.0)
+    assert len(stream(executor)) == 5  # With everything imported and opened
     calls = []
     executor.source._act = lambda index: (calls.append(index), time.sleep(0.12))
     assert len(stream(executor)) == 5
@@ -173,18 +177,30 @@ if __name__ == "__main__":
 """
 
 
+STUCK = [("torchvision", "sleep", 0), ("torchvision", "sleep", 1), ("torchvision", "stopped", 1), ("dali", "sleep", 1)]
+
+
+@pytest.fixture(scope="module")
+def stuck_processes(tmp_path_factory):
+    """A process for each case of STUCK; all run at once, because they mostly wait."""
+    root, started = str(Path(__file__).parents[2]), {}
+    for name, fault, workers in STUCK:
+        script = tmp_path_factory.mktemp("stuck") / "script.py"
+        script.write_text(END.format(root=root, name=name, fault=fault, workers=workers))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started[name, fault, workers] = subprocess.Popen([sys.executable, str(script)], **pipes)
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "fault", "workers"),
-    [("torchvision", "sleep", 0), ("torchvision", "sleep", 1), ("torchvision", "stopped", 1), ("dali", "sleep", 1)],
-)
-def test_a_process_with_stuck_input_can_exit(tmp_path, name, fault, workers):
-    script = tmp_path / "script.py"
-    root = str(Path(__file__).parents[2])
-    script.write_text(END.format(root=root, name=name, fault=fault, workers=workers))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (1, "")
-    assert re.fullmatch(r"the batch of step \d was not ready within .*\n", done.stdout)
+@pytest.mark.parametrize("case", STUCK)
+def test_a_process_with_stuck_input_can_exit(stuck_processes, case):
+    out, errors = stuck_processes[case].communicate(timeout=100)
+    assert (stuck_processes[case].returncode, errors) == (1, "")
+    assert re.fullmatch(r"the batch of step \d was not ready within .*\n", out)
 
 
 SMALL = "mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {python} {script}"

@@ -159,6 +159,7 @@ def test_what_training_launches_is_compiled_ahead_of_time(preset: str, precision
     assert found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("name", SHARDABLE)
 def test_what_training_with_shards_launches_is_compiled_ahead_of_time(

@@ -46,6 +46,7 @@ def test_triton_shares_cover_the_bank_once(rows: int, entries: int) -> None:
     assert (plan.splits - 1) * plan.split_length < entries <= plan.splits * plan.split_length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
 @pytest.mark.parametrize("loss", ["info_nce", "unicon", "sup_con", "soft_cross_entropy", "mixco", "consistency"])
 def test_triton_result_does_not_depend_on_the_splits(

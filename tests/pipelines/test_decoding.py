@@ -254,6 +254,7 @@ def test_damaged_files_of_all_formats_are_decoded_or_refused():
     assert 20 < decoded < len(contents) * 20
 
 
+@pytest.mark.slow
 def test_warnings_of_pillow_do_not_reach_the_console(tmp_path):
     odd = {
         "see-through.png": encoded("PNG", PALETTE, transparency=bytes(range(16))),

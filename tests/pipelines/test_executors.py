@@ -291,6 +291,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_interpreter_exits_with_an_open_stream(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(EXIT_WITH_OPEN_STREAM)

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,14 @@ from tests.preflight.recipes import DTYPES, IMAGENET, SMALL, batch_on_gpu, recip
 END = 99  # The last step of an epoch, with enough images for SMoG's groups
 # fp16 adds the loss scale: one method with SGD, one with groups, one with two key encoders, and one ResNet-50
 IN_FP16 = ("mocov2", "smog", "msvq")
-STEPS = [*((name, "bf16") for name in SMALL), *((name, "fp16") for name in IN_FP16)]
-STEPS += [
-    pytest.param(*case, marks=pytest.mark.slow)
-    for case in (*((name, "bf16") for name in IMAGENET), ("mocov2-imagenet", "fp16"))
-]
+STEPS = [*((name, "bf16") for name in (*SMALL, *IMAGENET)), *((name, "fp16") for name in (*IN_FP16, "mocov2-imagenet"))]
+GRAPHS = [*((name, "bf16") for name in METHODS), ("mocov2", "fp16")]
+FAST = (("mocov2", "bf16"), ("smog", "bf16"))
+
+
+def cases(every: list[tuple[str, str]]) -> list[Any]:
+    """All cases, those that are not needed while working marked slow."""
+    return [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in every]
 
 
 # Ops after backward: gradient norm, optimizer, momentum update and queue. SMoG has two banks, and groups.
@@ -34,7 +38,7 @@ LATE = {"bf16": 12, "fp16": 21}
 LATE_SMOG = {"bf16": 16, "fp16": 25}
 
 
-@pytest.mark.parametrize(("name", "precision"), STEPS)
+@pytest.mark.parametrize(("name", "precision"), cases(STEPS))
 def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last two steps of an epoch, after which SMoG recomputes its groups."""
     config = recipe(name, precision)
@@ -62,7 +66,7 @@ def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pyte
         assert 5 <= late <= budget + len(step.optimizer.param_groups) - 1
 
 
-@pytest.mark.parametrize(("name", "precision"), [*((name, "bf16") for name in METHODS), ("mocov2", "fp16")])
+@pytest.mark.parametrize(("name", "precision"), cases(GRAPHS))
 def test_a_step_in_a_graph_stays_on_the_device(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The captured step never waits, and later steps pass only the batch, the step index and the learning rate."""
     config = recipe(name, precision)
