@@ -45,8 +45,9 @@ def test_a_step_stays_on_the_device(name: str, precision: str, monkeypatch: pyte
     with fake_cuda():
         method = build_method(config, DEVICE)
         state = described(method.state_dict())
-        with Ops() as ops:
-            monkeypatch.setattr(Tensor, "backward", lambda loss: (backward.backward(loss), ops.counts.clear()))
+        # Undone before the `with` block around it ends, which has replaced the same function
+        with Ops() as ops, monkeypatch.context() as patch:
+            patch.setattr(Tensor, "backward", lambda loss: (backward.backward(loss), ops.counts.clear()))
             step = build_step(config, method, device=DEVICE, dtype=DTYPES[precision])
             step(batch_on_gpu(config, END - 1), TrainProgress(END - 1, 2 * END, END + 1), 0.1)
             late = sum(ops.counts.values())
