@@ -16,7 +16,7 @@ _BATCH, _SIDE = 16, 24
 
 def errors(dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]:
     """The largest errors, in gray levels: of `augment` on a backend, and of torchvision in float32."""
-    images, parameters = _pictures(), _drawn()
+    images, parameters = _pictures(), draw_parameters(_BATCH, seed=1)
     moved = {name: getattr(parameters, name).to(device) for name in _TENSORS}
     with use_backend(backend):
         found = augment(images.to(device), replace(parameters, **moved), out_dtype=dtype)
@@ -65,15 +65,15 @@ def _pictures() -> Tensor:
 _TENSORS = ("flip", "brightness", "contrast", "saturation", "hue", "order", "grayscale", "blur_sigma", "solarize")
 
 
-def _drawn() -> AugmentParameters:
+def draw_parameters(batch: int, seed: int = 0) -> AugmentParameters:
     """Each operation on about half of the images, with jitter so strong that values are clipped."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(_BATCH, generator=generator)
+        return low + (high - low) * torch.rand(batch, generator=generator)
 
     def coin() -> Tensor:
-        return torch.rand(_BATCH, generator=generator) < 0.5
+        return torch.rand(batch, generator=generator) < 0.5
 
     return AugmentParameters(
         flip=coin(),
@@ -81,7 +81,7 @@ def _drawn() -> AugmentParameters:
         contrast=uniform(0.4, 1.6),
         saturation=uniform(0.4, 1.6),
         hue=uniform(-0.5, 0.5),
-        order=torch.rand(_BATCH, 4, generator=generator).argsort(1),
+        order=torch.rand(batch, 4, generator=generator).argsort(1),
         grayscale=coin(),
         blur_sigma=uniform(0.1, 2.0) * coin(),
         solarize=coin(),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from fastssl.commands.verify_augment import draw_parameters
 from fastssl_kernels import AugmentParameters, augment, use_backend
 
 MODULE = import_module("fastssl_kernels.blockwise.augment")
@@ -49,31 +50,6 @@ def neutral(batch: int) -> AugmentParameters:
         solarize=torch.zeros(batch, dtype=torch.bool),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-    )
-
-
-def drawn(batch: int, seed: int = 0) -> AugmentParameters:
-    """Every operation on about half of the images, with strong jitter so that values are clipped."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(batch, generator=generator)
-
-    def coin() -> Tensor:
-        return torch.rand(batch, generator=generator) < 0.5
-
-    return AugmentParameters(
-        flip=coin(),
-        brightness=uniform(0.4, 1.6),
-        contrast=uniform(0.4, 1.6),
-        saturation=uniform(0.4, 1.6),
-        hue=uniform(-0.5, 0.5),
-        order=torch.rand(batch, 4, generator=generator).argsort(1),
-        grayscale=coin(),
-        blur_sigma=uniform(0.1, 2.0) * coin(),
-        solarize=coin(),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
     )
 
 
@@ -176,7 +152,7 @@ def test_every_jitter_order() -> None:
 @pytest.mark.parametrize("size", [(32, 32), (17, 31), (7, 50), (64, 64)])
 def test_whole_chain_equals_torchvision(size: tuple[int, int]) -> None:
     batch = 32
-    images, parameters = pictures(batch, *size), drawn(batch)
+    images, parameters = pictures(batch, *size), draw_parameters(batch)
     before = replace(parameters, solarize=torch.zeros(batch, dtype=torch.bool))
     unsolarized = torch.stack([reference(image, before, i) for i, image in enumerate(unit(images))])
     expected = torch.stack([reference(image, parameters, i) for i, image in enumerate(unit(images))])
@@ -190,7 +166,7 @@ def test_whole_chain_equals_torchvision(size: tuple[int, int]) -> None:
 
 def test_uint8_torchvision_differs_only_by_rounding() -> None:
     batch = 32
-    parameters = replace(drawn(batch), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    parameters = replace(draw_parameters(batch), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     # Solarization would turn a rounding error into a jump; it has a separate test
     parameters = replace(parameters, solarize=torch.zeros_like(parameters.solarize))
     difference = error_in_levels(pictures(batch), parameters)
@@ -236,7 +212,7 @@ def test_normalization() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 32, 32), (5, 17, 31), (2, 1, 9)])
 def test_result_is_channels_last_in_the_requested_dtype(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    images, parameters = pictures(*shape), drawn(shape[0])
+    images, parameters = pictures(*shape), draw_parameters(shape[0])
     out = augment(images, parameters, out_dtype=dtype)
     assert out.dtype == dtype
     assert out.shape == (shape[0], 3, *shape[1:])
@@ -245,7 +221,7 @@ def test_result_is_channels_last_in_the_requested_dtype(dtype: torch.dtype, shap
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
-    images, parameters = pictures(8), drawn(8)
+    images, parameters = pictures(8), draw_parameters(8)
     out = augment(images, parameters, out_dtype=torch.float32)
     assert torch.equal(out, augment(images, parameters, out_dtype=torch.float32))
     for i in (0, 5):
@@ -260,7 +236,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
 
 
 def test_strided_input_works_and_is_not_modified() -> None:
-    images, parameters = pictures(6), drawn(6)
+    images, parameters = pictures(6), draw_parameters(6)
     expected = augment(images, parameters, out_dtype=torch.float32)
     planar = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     every_second = images.repeat_interleave(2, 0)[::2]
@@ -286,7 +262,7 @@ def batched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, AugmentParamet
 @pytest.mark.parametrize("chunk", [1, 5000, 2**16])
 def test_chunks_change_nothing(batched, monkeypatch, shape: tuple[int, int, int], chunk: int) -> None:
     batch = shape[0]
-    parameters = replace(drawn(batch, seed=batch), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    parameters = replace(draw_parameters(batch, seed=batch), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     plain = torch.arange(batch) % 5 == 0  # Images without jitter
     fields = {name: torch.where(plain, 1.0, getattr(parameters, name)) for name in ("contrast", "saturation")}
     fields |= {"brightness": torch.where(plain, 1.0, 0.7), "hue": torch.where(plain, 0.0, parameters.hue)}
@@ -323,7 +299,7 @@ def test_an_operation_on_some_images_does_not_change_the_others(batched, name: s
 
 
 def test_blur_sigma_none_is_sigma_zero(batched) -> None:
-    images, parameters = pictures(8), replace(drawn(8), blur_sigma=torch.zeros(8))
+    images, parameters = pictures(8), replace(draw_parameters(8), blur_sigma=torch.zeros(8))
     nobody = replace(parameters, blur_sigma=None)
     expected = augment(images, parameters, out_dtype=torch.float32)
     assert torch.equal(augment(images, nobody, out_dtype=torch.float32), expected)
@@ -332,7 +308,7 @@ def test_blur_sigma_none_is_sigma_zero(batched) -> None:
 
 def test_concurrent_threads_give_the_same_result() -> None:
     def run(seed: int) -> Tensor:
-        return augment(pictures(40, seed=seed), drawn(40, seed), out_dtype=torch.bfloat16)
+        return augment(pictures(40, seed=seed), draw_parameters(40, seed), out_dtype=torch.bfloat16)
 
     expected = [run(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -342,7 +318,7 @@ def test_concurrent_threads_give_the_same_result() -> None:
 
 def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    images, parameters = pictures(4), drawn(4)
+    images, parameters = pictures(4), draw_parameters(4)
     expected = augment(images, parameters, out_dtype=torch.float32)
     for name in ("blockwise", "reference"):
         with use_backend(name):
@@ -352,7 +328,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
-    images, parameters = pictures(6), drawn(6)
+    images, parameters = pictures(6), draw_parameters(6)
     expected = augment(images, parameters, out_dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(augment(images, parameters, out_dtype=torch.float32), expected)
@@ -360,7 +336,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     compiled = torch.compile(augment, fullgraph=True, backend="aot_eager")
-    images, parameters = pictures(4), drawn(4)
+    images, parameters = pictures(4), draw_parameters(4)
     out = compiled(images, parameters, out_dtype=torch.float32)
     expected = augment(images, parameters, out_dtype=torch.float32)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)

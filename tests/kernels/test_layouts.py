@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import fastssl_kernels as fk
+from fastssl.commands.verify_augment import draw_parameters
 from fastssl_kernels import AugmentParameters, use_backend
 from tests.kernels import layouts
-from tests.kernels.test_augment import drawn, pictures
+from tests.kernels.test_augment import pictures
 
 Arguments = Callable[..., dict[str, Any]]
 
@@ -202,7 +203,7 @@ def _floats(x: Any) -> bool:
 @pytest.mark.parametrize("layout", layouts.SAME_VALUES)
 def test_layouts_of_augment(layout: str, backend: str, device: str) -> None:
     """Images and every parameter in one layout at once."""
-    images, parameters = pictures(5, 9, 12), drawn(5)
+    images, parameters = pictures(5, 9, 12), draw_parameters(5)
     change = layouts.SAME_VALUES[layout]
     names = [key for key in AugmentParameters.__slots__ if key not in ("mean", "std")]
     moved = {key: getattr(parameters, key).to(device) for key in names}

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import fastssl_kernels as fk
+from fastssl.commands.verify_augment import draw_parameters
 from fastssl_kernels import contract, use_backend
-from tests.kernels.test_augment import drawn, pictures
+from tests.kernels.test_augment import pictures
 
 Arguments = Callable[..., dict[str, Any]]
 
@@ -187,7 +188,7 @@ def test_losses_and_gradients_are_finite_at_the_extreme_temperatures(
 
 
 def test_augment_refuses_wrong_types() -> None:
-    images, parameters = pictures(3), drawn(3)
+    images, parameters = pictures(3), draw_parameters(3)
     for wrong in [*NO_ARGUMENT, None, 1, images.to_sparse(), images.float(), torch.nested.nested_tensor([images])]:
         with pytest.raises((TypeError, ValueError), match=r"^images "):
             fk.augment(wrong, parameters, out_dtype=torch.float32)
@@ -201,7 +202,7 @@ def test_augment_refuses_wrong_types() -> None:
 
 @pytest.mark.parametrize("field", ["flip", "brightness", "hue", "order", "blur_sigma", "solarize"])
 def test_augment_refuses_wrong_parameters(field: str) -> None:
-    images, parameters = pictures(3), drawn(3)
+    images, parameters = pictures(3), draw_parameters(3)
     value = getattr(parameters, field)
     others = [1, value.to_sparse(), value[:2], value.to("meta"), value.to(torch.complex64)]
     for wrong in NO_ARGUMENT + others + ([] if field == "blur_sigma" else [None]):

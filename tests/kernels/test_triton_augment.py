@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastssl.commands.verify_augment import draw_parameters
 from fastssl_kernels import AugmentParameters, use_backend
 from fastssl_kernels import augment as torch_augment
-from tests.kernels.test_augment import ORDERS, drawn, neutral, pictures
+from tests.kernels.test_augment import ORDERS, neutral, pictures
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,12 +61,12 @@ def worst(images: Tensor, parameters: AugmentParameters, dtype: torch.dtype = to
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_triton_chains(size: tuple[int, int]) -> None:
     batch = 2 if size[0] > 100 else 8  # The interpreter takes a second per large image
-    assert worst(pictures(batch, *size), drawn(batch)) < LIMITS[torch.float32]
+    assert worst(pictures(batch, *size), draw_parameters(batch)) < LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_chains_in_every_order(dtype: torch.dtype) -> None:
-    assert worst(pictures(24, 17, 23), replace(drawn(24), order=ORDERS), dtype) < LIMITS[dtype]
+    assert worst(pictures(24, 17, 23), replace(draw_parameters(24), order=ORDERS), dtype) < LIMITS[dtype]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_triton_single_operation(name: str, low: float, high: float, limit: floa
 
 
 def test_triton_contrast_uses_the_mean_of_an_image_of_several_programs() -> None:
-    images, parameters = pictures(4, 61, 59), drawn(4)  # 4 programs, the last one partial
+    images, parameters = pictures(4, 61, 59), draw_parameters(4)  # 4 programs, the last one partial
     order = torch.tensor([[1, 0, 2, 3], [0, 1, 2, 3], [3, 0, 1, 2], [2, 3, 0, 1]])
     parameters = replace(parameters, order=order, blur_sigma=torch.zeros(4))
     assert worst(images, parameters) < LIMITS[torch.float32]
@@ -120,7 +121,7 @@ def test_triton_blur_does_not_change_a_uniform_color(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_without_blur_equals_sigma_of_zero(dtype: torch.dtype) -> None:
-    images, parameters = pictures(6), replace(drawn(6), blur_sigma=torch.zeros(6))
+    images, parameters = pictures(6), replace(draw_parameters(6), blur_sigma=torch.zeros(6))
     expected = triton_augment(images, parameters, dtype)
     nobody = replace(parameters, blur_sigma=None)
     assert torch.equal(triton_augment(images, nobody, dtype), expected)
@@ -129,7 +130,7 @@ def test_triton_without_blur_equals_sigma_of_zero(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 32, 32), (5, 17, 31), (2, 1, 9)], ids=str)
 def test_triton_result_is_channels_last(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    result = triton_augment(pictures(*shape), drawn(shape[0]), dtype)
+    result = triton_augment(pictures(*shape), draw_parameters(shape[0]), dtype)
     assert result.dtype == dtype
     assert result.shape == (shape[0], 3, *shape[1:])
     assert result.is_contiguous(memory_format=torch.channels_last)
@@ -137,7 +138,7 @@ def test_triton_result_is_channels_last(shape: tuple[int, int, int], dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_image_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
-    images, parameters = pictures(8, 12, 20), drawn(8)
+    images, parameters = pictures(8, 12, 20), draw_parameters(8)
     together = triton_augment(images, parameters, dtype)
     names = [name for name in AugmentParameters.__slots__ if name not in ("mean", "std")]
     for i in (0, 5):
@@ -146,7 +147,7 @@ def test_triton_image_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
 
 
 def test_triton_accepts_any_strides_and_does_not_modify_its_input() -> None:
-    images, parameters = pictures(6, 12, 20), drawn(6)
+    images, parameters = pictures(6, 12, 20), draw_parameters(6)
     expected = triton_augment(images, parameters)
     planar = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     every_second = images.repeat_interleave(2, 0)[::2]
@@ -167,7 +168,7 @@ def test_triton_hue_of_extreme_colors(color: tuple[int, int, int]) -> None:
 
 @pytest.fixture(scope="module")
 def views() -> tuple[Tensor, AugmentParameters]:
-    return pictures(256, 224, 224).to("cuda"), on_device(drawn(256), "cuda")
+    return pictures(256, 224, 224).to("cuda"), on_device(draw_parameters(256), "cuda")
 
 
 @pytest.mark.gpu
