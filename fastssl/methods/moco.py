@@ -80,6 +80,6 @@ class MoCoV2(MomentumMethod):
 
 @register_method
 class MoCoV1(MoCoV2):
-    """MoCo v1: the same step with a linear head and temperature 0.07."""
+    """MoCo v1: the step of MoCo v2 with a linear head and temperature 0.07."""
 
     Config = MoCoV1Config
