@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from fastssl import plugins
 from fastssl.commands import bench_input
 from fastssl.errors import ConfigError, TrainingError, unknown_name
 from fastssl_pipelines.errors import DataError
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise unknown_name("command", command, COMMANDS)
+        plugins.load()
         result = COMMANDS[command](rest)
     except (ConfigError, DataError, TrainingError) as error:
         print(f"bench: {error}", file=sys.stderr)

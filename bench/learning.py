@@ -11,7 +11,7 @@ from statistics import median
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from fastssl import cli, plugins
+from fastssl import cli
 from fastssl.arguments import parse
 from fastssl.config import Config, RunConfig, to_json
 from fastssl.device import choose_device
@@ -78,7 +78,6 @@ class Row:
 
 def main(arguments: Sequence[str]) -> Path:
     """Run what is not finished yet, print the table, write the JSON file and return its path."""
-    plugins.load()
     options = parse(Options, arguments, prog="python -m bench learning")
     runs = list(variants(options))
     facts = run_record.environment(["python -m bench learning", shlex.join(arguments)], choose_device(runs[0][1].train))

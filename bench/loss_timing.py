@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl import plugins
 from fastssl.arguments import parse
 from fastssl.benchmark.harness import peak_bytes
 from fastssl.errors import ConfigError, unknown_name
@@ -56,7 +55,6 @@ class Prepared(NamedTuple):
 
 def main(arguments: Sequence[str]) -> Path:
     """Run the benchmark, print the tables and write the JSON; return its path."""
-    plugins.load()
     options = parse(Options, arguments, prog="python -m bench losses")
     columns = _columns(options.columns)
     shapes = [_shape(text) for text in options.shapes]

@@ -22,8 +22,10 @@ _Options = TypeVar("_Options")
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        missing = message.removeprefix("the following arguments are required: ")
-        raise ConfigError(f"{f'no {missing} was given' if missing != message else message}; see --help")
+        required = "the following arguments are required: "
+        if message.startswith(required):
+            message = f"no {message.removeprefix(required)} was given"
+        raise ConfigError(f"{message}; see --help")
 
 
 class _Option(NamedTuple):

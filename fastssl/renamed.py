@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 _NAMES = {"unlabelled": "unlabeled", "grey": "grayscale", "centre": "center_crop"}
@@ -29,5 +30,7 @@ def _current_path(name: str) -> str:
 
 def _current_views(name: str, value: Any) -> Any:
     if name in ("views", "odd_views", "eval_view") and isinstance(value, str):
-        return json.dumps(current_names(json.loads(value)))
+        # A damaged text stays as it is: it equals no run's and is refused or reported by comparison
+        with suppress(ValueError, RecursionError):
+            return json.dumps(current_names(json.loads(value)))
     return value

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fastssl import plugins
 from fastssl_kernels import available_backends
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ else:
 if not torch.cuda.is_available():
     # Read when the kernels are decorated, so it has to be set before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+plugins.load()  # The contract tests run for methods and losses of plug-ins, too
 
 
 @pytest.fixture(autouse=True, scope="session")

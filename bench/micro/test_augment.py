@@ -23,10 +23,14 @@ JITTER = {
 TOLERATED = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # Views in 16 bits are rounded at the end
 
 
-@pytest.mark.parametrize("side", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", TOLERATED, ids=["float32", "bfloat16"])
 def test_augment(
-    benchmark: BenchmarkFixture, device: torch.device, view_size: tuple[int, int], dtype: torch.dtype, side: str
+    benchmark: BenchmarkFixture,
+    device: torch.device,
+    view_size: tuple[int, int],
+    dtype: torch.dtype,
+    implementation: str,
 ) -> None:
     """Parameters are drawn beforehand; "all as one image" applies those of one blurred image to the batch."""
     count, size = view_size
@@ -50,9 +54,9 @@ def test_augment(
         return _by_torchvision(crops.permute(0, 3, 1, 2), numbers, blurred, dtype)
 
     steps = dict(zip(IMPLEMENTATIONS, (ours, one_by_one, all_as_one), strict=True))
-    found = benchmark(steps[side])
-    expected = one_by_one() if side == "fastssl" else ours()
-    rows = [blurred] if side == IMPLEMENTATIONS[-1] else list(range(count))
+    found = benchmark(steps[implementation])
+    expected = one_by_one() if implementation == "fastssl" else ours()
+    rows = [blurred] if implementation == IMPLEMENTATIONS[-1] else list(range(count))
     assert found.dtype == dtype
     assert (found[rows].float() - expected[rows].float()).abs().max() <= TOLERATED[dtype]
 

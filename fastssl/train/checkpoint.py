@@ -145,7 +145,6 @@ class Checkpoints:
         if self._under_way is None:
             return
         write, self._under_way = self._under_way, None
-        self._failure = None
         self._failure = write.result()
 
 

@@ -155,9 +155,10 @@ class Trainer:
     def _begin(self) -> int:
         """Log the start, and before the first step evaluate, prepare the method and save; returns the first step."""
         first = self.first_step
-        self._log_setup()
+        record = self._start_record()
+        self._log_setup(record)
         changes = [*self._harmless_changes()]  # Before `start` logs the facts of this start
-        self.logger.start(step=first, **self._start_record())
+        self.logger.start(step=first, **record)
         self.logger.notes(first, changes)
         self._flush_notes(first)
         if first == 0:
@@ -169,9 +170,9 @@ class Trainer:
             self._save(0, {}, wait=True)
         return first
 
-    def _log_setup(self) -> None:
-        """Log what is trained on what, and the warnings of the input."""
-        info, record = self.logger.info, self._start_record()
+    def _log_setup(self, record: dict[str, Any]) -> None:
+        """Log what is trained on what, and the warnings of the input; `record` as of `_start_record`."""
+        info = self.logger.info
         ranks = f" on {record['ranks']} processes" if record["ranks"] > 1 else ""
         info(
             f"{self.config.method.name} on {record['images']} images ({record['labels']} labels used), "

@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from fastssl import plugins
 from fastssl.methods import METHODS, TrainProgress
 from fastssl.models.encoders import Encoder
 from fastssl.models.norm import NormLayer, norm_layer
@@ -25,7 +24,6 @@ SMALL = {
     "groups": 6,
 }
 """Options for every method that has them; a method adds its own in `small_options`."""
-plugins.load()  # The contract tests run for plug-ins, too
 VARIANTS = {name: (name, {}) for name in METHODS} | {
     f"{name} {words}": (name, options)
     for name, cls in METHODS.items()

@@ -6,6 +6,7 @@ from fastssl.commands.pretrain import parse
 from fastssl.config import TrainConfig, from_json, to_json
 from fastssl.errors import ConfigError
 from fastssl.presets import load
+from fastssl.renamed import current_facts
 
 
 def test_command_line_options_reach_the_configuration(tmp_path):
@@ -65,3 +66,16 @@ def test_other_json_is_refused():
 def test_train_options_are_checked():
     with pytest.raises(ConfigError, match=r"--train\.checkpoint-every 0"):
         TrainConfig(checkpoint_every=0)
+
+
+def test_earlier_names_in_the_facts_of_a_checkpoint_are_read_and_damaged_ones_kept():
+    facts = {"data.unlabelled": "more", "views": '[{"grey": 0.2}]', "eval_view": '{"centre": 1.0}', "seed": 0}
+    current = {
+        "data.unlabeled": "more",
+        "views": '[{"grayscale": 0.2}]',
+        "eval_view": '{"center_crop": 1.0}',
+        "seed": 0,
+    }
+    assert current_facts(facts) == current
+    damaged = {"views": "no JSON", "odd_views": "[" * 10**5}
+    assert current_facts(damaged) == damaged

@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastssl import plugins
-from fastssl_kernels import LOSSES
+from fastssl_kernels import parity
 from fastssl_kernels.loss_registry import BACKENDS
 from fastssl_kernels.parity import make_inputs
-
-plugins.load()  # The parity tests run for losses of plug-ins, too
 
 # While working these stand for the others: every loss once, in float32 and with the dtypes of training
 INTERPRETED = ("test_loss_contract.py", "test_backends.py", "test_triton_launch.py")
@@ -22,9 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the other interpreted cases slow: each takes up to a second. Skip what a plug-in's loss does not have."""
     for item in items:
         given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        loss = LOSSES.get(given.get("loss", ""))
-        if loss and given.get("backend") in {*BACKENDS} - {*loss.backends}:
-            item.add_marker(pytest.mark.skip(reason=f"{given['loss']} is not registered for {given['backend']}"))
+        loss, backend = given.get("loss"), given.get("backend")
+        if loss in parity.LOSSES and backend in BACKENDS and (reason := parity.why_not(loss, backend)):
+            item.add_marker(pytest.mark.skip(reason=f"{loss} on {backend}: {reason}"))
         if item.path.parent == Path(__file__).parent and "triton" in item.name and item.path.name not in INTERPRETED:
             item.add_marker(pytest.mark.slow)
 
